@@ -1,0 +1,332 @@
+#![forbid(unsafe_code)]
+//! Every rule about a configuration that needs no file, no KVM and no network.
+
+use super::{BareBoot, Boot, CpuConfig, CpuMode, LinuxBoot, Platform, VmConfig};
+use crate::error::FieldError;
+use crate::memory::layout;
+
+/// x2APIC-less APIC ids end at 254; 255 is the broadcast.
+pub(crate) const MAX_VCPUS: u16 = 254;
+/// The kernel's limit is 2048 with the NUL (x86 COMMAND_LINE_SIZE).
+pub(crate) const MAX_CMDLINE: usize = 2047;
+const PAGE: u64 = 4096;
+/// Below this the tables and a real-mode guest do not fit.
+const MIN_BARE_MEMORY: u64 = 64 << 10;
+const MIN_LINUX_MEMORY: u64 = 32 << 20;
+/// What a 46-bit physical address space holds beside the devices.
+const MAX_MEMORY: u64 = 32 << 40;
+/// `VIRTIO_BLK_ID_BYTES`.
+const MAX_SERIAL: usize = 20;
+/// `IFNAMSIZ` less the NUL.
+const MAX_IFNAME: usize = 15;
+/// Device 0 is the host bridge.
+const PCI_PLACES: usize = 31;
+
+pub(super) fn problems(config: &VmConfig) -> Vec<FieldError> {
+    let mut found = Found(Vec::new());
+    found.name(&config.name);
+    found.cpus(&config.cpus);
+    found.memory(config);
+    match &config.boot {
+        Boot::Linux(linux) => found.linux(linux, config.platform),
+        Boot::Bare(bare) => found.bare(bare, config.memory.get()),
+    }
+    found.devices(config);
+    found.places(config);
+    found.0
+}
+
+struct Found(Vec<FieldError>);
+
+impl Found {
+    fn add(&mut self, field: impl Into<String>, problem: impl Into<String>, remedy: impl Into<String>) {
+        self.0.push(FieldError::new(field, problem, remedy));
+    }
+
+    fn name(&mut self, name: &str) {
+        if name.len() > 64 {
+            self.add("name", format!("is {} bytes long", name.len()), "at most 64");
+        }
+        if name.contains('\0') {
+            self.add("name", "holds a NUL", "");
+        }
+    }
+
+    fn cpus(&mut self, cpus: &CpuConfig) {
+        if !(1..=MAX_VCPUS).contains(&cpus.count) {
+            self.add("cpus.count", format!("is {}", cpus.count), format!("1 to {MAX_VCPUS}"));
+            return;
+        }
+        if !(1..=2).contains(&cpus.threads_per_core) || !cpus.count.is_multiple_of(cpus.threads_per_core) {
+            let problem = format!("is {}", cpus.threads_per_core);
+            self.add("cpus.threads_per_core", problem, format!("1 or 2, and a divisor of {}", cpus.count));
+            return;
+        }
+        let cores = cpus.count / cpus.threads_per_core;
+        if cpus.sockets == 0 || !cores.is_multiple_of(cpus.sockets) {
+            self.add(
+                "cpus.sockets",
+                format!("is {}", cpus.sockets),
+                format!("a divisor of the {cores} cores"),
+            );
+        }
+    }
+
+    fn memory(&mut self, config: &VmConfig) {
+        let size = config.memory.get();
+        let least = if matches!(config.boot, Boot::Linux(_)) { MIN_LINUX_MEMORY } else { MIN_BARE_MEMORY };
+        if size < least || size > MAX_MEMORY {
+            let range = format!("{} to {}", crate::Bytes(least), crate::Bytes(MAX_MEMORY));
+            self.add("memory", format!("is {}", config.memory), range);
+        } else if !size.is_multiple_of(PAGE) {
+            self.add("memory", format!("is {}", config.memory), "a multiple of 4 KiB");
+        }
+    }
+
+    fn linux(&mut self, linux: &LinuxBoot, platform: Platform) {
+        if linux.kernel.as_os_str().is_empty() {
+            self.add("boot.kernel", "is empty", "the path of a bzImage or an ELF kernel");
+        }
+        if linux.initrd.as_ref().is_some_and(|p| p.as_os_str().is_empty()) {
+            self.add("boot.initrd", "is empty", "a path, or None");
+        }
+        if linux.cmdline.len() > MAX_CMDLINE {
+            let problem = format!("is {} bytes long", linux.cmdline.len());
+            self.add("boot.cmdline", problem, format!("at most {MAX_CMDLINE}"));
+        }
+        if let Some(at) = linux.cmdline.find('\0') {
+            self.add("boot.cmdline", format!("holds a NUL at byte {at}"), "");
+        }
+        if platform != Platform::Pc {
+            self.add("platform", "is Bare, but a Linux kernel needs a PC", "Platform::Pc");
+        }
+    }
+
+    fn bare(&mut self, bare: &BareBoot, memory: u64) {
+        let limit = match bare.mode {
+            CpuMode::Real => 1 << 16,
+            CpuMode::Protected | CpuMode::Long => 1 << 32,
+        };
+        if bare.entry >= limit {
+            let problem = format!("is {:#x}", bare.entry);
+            self.add("boot.entry", problem, format!("below {limit:#x} in {:?} mode", bare.mode));
+        }
+        let ram = layout::ram(memory.min(MAX_MEMORY));
+        let mut placed: Vec<(u64, u64, usize)> = Vec::new();
+        for (i, (address, bytes)) in bare.images.iter().enumerate() {
+            let end = address.checked_add(bytes.len() as u64);
+            if !end.is_some_and(|end| ram.iter().any(|r| *address >= r.start && end <= r.end)) {
+                let problem = format!("{} bytes at {address:#x} are outside the guest's memory", bytes.len());
+                self.add(format!("boot.images[{i}]"), problem, format!("memory is {}", crate::Bytes(memory)));
+            } else if let Some(end) = end {
+                placed.push((*address, end, i));
+            }
+        }
+        placed.sort_unstable();
+        for pair in placed.windows(2) {
+            if pair[0].1 > pair[1].0 {
+                let problem = format!("overlaps boot.images[{}] at {:#x}", pair[0].2, pair[1].0);
+                self.add(format!("boot.images[{}]", pair[1].2), problem, "");
+            }
+        }
+    }
+
+    fn devices(&mut self, config: &VmConfig) {
+        for (i, disk) in config.disks.iter().enumerate() {
+            if disk.path.as_os_str().is_empty() {
+                self.add(format!("disks[{i}].path"), "is empty", "the path of a raw image or block device");
+            }
+            if disk.serial.len() > MAX_SERIAL || !disk.serial.bytes().all(|b| b.is_ascii_graphic()) {
+                let problem = format!("is {:?}", disk.serial);
+                self.add(format!("disks[{i}].serial"), problem, "at most 20 printable ASCII characters");
+            }
+        }
+        for (i, net) in config.nets.iter().enumerate() {
+            let tap = net.tap.as_str();
+            let bad = |b: u8| !b.is_ascii_graphic() || matches!(b, b'/' | b':' | b'%');
+            if tap.is_empty() || tap.len() > MAX_IFNAME || tap == "." || tap == ".." || tap.bytes().any(bad) {
+                let problem = format!("is {tap:?}");
+                self.add(format!("nets[{i}].tap"), problem, "an interface name of 1 to 15 characters");
+            }
+            if net.mac.is_some_and(|mac| mac.0[0] & 1 == 1) {
+                self.add(format!("nets[{i}].mac"), "is a multicast address", "the first byte must be even");
+            }
+            if net.mac.is_some_and(|mac| mac.0 == [0; 6]) {
+                self.add(format!("nets[{i}].mac"), "is all zero", "None lets vmbed choose one");
+            }
+        }
+        for pair in 0..config.nets.len() {
+            if let Some(other) = config.nets[..pair].iter().position(|n| n.tap == config.nets[pair].tap) {
+                self.add(
+                    format!("nets[{pair}].tap"),
+                    format!("is the same as nets[{other}].tap"),
+                    "one card a TAP",
+                );
+            }
+        }
+    }
+
+    fn places(&mut self, config: &VmConfig) {
+        let disks = config.disks.iter().enumerate().map(|(i, d)| (format!("disks[{i}]"), d.pci));
+        let nets = config.nets.iter().enumerate().map(|(i, n)| (format!("nets[{i}]"), n.pci));
+        let devices: Vec<_> = disks.chain(nets).collect();
+        let more = usize::from(config.rng) + usize::from(config.console == super::ConsoleKind::Virtio);
+        let count = devices.len() + more;
+        if config.platform == Platform::Bare {
+            for (field, _) in &devices {
+                self.add(field, "needs a PCI bus", "Platform::Pc");
+            }
+            if config.rng {
+                self.add("rng", "needs a PCI bus", "false, or Platform::Pc");
+            }
+            if config.console == super::ConsoleKind::Virtio {
+                self.add("console", "is Virtio, which needs a PCI bus", "Serial, or Platform::Pc");
+            }
+        }
+        if count > PCI_PLACES {
+            self.add("disks, nets", format!("{count} PCI devices"), format!("at most {PCI_PLACES}"));
+        }
+        for (i, (field, address)) in devices.iter().enumerate() {
+            let Some(address) = address else { continue };
+            if !(1..32).contains(&address.device) {
+                let problem = format!("is device {}", address.device);
+                self.add(format!("{field}.pci"), problem, "device 1 to 31; 0 is the host bridge");
+            }
+            if let Some((other, _)) = devices[..i].iter().find(|(_, a)| a == &Some(*address)) {
+                self.add(format!("{field}.pci"), format!("{address} is taken by {other}"), "");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::*;
+
+    fn bad(config: &VmConfig) -> Vec<String> {
+        let error = config.validate().expect_err("should be refused");
+        error.fields().iter().map(|f| f.field.clone()).collect()
+    }
+
+    fn linux() -> VmConfig {
+        VmConfig::linux(LinuxBoot::new("/boot/vmlinuz"))
+    }
+
+    #[test]
+    fn every_bad_field_is_named_at_once() {
+        let mut config = linux();
+        config.name = "x".repeat(65);
+        config.cpus.count = 0;
+        config.memory = Bytes(u64::MAX);
+        config.boot = Boot::Linux(LinuxBoot::new("").initrd("").cmdline("a\0b".repeat(700)));
+        config.disks = vec![DiskConfig::new(""), DiskConfig::new("ok")];
+        config.disks[1].serial = "ä".into();
+        config.disks[1].pci = Some(PciAddress { device: 32 });
+        config.nets =
+            vec![NetConfig::tap("much-too-long-a-name"), NetConfig::tap("t0"), NetConfig::tap("t0")];
+        config.nets[1].mac = Some(MacAddress([1, 0, 0, 0, 0, 0]));
+        let fields = [
+            "name",
+            "cpus.count",
+            "memory",
+            "boot.kernel",
+            "boot.initrd",
+            "boot.cmdline",
+            "boot.cmdline",
+            "disks[0].path",
+            "disks[1].serial",
+            "nets[0].tap",
+            "nets[1].mac",
+            "nets[2].tap",
+            "disks[1].pci",
+        ];
+        assert_eq!(bad(&config), fields);
+    }
+
+    #[test]
+    fn sizes_at_the_edges() {
+        let mut config = linux();
+        for (memory, ok) in [
+            (0, false),
+            (4095, false),
+            (32 << 20, true),
+            ((32 << 20) + 1, false),
+            (1 << 45, true),
+            ((1 << 45) + 4096, false),
+        ] {
+            config.memory = Bytes(memory);
+            assert_eq!(config.validate().is_ok(), ok, "{memory}");
+        }
+        let mut config = linux();
+        for (count, ok) in [(0, false), (1, true), (254, true), (255, false), (u16::MAX, false)] {
+            config.cpus.count = count;
+            assert_eq!(config.validate().is_ok(), ok, "{count}");
+        }
+    }
+
+    #[test]
+    fn topology_must_divide() {
+        let mut config = linux();
+        for (count, threads, sockets, ok) in [
+            (4, 2, 2, true),
+            (3, 2, 1, false),
+            (4, 0, 1, false),
+            (4, 1, 3, false),
+            (4, 4, 1, false),
+            (4, 2, 0, false),
+        ] {
+            config.cpus = CpuConfig { count, threads_per_core: threads, sockets, masks: vec![] };
+            assert_eq!(config.validate().is_ok(), ok, "{count}/{threads}/{sockets}");
+        }
+    }
+
+    #[test]
+    fn bare_images_must_fit_and_not_overlap() {
+        let mut bare = BareBoot::new(CpuMode::Real, 0x1000, [0xf4]);
+        bare.images.push((0x1000, vec![0]));
+        bare.images.push((u64::MAX, vec![0; 2]));
+        bare.entry = 0x1_0000;
+        assert_eq!(bad(&VmConfig::bare(bare)), ["boot.entry", "boot.images[2]", "boot.images[1]"]);
+    }
+
+    #[test]
+    fn two_devices_in_one_place_and_too_many() {
+        let mut config = linux();
+        config.disks = vec![DiskConfig::new("a"), DiskConfig::new("b")];
+        for disk in &mut config.disks {
+            disk.pci = Some("00:05.0".parse().unwrap());
+        }
+        assert_eq!(bad(&config), ["disks[1].pci"]);
+        config.disks = vec![DiskConfig::new("a"); 31];
+        assert_eq!(bad(&config), ["disks, nets"]);
+    }
+
+    #[test]
+    fn a_bare_platform_has_no_bus() {
+        let mut config = VmConfig::bare(BareBoot::default());
+        config.disks.push(DiskConfig::new("a"));
+        config.rng = true;
+        config.console = ConsoleKind::Virtio;
+        assert_eq!(bad(&config), ["disks[0]", "rng", "console"]);
+    }
+
+    #[test]
+    fn names_parse_and_print() {
+        for text in ["00:01.0", "00:1f.0"] {
+            assert_eq!(text.parse::<PciAddress>().unwrap().to_string(), text);
+        }
+        for text in ["00:00.0", "00:20.0", "01:01.0", "00:01.1", ""] {
+            assert!(text.parse::<PciAddress>().is_err(), "{text}");
+        }
+        let mac = "52:54:00:12:34:56";
+        assert_eq!(mac.parse::<MacAddress>().unwrap().to_string(), mac);
+        for text in ["52:54:00:12:34", "52:54:00:12:34:5", "52:54:00:12:34:56:78", "+2:54:00:12:34:5g"] {
+            assert!(text.parse::<MacAddress>().is_err(), "{text}");
+        }
+        let uuid = "01234567-89ab-cdef-0123-456789abcdef";
+        assert_eq!(uuid.parse::<Uuid>().unwrap().to_string(), uuid);
+        for text in ["", "0123456789abcdef0123456789abcdef", "01234567-89ab-cdef-0123-456789abcdeg"] {
+            assert!(text.parse::<Uuid>().is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,410 @@
+#![forbid(unsafe_code)]
+//! The stream of events that an embedder reads: ordered, bounded, and behind one pollable fd.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant, SystemTime};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::error::{Error, Result};
+use crate::sys::lock;
+
+/// Something that happened to a VM.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Event {
+    /// Counts the events of one stream from 0, without gaps: what was lost is said by [`EventKind::Lost`].
+    pub seq: u64,
+    /// When it happened.
+    pub time: SystemTime,
+    /// Which VM, for streams that several VMs share.
+    pub vm: VmId,
+    /// What happened.
+    pub kind: EventKind,
+    /// How many equal events were folded into this one because nobody had read it yet, or because they
+    /// came too fast; 1 for a single one.
+    pub count: u32,
+}
+
+/// A number that no other VM of this process has had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VmId(pub u64);
+
+impl fmt::Display for VmId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "vm{}", self.0)
+    }
+}
+
+/// What an [`Event`] tells.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum EventKind {
+    /// The vCPUs run for the first time.
+    Started,
+    /// Every vCPU and every device stands still.
+    Paused,
+    /// They run again.
+    Resumed,
+    /// The VM has ended and why. The last event of a VM, and never lost.
+    Stopped(StopCause),
+    /// The guest's driver broke the rules of virtio; the device waits for the driver to reset it.
+    DeviceNeedsReset {
+        /// The device's id: `disk0`, `net1`, `rng0`, `console0`.
+        device: String,
+        /// What the driver did.
+        why: String,
+    },
+    /// The host failed a device: the guest got an error status (disk) or lost a frame (network).
+    BackendError {
+        /// The device's id.
+        device: String,
+        /// The host's errno.
+        errno: i32,
+        /// Where on the medium, in bytes; 0 where that means nothing.
+        offset: u64,
+    },
+    /// This many events were dropped because nobody read the stream.
+    Lost {
+        /// How many.
+        events: u64,
+    },
+}
+
+/// Why a VM ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StopCause {
+    /// The guest powered itself off (ACPI S5).
+    GuestPoweroff,
+    /// The guest asked for a reset (ACPI reset register, i8042 pulse). vmbed does not reboot it: build anew.
+    GuestReset,
+    /// A vCPU met an exception while it delivered a double fault.
+    TripleFault,
+    /// The guest's kernel reported a panic through pvpanic.
+    GuestPanic,
+    /// Every vCPU of a bare guest without interrupt controller has executed `HLT`: nothing can wake it.
+    GuestHalt,
+    /// The embedder stopped or dropped it.
+    HostStop,
+    /// A vCPU cannot go on: KVM refused, guest memory is gone, or vmbed has a defect.
+    VcpuFault {
+        /// The vCPU's index.
+        vcpu: u32,
+        /// What happened.
+        why: String,
+    },
+    /// A device cannot go on: an embedder's callback failed or panicked, or vmbed has a defect.
+    DeviceFault {
+        /// The device's id or name.
+        device: String,
+        /// What happened.
+        why: String,
+    },
+}
+
+impl fmt::Display for StopCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::GuestPoweroff => f.write_str("guest powered off"),
+            Self::GuestReset => f.write_str("guest asked for a reset"),
+            Self::TripleFault => f.write_str("triple fault"),
+            Self::GuestPanic => f.write_str("guest kernel panic"),
+            Self::GuestHalt => f.write_str("guest halted"),
+            Self::HostStop => f.write_str("stopped by the host"),
+            Self::VcpuFault { vcpu, why } => write!(f, "vCPU {vcpu} failed: {why}"),
+            Self::DeviceFault { device, why } => write!(f, "device {device} failed: {why}"),
+        }
+    }
+}
+
+/// Unread events kept per stream; `Stopped` events are kept beyond it.
+const CAPACITY: usize = 256;
+
+/// The reading end: drain it when its fd polls readable.
+///
+/// Clones read from the same queue; each event is delivered to one reader.
+#[derive(Clone)]
+pub struct EventStream(Arc<Shared>);
+
+struct Shared {
+    queue: Mutex<Queue>,
+    /// Readable while the queue is not empty.
+    ready: EventFd,
+    arrived: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    events: VecDeque<Event>,
+    next_seq: u64,
+    lost: u64,
+}
+
+impl EventStream {
+    /// An empty stream. Every VM has one of its own; make one to share it among VMs.
+    ///
+    /// # Errors
+    /// `Exhausted` when the process has no file descriptor left.
+    pub fn new() -> Result<Self> {
+        let ready = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+            .map_err(|e| Error::os("creating the eventfd of an event stream", e))?;
+        Ok(Self(Arc::new(Shared { queue: Mutex::default(), ready, arrived: Condvar::new() })))
+    }
+
+    /// The oldest unread event. Never blocks.
+    pub fn next_event(&self) -> Option<Event> {
+        let mut queue = lock(&self.0.queue);
+        let event = queue.pop();
+        if queue.is_empty() {
+            // EAGAIN: it was not readable, which is what we want.
+            let _ = self.0.ready.read();
+        }
+        event
+    }
+
+    /// The oldest unread event, waiting at most `timeout` for one.
+    pub fn wait_event(&self, timeout: Duration) -> Option<Event> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(event) = self.next_event() {
+                return Some(event);
+            }
+            let queue = lock(&self.0.queue);
+            if !queue.is_empty() {
+                continue;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            // A spurious wake-up costs one round of the loop.
+            drop(self.0.arrived.wait_timeout(queue, left));
+        }
+    }
+
+    /// Whether `a` and `b` are the same stream.
+    pub fn same_as(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    fn push(&self, vm: VmId, kind: EventKind, count: u32) {
+        let mut queue = lock(&self.0.queue);
+        let was_empty = queue.is_empty();
+        queue.push(vm, kind, count);
+        if was_empty {
+            // The counter was 0: this cannot fail for want of room.
+            let _ = self.0.ready.write(1);
+        }
+        self.0.arrived.notify_all();
+    }
+}
+
+impl AsFd for EventStream {
+    /// Polls readable while an event waits. For `poll` only: read through [`EventStream::next_event`].
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        crate::sys::fd::borrow(&self.0.ready)
+    }
+}
+
+impl AsRawFd for EventStream {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.0.ready.as_raw_fd()
+    }
+}
+
+impl fmt::Debug for EventStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EventStream").field("unread", &lock(&self.0.queue).events.len()).finish()
+    }
+}
+
+impl Queue {
+    fn is_empty(&self) -> bool {
+        self.events.is_empty() && self.lost == 0
+    }
+
+    fn push(&mut self, vm: VmId, kind: EventKind, count: u32) {
+        let repeats = matches!(kind, EventKind::DeviceNeedsReset { .. } | EventKind::BackendError { .. });
+        if repeats && let Some(same) = self.events.iter_mut().rev().find(|e| e.vm == vm && e.kind == kind) {
+            same.count = same.count.saturating_add(count);
+            return;
+        }
+        if self.events.len() >= CAPACITY && !matches!(kind, EventKind::Stopped(_)) {
+            self.lost += 1;
+            return;
+        }
+        // Losses are told where they happened: before what comes next.
+        self.settle(vm);
+        self.append(vm, kind, count);
+    }
+
+    fn pop(&mut self) -> Option<Event> {
+        if self.events.is_empty() {
+            self.settle(VmId(0));
+        }
+        self.events.pop_front()
+    }
+
+    fn settle(&mut self, vm: VmId) {
+        let events = std::mem::take(&mut self.lost);
+        if events > 0 {
+            self.append(vm, EventKind::Lost { events }, 1);
+        }
+    }
+
+    fn append(&mut self, vm: VmId, kind: EventKind, count: u32) {
+        self.events.push_back(Event { seq: self.next_seq, time: SystemTime::now(), vm, kind, count });
+        self.next_seq += 1;
+    }
+}
+
+/// The writing end for one VM.
+#[derive(Clone)]
+pub(crate) struct Reporter {
+    vm: VmId,
+    stream: EventStream,
+}
+
+impl Reporter {
+    pub fn new(vm: VmId, stream: EventStream) -> Self {
+        Self { vm, stream }
+    }
+
+    pub fn report(&self, kind: EventKind) {
+        self.stream.push(self.vm, kind, 1);
+    }
+
+    /// The same for one device, with its errors held to one event a second.
+    pub fn device(&self, device: &str) -> DeviceReporter {
+        DeviceReporter { reporter: self.clone(), device: device.into(), last: None, held: 0 }
+    }
+}
+
+/// Reports what befalls one device.
+pub(crate) struct DeviceReporter {
+    reporter: Reporter,
+    device: Arc<str>,
+    last: Option<(Instant, i32)>,
+    held: u32,
+}
+
+/// The least time between two `BackendError` events with the same errno of one device.
+const ERROR_INTERVAL: Duration = Duration::from_secs(1);
+
+impl DeviceReporter {
+    pub fn device(&self) -> &str {
+        &self.device
+    }
+
+    pub fn needs_reset(&self, why: impl fmt::Display) {
+        let device = self.device.to_string();
+        self.reporter.report(EventKind::DeviceNeedsReset { device, why: why.to_string() });
+    }
+
+    pub fn backend_error(&mut self, errno: i32, offset: u64) {
+        let now = Instant::now();
+        if let Some((last, same)) = self.last
+            && same == errno
+            && now.duration_since(last) < ERROR_INTERVAL
+        {
+            self.held = self.held.saturating_add(1);
+            return;
+        }
+        self.last = Some((now, errno));
+        let count = std::mem::take(&mut self.held).saturating_add(1);
+        let kind = EventKind::BackendError { device: self.device.to_string(), errno, offset };
+        self.reporter.stream.push(self.reporter.vm, kind, count);
+    }
+}
+
+/// How any part of a VM asks for the VM's end: the first cause wins, the call never blocks.
+#[derive(Clone)]
+pub(crate) struct StopLine(Arc<dyn Fn(StopCause) + Send + Sync>);
+
+impl StopLine {
+    pub fn new(pull: impl Fn(StopCause) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(pull))
+    }
+
+    pub fn pull(&self, cause: StopCause) {
+        (self.0)(cause);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stream() -> (EventStream, Reporter) {
+        let stream = EventStream::new().unwrap();
+        (stream.clone(), Reporter::new(VmId(7), stream))
+    }
+
+    fn readable(stream: &EventStream) -> bool {
+        crate::sys::fd::is_readable(stream.as_fd())
+    }
+
+    #[test]
+    fn the_fd_is_readable_exactly_while_events_wait() {
+        let (stream, reporter) = stream();
+        assert!(!readable(&stream));
+        reporter.report(EventKind::Started);
+        reporter.report(EventKind::Paused);
+        assert!(readable(&stream));
+        assert_eq!(stream.next_event().unwrap().kind, EventKind::Started);
+        assert!(readable(&stream));
+        assert_eq!(stream.next_event().unwrap().seq, 1);
+        assert!(!readable(&stream));
+        assert_eq!(stream.next_event(), None);
+    }
+
+    #[test]
+    fn repeats_fold_overflow_is_counted_and_stopped_is_never_lost() {
+        let (stream, reporter) = stream();
+        let flood = 10_000;
+        for _ in 0..flood {
+            reporter.report(EventKind::Paused);
+        }
+        let reset = EventKind::DeviceNeedsReset { device: "disk0".into(), why: "avail ring".into() };
+        reporter.report(reset.clone());
+        reporter.report(EventKind::Stopped(StopCause::HostStop));
+        let all: Vec<_> = std::iter::from_fn(|| stream.next_event()).collect();
+        assert_eq!(all.len(), CAPACITY + 2);
+        assert_eq!(all[CAPACITY].kind, EventKind::Lost { events: (flood - CAPACITY + 1) as u64 });
+        assert_eq!(all[CAPACITY + 1].kind, EventKind::Stopped(StopCause::HostStop));
+        assert!(all.iter().enumerate().all(|(i, e)| e.seq == i as u64));
+
+        reporter.report(reset.clone());
+        reporter.report(reset);
+        assert_eq!(stream.next_event().unwrap().count, 2);
+        assert_eq!(stream.next_event(), None);
+    }
+
+    #[test]
+    fn backend_errors_are_held_to_one_a_second() {
+        let (stream, reporter) = stream();
+        let mut disk = reporter.device("disk0");
+        for offset in 0..100 {
+            disk.backend_error(5, offset);
+        }
+        disk.backend_error(28, 0);
+        assert_eq!(stream.next_event().unwrap().count, 1);
+        let full = stream.next_event().unwrap();
+        assert!(matches!(full.kind, EventKind::BackendError { errno: 28, .. }));
+        assert_eq!(full.count, 100, "the 99 that were held are counted in the next one");
+        assert_eq!(stream.next_event(), None);
+    }
+
+    #[test]
+    fn waiting_ends_at_the_deadline_and_at_an_event() {
+        let (stream, reporter) = stream();
+        assert_eq!(stream.wait_event(Duration::from_millis(5)), None);
+        let waiter = std::thread::spawn(move || stream.wait_event(Duration::from_secs(30)));
+        reporter.report(EventKind::Started);
+        assert_eq!(waiter.join().unwrap().unwrap().kind, EventKind::Started);
+    }
+}

@@ -1,0 +1,249 @@
+#![forbid(unsafe_code)]
+//! Event loops: one thread each, on which devices handle their doorbells and fds.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use event_manager::{
+    EventManager, EventOps, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps,
+};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::events::{StopCause, StopLine};
+use crate::sys::lock;
+
+/// What runs on a loop: it names its fds in `init` and is called when one is ready.
+///
+/// Called on the loop's thread only, one call at a time; it must not block for long, since the other
+/// workers of that loop wait. A panic ends the VM with a `DeviceFault`.
+pub(crate) trait Worker: MutEventSubscriber + Send + 'static {}
+
+impl<T: MutEventSubscriber + Send + 'static> Worker for T {}
+
+/// One thread that waits for events and calls the workers attached to it.
+pub(crate) struct EventLoop {
+    endpoint: RemoteEndpoint<Guarded>,
+    ending: Arc<AtomicBool>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    name: String,
+}
+
+impl EventLoop {
+    /// Starts the thread. `spawn` makes it: the VM's own way, with signals blocked and hooks called.
+    pub fn start(
+        name: &str,
+        spawn: impl FnOnce(Box<dyn FnOnce() + Send>) -> Result<JoinHandle<()>>,
+    ) -> Result<Arc<Self>> {
+        let failed =
+            |e| Error::new(ErrorKind::Exhausted, format!("creating event loop '{name}'")).with_source(e);
+        let mut manager = EventManager::<Guarded>::new().map_err(|e| failed(to_io(e)))?;
+        let endpoint = manager.remote_endpoint();
+        let ending = Arc::new(AtomicBool::new(false));
+        let seen = ending.clone();
+        let thread = spawn(Box::new(move || {
+            while !seen.load(Ordering::Acquire) {
+                // EINTR cannot be told from worse here; the flag above ends the loop either way.
+                if manager.run().is_err() {
+                    std::thread::yield_now();
+                }
+            }
+        }))?;
+        Ok(Arc::new(Self { endpoint, ending, thread: Mutex::new(Some(thread)), name: name.to_owned() }))
+    }
+
+    /// Hands `worker` to the loop's thread; returns when it is being served.
+    pub fn attach<W: Worker>(
+        self: &Arc<Self>,
+        worker: W,
+        device: &str,
+        stop: &StopLine,
+    ) -> Result<Attached<W>> {
+        let worker = Arc::new(Mutex::new(worker));
+        let subscriber: Arc<Mutex<dyn MutEventSubscriber + Send>> = worker.clone();
+        let guarded =
+            Guarded { worker: subscriber, device: device.into(), stop: stop.clone(), failed: false };
+        let id = self
+            .endpoint
+            .call_blocking(move |ops| Ok::<_, event_manager::Error>(ops.add_subscriber(guarded)))
+            .map_err(|e| self.gone(e))?;
+        Ok(Attached { event_loop: self.clone(), id, worker })
+    }
+
+    /// Ends the thread and waits for it. What was attached is dropped.
+    pub fn stop(&self) {
+        self.ending.store(true, Ordering::Release);
+        let _ = self.endpoint.kick();
+        if let Some(thread) = lock(&self.thread).take() {
+            // A panic was caught inside; joining cannot report anything new.
+            let _ = thread.join();
+        }
+    }
+
+    fn gone(&self, error: event_manager::Error) -> Error {
+        Error::new(ErrorKind::Internal, format!("event loop '{}' does not answer", self.name))
+            .with_source(to_io(error))
+    }
+}
+
+impl Drop for EventLoop {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// A worker being served by a loop. Detaching it gives it back, with everything that it owns.
+pub(crate) struct Attached<W> {
+    event_loop: Arc<EventLoop>,
+    id: SubscriberId,
+    worker: Arc<Mutex<W>>,
+}
+
+impl<W: Worker> Attached<W> {
+    /// Takes the worker off its loop: when this returns, it is not running and will not run.
+    ///
+    /// Waits for the call in progress, so never call it from the loop's own thread.
+    pub fn detach(self) -> Result<W> {
+        let id = self.id;
+        let removed = self.event_loop.endpoint.call_blocking(move |ops| ops.remove_subscriber(id));
+        match removed {
+            Ok(guarded) => drop(guarded),
+            // The loop has ended and dropped its half: the worker is ours alone all the same.
+            Err(error) => log::debug!("{}", self.event_loop.gone(error)),
+        }
+        let lost = || Error::new(ErrorKind::Internal, "a worker is still in use after it was detached");
+        let mutex = Arc::into_inner(self.worker).ok_or_else(lost)?;
+        Ok(mutex.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner))
+    }
+
+    /// Runs `f` on the worker between two calls of the loop.
+    pub fn with<R>(&self, f: impl FnOnce(&mut W) -> R) -> R {
+        f(&mut lock(&self.worker))
+    }
+}
+
+/// A worker whose panic ends its VM and nothing else.
+struct Guarded {
+    worker: Arc<Mutex<dyn MutEventSubscriber + Send>>,
+    device: Arc<str>,
+    stop: StopLine,
+    failed: bool,
+}
+
+impl Guarded {
+    fn call(&mut self, f: impl FnOnce(&mut (dyn MutEventSubscriber + Send))) {
+        if self.failed {
+            return;
+        }
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| f(&mut *lock(&self.worker)))) {
+            self.failed = true;
+            let why = format!("panicked: {}", panic_text(&*panic));
+            self.stop.pull(StopCause::DeviceFault { device: self.device.to_string(), why });
+        }
+    }
+}
+
+impl MutEventSubscriber for Guarded {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        self.call(|w| w.process(events, ops));
+        if self.failed {
+            // Level-triggered: nobody will drain it any more, so stop listening.
+            let _ = ops.remove(events);
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        self.call(|w| w.init(ops));
+    }
+}
+
+/// What a panic said.
+pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
+    panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
+}
+
+fn to_io(error: event_manager::Error) -> std::io::Error {
+    match error {
+        event_manager::Error::Epoll(errno) | event_manager::Error::EventFd(errno) => {
+            std::io::Error::from_raw_os_error(errno.errno())
+        }
+        other => std::io::Error::other(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Sender, channel};
+    use std::time::Duration;
+
+    use event_manager::EventSet;
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    use super::*;
+
+    struct Echo {
+        bell: EventFd,
+        heard: Sender<u64>,
+        panics: bool,
+    }
+
+    impl MutEventSubscriber for Echo {
+        fn process(&mut self, _: Events, _: &mut EventOps) {
+            assert!(!self.panics, "as the test wants");
+            let _ = self.heard.send(self.bell.read().unwrap());
+        }
+        fn init(&mut self, ops: &mut EventOps) {
+            ops.add(Events::new(&self.bell, EventSet::IN)).unwrap();
+        }
+    }
+
+    fn start() -> Arc<EventLoop> {
+        EventLoop::start("test", |f| Ok(std::thread::spawn(f))).unwrap()
+    }
+
+    #[test]
+    fn a_worker_is_called_then_given_back() {
+        let (heard, hears) = channel();
+        let (bell, ring) = {
+            let bell = EventFd::new(EFD_NONBLOCK).unwrap();
+            (bell.try_clone().unwrap(), bell)
+        };
+        let event_loop = start();
+        let stop = StopLine::new(|cause| panic!("{cause}"));
+        let attached = event_loop.attach(Echo { bell, heard, panics: false }, "echo", &stop).unwrap();
+        ring.write(3).unwrap();
+        assert_eq!(hears.recv_timeout(Duration::from_secs(10)), Ok(3));
+        let echo = attached.detach().unwrap();
+        ring.write(4).unwrap();
+        assert_eq!(echo.bell.read().unwrap(), 4, "nobody but us reads it now");
+        event_loop.stop();
+    }
+
+    #[test]
+    fn a_panic_pulls_the_stop_line_and_the_loop_goes_on() {
+        let (heard, hears) = channel();
+        let (causes, cause) = channel();
+        let stop = StopLine::new(move |c| causes.send(c).unwrap());
+        let event_loop = start();
+        let bad = EventFd::new(EFD_NONBLOCK).unwrap();
+        let good = EventFd::new(EFD_NONBLOCK).unwrap();
+        let echo =
+            |bell: &EventFd, panics| Echo { bell: bell.try_clone().unwrap(), heard: heard.clone(), panics };
+        let first = event_loop.attach(echo(&bad, true), "bad", &stop).unwrap();
+        let _second = event_loop.attach(echo(&good, false), "good", &stop).unwrap();
+        bad.write(1).unwrap();
+        let cause = cause.recv_timeout(Duration::from_secs(10)).unwrap();
+        assert_eq!(
+            cause,
+            StopCause::DeviceFault { device: "bad".into(), why: "panicked: as the test wants".into() }
+        );
+        good.write(9).unwrap();
+        assert_eq!(hears.recv_timeout(Duration::from_secs(10)), Ok(9));
+        first.detach().unwrap();
+    }
+}

@@ -1,0 +1,24 @@
+//! File descriptors.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use vmm_sys_util::eventfd::EventFd;
+
+/// An eventfd's descriptor with its lifetime (vmm-sys-util offers the number only).
+pub(crate) fn borrow(fd: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the eventfd keeps the descriptor open for as long as the borrow of it lives.
+    unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
+}
+
+/// Whether a read would not block, or would report an error or the end, right now.
+pub(crate) fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one initialized pollfd, and the count says so; a zero timeout does not block.
+    let ready = unsafe { libc::poll(&mut poll, 1, 0) };
+    ready > 0 && poll.revents & (libc::POLLIN | libc::POLLHUP | libc::POLLERR) != 0
+}
+
+/// A close-on-exec duplicate: what an embedder hands us stays the embedder's.
+pub(crate) fn duplicate(fd: impl AsFd) -> std::io::Result<OwnedFd> {
+    fd.as_fd().try_clone_to_owned()
+}

@@ -1,0 +1,57 @@
+//! memfd, madvise and seals.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use vm_memory::mmap::MmapRegion;
+
+/// A new memfd of `size` bytes that nobody can resize any more: a guest's memory cannot be cut off
+/// under it, and no fault on it raises SIGBUS for being past the end.
+pub(crate) fn sealed_memfd(name: &CStr, size: u64) -> io::Result<File> {
+    // SAFETY: `name` is a terminated string; the flags are constants.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call above has just made this descriptor, and nobody else knows it.
+    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    file.set_len(size)?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: F_ADD_SEALS takes an integer and touches no memory of ours.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(file)
+}
+
+/// What [`advise`] may be asked for: advice that changes no content.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Advice {
+    /// Children of a fork do not get the guest's memory.
+    DontFork,
+    /// Core dumps of the embedder do not hold it.
+    DontDump,
+    /// Make 2 MiB pages of what is there, now (Linux 6.1).
+    Collapse,
+}
+
+/// Not in the libc crate's stable surface for every target (linux/mman.h).
+const MADV_COLLAPSE: libc::c_int = 25;
+
+/// Advises on `len` bytes at `offset` of a mapping.
+pub(crate) fn advise(region: &MmapRegion, offset: usize, len: usize, advice: Advice) -> io::Result<()> {
+    if offset.checked_add(len).is_none_or(|end| end > region.size()) {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let advice = match advice {
+        Advice::DontFork => libc::MADV_DONTFORK,
+        Advice::DontDump => libc::MADV_DONTDUMP,
+        Advice::Collapse => MADV_COLLAPSE,
+    };
+    // SAFETY: the range lies within a live mapping (checked above), and none of these advices changes
+    // its content or unmaps anything.
+    let result = unsafe { libc::madvise(region.as_ptr().add(offset).cast(), len, advice) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
