@@ -8,9 +8,10 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use crate::error::{Error, ErrorKind, FieldError, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::units::Bytes;
 
+pub(crate) mod topology;
 mod validate;
 
 /// Everything about a VM that is data.

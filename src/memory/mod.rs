@@ -12,6 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 
 mod backing;
 pub(crate) mod layout;
+pub(crate) mod slots;
 
 /// The guest's memory. Cheap to clone; the mapping lives until the last clone is gone.
 #[derive(Clone)]

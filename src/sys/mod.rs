@@ -7,7 +7,11 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub(crate) mod fd;
+pub(crate) mod kvm;
 pub(crate) mod memory;
+pub(crate) mod signal;
+pub(crate) mod thread;
+pub(crate) mod tsc;
 
 /// Locks, also after a panic elsewhere: what our locks guard is left consistent at every step, and a
 /// panicking thread has already ended its VM.
