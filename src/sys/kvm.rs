@@ -41,31 +41,63 @@ pub(crate) enum Exit<'a> {
 /// What `KVM_RUN` failed with, save for EINTR and EAGAIN.
 #[inline(always)]
 pub(crate) fn run(vcpu: &mut VcpuFd) -> io::Result<Exit<'_>> {
-    // SAFETY: KVM_RUN takes no argument; `&mut` on the vCPU keeps everyone else from its kvm_run page.
-    let result = unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_RUN, 0) };
-    if result < 0 {
-        return failed_run();
+    let result = enter_guest(vcpu);
+    if result != 0 {
+        return failed_run(result);
     }
     let run = vcpu.get_kvm_run();
     match run.exit_reason {
         KVM_EXIT_IO => Ok(pio(run)),
         KVM_EXIT_MMIO => Ok(mmio(run)),
-        KVM_EXIT_HLT => Ok(Exit::Hlt),
-        KVM_EXIT_SHUTDOWN => Ok(Exit::Shutdown),
-        KVM_EXIT_IOAPIC_EOI => {
-            // SAFETY: the kernel filled this member of the union for this exit reason.
-            Ok(Exit::IoapicEoi(unsafe { run.__bindgen_anon_1.eoi.vector }))
-        }
-        other => Ok(Exit::Other(other)),
+        _ => Ok(rare_exit(run)),
     }
 }
 
+/// Out of line, so that the two frequent exits cost two comparisons.
 #[cold]
-fn failed_run<'a>() -> io::Result<Exit<'a>> {
-    let error = io::Error::last_os_error();
-    match error.raw_os_error() {
-        Some(libc::EINTR | libc::EAGAIN) => Ok(Exit::Interrupted),
-        _ => Err(error),
+#[inline(never)]
+fn rare_exit(run: &mut kvm_run) -> Exit<'_> {
+    match run.exit_reason {
+        KVM_EXIT_HLT => Exit::Hlt,
+        KVM_EXIT_SHUTDOWN => Exit::Shutdown,
+        KVM_EXIT_IOAPIC_EOI => {
+            // SAFETY: the kernel filled this member of the union for this exit reason.
+            Exit::IoapicEoi(unsafe { run.__bindgen_anon_1.eoi.vector })
+        }
+        other => Exit::Other(other),
+    }
+}
+
+/// `ioctl(vcpu, KVM_RUN, 0)`: 0, or a negative errno.
+///
+/// Not through libc, whose variadic `ioctl` and thread-local errno cost as much as all of our own work
+/// between two exits.
+#[inline(always)]
+fn enter_guest(vcpu: &mut VcpuFd) -> i64 {
+    let result: i64;
+    // SAFETY: the ioctl takes no argument and touches no memory of ours but the kvm_run pages, which
+    // `&mut` keeps everyone else from; the kernel clobbers RCX and R11 alone.
+    unsafe {
+        core::arch::asm!(
+            "syscall",
+            inlateout("rax") libc::SYS_ioctl => result,
+            in("rdi") i64::from(vcpu.as_raw_fd()),
+            in("rsi") KVM_RUN,
+            in("rdx") 0u64,
+            lateout("rcx") _,
+            lateout("r11") _,
+            options(nostack),
+        );
+    }
+    result
+}
+
+#[cold]
+fn failed_run<'a>(result: i64) -> io::Result<Exit<'a>> {
+    let errno = -result as i32;
+    match errno {
+        libc::EINTR | libc::EAGAIN => Ok(Exit::Interrupted),
+        _ => Err(io::Error::from_raw_os_error(errno)),
     }
 }
 

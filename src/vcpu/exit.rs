@@ -6,8 +6,8 @@ use std::sync::Arc;
 use kvm_ioctls::VcpuFd;
 
 use super::gate::Gate;
-use crate::bus::{Access, Bus, Range};
-use crate::error::Error;
+use crate::bus::{Access, Bus, Device};
+use crate::error::{Error, Result};
 use crate::events::StopCause;
 use crate::ioapic::Ioapic;
 use crate::sys::kvm::{self, Exit};
@@ -33,20 +33,18 @@ pub(crate) enum Pause {
 /// Runs vCPU `index` until it must pause.
 pub(crate) fn run(vcpu: &mut VcpuFd, index: u32, around: &Surroundings, gate: &Gate) -> Pause {
     // The device of the last exit, one per bus: most guests talk to one device many times in a row.
-    let mut last_port: Option<&Range> = None;
-    let mut last_mmio: Option<&Range> = None;
+    let mut ports = Nearby::new(&around.pio);
+    let mut mmio = Nearby::new(&around.mmio);
     while !gate.wants_attention() {
         match kvm::run(vcpu) {
             Ok(Exit::Pio { port, size, write, data }) => {
-                let range = lookup(&around.pio, &mut last_port, u64::from(port), usize::from(size));
-                if let Err(error) = port_io(range, port, size, write, data, index) {
-                    return device_fault(range, &error);
+                if let Err(error) = ports.access_all(u64::from(port), size, write, data, index) {
+                    return device_fault(ports.bus, u64::from(port), &error);
                 }
             }
             Ok(Exit::Mmio { address, write, data }) => {
-                let range = lookup(&around.mmio, &mut last_mmio, address, data.len());
-                if let Err(error) = access(range, address, write, data, index) {
-                    return device_fault(range, &error);
+                if let Err(error) = mmio.access(address, write, data, index) {
+                    return device_fault(mmio.bus, address, &error);
                 }
             }
             Ok(Exit::IoapicEoi(vector)) => {
@@ -74,56 +72,88 @@ pub(crate) fn complete_instruction(vcpu: &mut VcpuFd) {
     vcpu.set_kvm_immediate_exit(0);
 }
 
-#[inline(always)]
-fn lookup<'a>(bus: &'a Bus, last: &mut Option<&'a Range>, addr: u64, len: usize) -> Option<&'a Range> {
-    match *last {
-        Some(range) if range.holds(addr, len) => *last,
-        _ => {
-            let found = bus.find(addr, len).and_then(|i| bus.range(i));
-            if found.is_some() {
-                *last = found;
+/// A bus, and the device that answered last: most guests talk to one device many times in a row.
+struct Nearby<'a> {
+    bus: &'a Bus,
+    base: u64,
+    /// Bytes of the device's range; 0 before the first access.
+    len: u64,
+    device: &'a dyn Device,
+}
+
+impl<'a> Nearby<'a> {
+    fn new(bus: &'a Bus) -> Self {
+        Self { bus, base: 0, len: 0, device: &Nobody }
+    }
+
+    /// The accesses of one exit: a string instruction makes many to the same port at once.
+    #[inline(always)]
+    fn access_all(&mut self, port: u64, size: u8, write: bool, data: &mut [u8], vcpu: u32) -> Result<()> {
+        if data.len() == usize::from(size) {
+            return self.access(port, write, data, vcpu);
+        }
+        data.chunks_mut(usize::from(size).max(1)).try_for_each(|one| self.access(port, write, one, vcpu))
+    }
+
+    #[inline(always)]
+    fn access(&mut self, addr: u64, write: bool, data: &mut [u8], vcpu: u32) -> Result<()> {
+        let mut offset = addr.wrapping_sub(self.base);
+        // No overflow: a range ends within the address space, and an access is of 8 bytes at most.
+        if offset >= self.len || self.len - offset < data.len() as u64 {
+            if !self.go_to(addr, data.len()) {
+                if !write {
+                    data.fill(0xff);
+                }
+                return Ok(());
             }
-            found
+            offset = addr - self.base;
         }
+        let access = Access { offset, vcpu };
+        if write {
+            self.device.write(access, data)
+        } else {
+            all_ones(data);
+            self.device.read(access, data)
+        }
+    }
+
+    #[cold]
+    fn go_to(&mut self, addr: u64, len: usize) -> bool {
+        let Some(range) = self.bus.find(addr, len).and_then(|i| self.bus.range(i)) else { return false };
+        // A range over all 2^64 addresses would not fit; a bus has no such device.
+        (self.base, self.len) = (range.base, (range.last - range.base).saturating_add(1));
+        self.device = &*range.device;
+        true
     }
 }
 
+/// Fills the few widths that instructions have without a call.
 #[inline(always)]
-fn port_io(
-    range: Option<&Range>,
-    port: u16,
-    size: u8,
-    write: bool,
-    data: &mut [u8],
-    vcpu: u32,
-) -> Result<(), Error> {
-    if data.len() == usize::from(size) {
-        return access(range, u64::from(port), write, data, vcpu);
+fn all_ones(data: &mut [u8]) {
+    match data {
+        [a] => *a = 0xff,
+        [a, b] => (*a, *b) = (0xff, 0xff),
+        [a, b, c, d] => (*a, *b, *c, *d) = (0xff, 0xff, 0xff, 0xff),
+        other => other.fill(0xff),
     }
-    // A string instruction: the kernel hands over many accesses to the same port at once.
-    data.chunks_mut(usize::from(size).max(1))
-        .try_for_each(|one| access(range, u64::from(port), write, one, vcpu))
 }
 
-#[inline(always)]
-fn access(range: Option<&Range>, addr: u64, write: bool, data: &mut [u8], vcpu: u32) -> Result<(), Error> {
-    match (range, write) {
-        (Some(range), true) => range.device.write(Access { offset: addr - range.base, vcpu }, data),
-        (Some(range), false) => {
-            data.fill(0xff);
-            range.device.read(Access { offset: addr - range.base, vcpu }, data)
-        }
-        (None, true) => Ok(()),
-        (None, false) => {
-            data.fill(0xff);
-            Ok(())
-        }
+/// Answers until the first device is found, and is never called.
+struct Nobody;
+
+impl Device for Nobody {
+    fn read(&self, _: Access, _: &mut [u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn write(&self, _: Access, _: &[u8]) -> Result<()> {
+        Ok(())
     }
 }
 
 #[cold]
-fn device_fault(range: Option<&Range>, error: &Error) -> Pause {
-    let device = range.map_or("nothing", |r| &r.name).to_owned();
+fn device_fault(bus: &Bus, addr: u64, error: &Error) -> Pause {
+    let device = bus.name_at(addr, 1).unwrap_or_default();
     Pause::Ended(StopCause::DeviceFault { device, why: error.to_string() })
 }
 
