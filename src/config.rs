@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::units::Bytes;
 
 pub(crate) mod topology;
-mod validate;
+pub(crate) mod validate;
 
 /// Everything about a VM that is data.
 ///

@@ -18,3 +18,12 @@ pub(crate) mod tsc;
 pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// Fills `bytes` from the kernel's random number generator.
+pub(crate) fn random(bytes: &mut [u8]) {
+    for piece in bytes.chunks_mut(256) {
+        // SAFETY: the pointer and length are those of a live slice. Up to 256 bytes cannot fail or be cut
+        // short once the generator is seeded, and until then the call waits.
+        unsafe { libc::getrandom(piece.as_mut_ptr().cast(), piece.len(), 0) };
+    }
+}

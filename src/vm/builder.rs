@@ -11,11 +11,11 @@ use kvm_ioctls::{Kvm, VmFd};
 use super::Vm;
 use super::board::{Board, BoardPlan, Console};
 use super::machine::{Control, End, Machine, VmState, enter_thread_of};
-use crate::boot::{self, Entry};
+use crate::boot::{self, Entry, Identity, Protocol};
 use crate::budget::{Claim, Ledger};
 use crate::bus::{Bus, Device};
 use crate::config::topology::Topology;
-use crate::config::{Boot, Platform, VmConfig};
+use crate::config::{Boot, CpuMode, Platform, Uuid, VmConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, Reporter, StopCause, StopLine, VmId};
 use crate::memory::{Memory, layout, slots};
@@ -277,6 +277,17 @@ impl Threads {
     }
 }
 
+/// The VM's UUID; a random one (version 4) where the embedder gave none.
+fn identity(config: &VmConfig) -> Uuid {
+    config.uuid.unwrap_or_else(|| {
+        let mut bytes = [0; 16];
+        sys::random(&mut bytes);
+        bytes[6] = bytes[6] & 0x0f | 0x40;
+        bytes[8] = bytes[8] & 0x3f | 0x80;
+        Uuid(bytes)
+    })
+}
+
 fn next_id() -> VmId {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     VmId(NEXT.fetch_add(1, Ordering::Relaxed))
@@ -310,8 +321,25 @@ fn create_vcpus(host: &HostParts, vm: &VmFd, config: &VmConfig) -> Result<Vec<Vc
 
 fn load(config: &VmConfig, memory: &Memory, board: &Board) -> Result<Entry> {
     match &config.boot {
-        Boot::Linux(linux) => boot::linux(memory, linux, &board.describe(config)),
+        Boot::Linux(linux) => {
+            let identity = Identity { uuid: identity(config), name: config.name.clone() };
+            boot::linux(memory, linux, &board.describe(config), &identity)
+        }
         Boot::Bare(bare) => boot::bare(memory, bare),
+    }
+}
+
+/// The registers of vCPU `index` at its first instruction.
+fn first_registers(entry: &Entry, index: u32) -> regs::Start {
+    let base =
+        regs::Start { rip: entry.rip, cr3: entry.page_tables, gdt: entry.gdt, ..regs::Start::default() };
+    match entry.protocol {
+        Protocol::Linux64 { zero_page } => regs::Start { mode: CpuMode::Long, rsi: zero_page, ..base },
+        Protocol::Pvh { start_info } => regs::Start { mode: CpuMode::Protected, rbx: start_info, ..base },
+        Protocol::Bare { mode, stack } => {
+            let rsp = stack.wrapping_sub(if stack == 0 { 0 } else { u64::from(index) << 12 });
+            regs::Start { mode, rsp, rdi: index.into(), ..base }
+        }
     }
 }
 
@@ -319,7 +347,7 @@ fn place_vcpus(vcpus: &[Vcpu], config: &VmConfig, entry: &Entry) -> Result<()> {
     let bare = matches!(config.boot, Boot::Bare(_));
     for vcpu in vcpus.iter().take(if bare { vcpus.len() } else { 1 }) {
         vcpu.with(|fd| {
-            regs::set_start(fd, &entry.start(vcpu.index))?;
+            regs::set_start(fd, &first_registers(entry, vcpu.index))?;
             // Under an interrupt controller the others would wait for a SIPI that no bare guest expects.
             if vcpu.index > 0 && config.platform == Platform::Pc { regs::set_runnable(fd) } else { Ok(()) }
         })
