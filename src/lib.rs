@@ -10,10 +10,12 @@ mod host;
 mod ioapic;
 mod irq;
 mod memory;
+mod pci;
 mod reactor;
 mod sys;
 mod units;
 mod vcpu;
+mod virtio;
 mod vm;
 
 pub use budget::Usage;
