@@ -236,3 +236,11 @@ pub(crate) fn set_memory_slot(vm: &VmFd, slot: u32, address: u64, region: &MmapR
     // the order of the fields of `vm::machine::Machine` says so.
     unsafe { vm.set_user_memory_region(region) }.map_err(|e| io::Error::from_raw_os_error(e.errno()))
 }
+
+/// Tells KVM which guest-physical pages it may use for itself: Intel processors without unrestricted
+/// guests run real mode with them. Elsewhere nothing comes of it.
+pub(crate) fn set_intel_pages(vm: &VmFd, tss: u64, identity_map: u64) -> io::Result<()> {
+    let os = |e: vmm_sys_util::errno::Error| io::Error::from_raw_os_error(e.errno());
+    vm.set_identity_map_address(identity_map).map_err(os)?;
+    vm.set_tss_address(tss as usize).map_err(os)
+}
