@@ -182,7 +182,11 @@ mod tests {
     fn memory_is_kept_and_no_update_is_ever_in_progress() {
         let cmos = Cmos::default();
         cmos.write(Access::at(0), &[0x80 | 0x40, 0x5a]).unwrap();
-        assert_eq!(register(&cmos, 0x40), 0x5a, "index and data in one wide write; the NMI bit is not the index's");
+        assert_eq!(
+            register(&cmos, 0x40),
+            0x5a,
+            "index and data in one wide write; the NMI bit is not the index's"
+        );
         assert_eq!(register(&cmos, super::register::A) & 0x80, 0);
         assert_eq!(register(&cmos, super::register::D), VALID);
         for len in 1..=8 {

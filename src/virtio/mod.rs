@@ -18,6 +18,7 @@ use crate::sys::lock;
 
 mod chain;
 pub(crate) mod queue;
+pub(crate) mod transport;
 
 pub(crate) use queue::Queue;
 

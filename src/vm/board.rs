@@ -94,10 +94,9 @@ impl Board {
         buses.mmio.insert("pci ecam", ecam.start, ecam.end - ecam.start, Arc::new(Ecam(root.clone())))?;
         let ports = Arc::new(ConfigPorts(root.clone()));
         buses.pio.insert("pci config", ConfigPorts::BASE, ConfigPorts::LEN, ports)?;
-        for (name, window) in [
-            ("pci window", layout::PCI_MMIO32),
-            ("pci high window", layout::pci_mmio64(plan.memory.size())),
-        ] {
+        for (name, window) in
+            [("pci window", layout::PCI_MMIO32), ("pci high window", layout::pci_mmio64(plan.memory.size()))]
+        {
             let device = Arc::new(Window { root: root.clone(), base: window.start });
             buses.mmio.insert(name, window.start, window.end - window.start, device)?;
         }
@@ -147,7 +146,9 @@ impl Board {
 impl Plan<'_> {
     /// Starts the `index`th loop of the VM.
     pub fn start_loop(&self, index: u32) -> Result<Arc<EventLoop>> {
-        EventLoop::start(&format!("vmbed-dev{index}"), |body| self.threads.spawn(ThreadRole::Device, index, body))
+        EventLoop::start(&format!("vmbed-dev{index}"), |body| {
+            self.threads.spawn(ThreadRole::Device, index, body)
+        })
     }
 }
 
@@ -158,8 +159,7 @@ fn split_irqchip(vm: &VmFd) -> Result<()> {
         .map_err(|e| Error::os("giving KVM its pages (KVM_SET_TSS_ADDR)", e))?;
     let mut cap = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
     cap.args[0] = IOAPIC_PINS.into();
-    vm.enable_cap(&cap)
-        .map_err(|e| Error::errno_of("making local APICs (KVM_CAP_SPLIT_IRQCHIP)", e))
+    vm.enable_cap(&cap).map_err(|e| Error::errno_of("making local APICs (KVM_CAP_SPLIT_IRQCHIP)", e))
 }
 
 /// The devices at fixed ports.
@@ -169,7 +169,12 @@ fn legacy(plan: &Plan<'_>, ioapic: &Arc<Ioapic>, console: &Console, buses: &mut 
         buses.pio.insert("serial", ports::COM1.into(), ports::COM1_LEN.into(), serial)?;
     }
     buses.pio.insert("cmos", ports::CMOS.into(), ports::CMOS_LEN.into(), Arc::new(Cmos::default()))?;
-    buses.pio.insert("i8042", ports::I8042.into(), ports::I8042_LEN.into(), Arc::new(I8042::new(plan.stop.clone())))?;
+    buses.pio.insert(
+        "i8042",
+        ports::I8042.into(),
+        ports::I8042_LEN.into(),
+        Arc::new(I8042::new(plan.stop.clone())),
+    )?;
     buses.pio.insert("pvpanic", ports::PVPANIC.into(), 1, Arc::new(PvPanic::new(plan.stop.clone())))?;
     let power = Arc::new(Power::new(plan.stop.clone(), ioapic.line(ports::GED_GSI as u8)));
     buses.pio.insert("power", ports::POWER.into(), ports::POWER_LEN.into(), power.clone())?;

@@ -2,6 +2,7 @@
 //! From a configuration to a VM: the only file that knows every part.
 
 use std::fmt;
+use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
@@ -9,13 +10,14 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use kvm_ioctls::{Kvm, VmFd};
 
 use super::Vm;
-use super::board::{Board, BoardPlan, Console};
+use super::board::{self, Board, Plan, Wiring};
 use super::machine::{Control, End, Machine, VmState, enter_thread_of};
 use crate::boot::{self, Entry, Identity, Protocol};
 use crate::budget::{Claim, Ledger};
 use crate::bus::{Bus, Device};
 use crate::config::topology::Topology;
 use crate::config::{Boot, CpuMode, Platform, Uuid, VmConfig};
+use crate::console::Output;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, Reporter, StopCause, StopLine, VmId};
 use crate::memory::{Memory, layout, slots};
@@ -81,7 +83,7 @@ pub struct VmBuilder {
     pio: Vec<Attached>,
     mmio: Vec<Attached>,
     events: Option<EventStream>,
-    console: Console,
+    wiring: Wiring,
     hook: Option<Hook>,
 }
 
@@ -95,7 +97,7 @@ struct Attached {
 impl VmBuilder {
     pub(crate) fn new(host: Arc<HostParts>, config: VmConfig) -> Self {
         let (pio, mmio) = (Vec::new(), Vec::new());
-        Self { host, config, pio, mmio, events: None, console: Console::default(), hook: None }
+        Self { host, config, pio, mmio, events: None, wiring: Wiring::default(), hook: None }
     }
 
     /// Attaches a device of your own to `len` ports from `port`.
@@ -129,6 +131,35 @@ impl VmBuilder {
         self
     }
 
+    /// Writes the guest's console to `fd`, which is duplicated: a file, pipe, terminal or socket. Its flags
+    /// stay as they are. When nobody takes the output, the oldest is dropped; the guest never waits for it.
+    ///
+    /// # Errors
+    /// `Exhausted` when the process has no file descriptor left.
+    pub fn console_output(mut self, fd: impl AsFd) -> Result<Self> {
+        let fd = sys::fd::duplicate(fd).map_err(|e| Error::os("duplicating the console's output fd", e))?;
+        self.wiring.output = Some(Output::Fd(fd));
+        Ok(self)
+    }
+
+    /// Hands the guest's console output to `callback` instead, on a device thread of the VM's. It must not
+    /// wait for this VM; a panic in it stops the VM.
+    pub fn console_callback(mut self, callback: impl FnMut(&[u8]) + Send + 'static) -> Self {
+        self.wiring.output = Some(Output::Callback(Box::new(callback)));
+        self
+    }
+
+    /// Reads the guest's console input from `fd`, which is duplicated. What the guest does not read stays
+    /// there.
+    ///
+    /// # Errors
+    /// `Exhausted` when the process has no file descriptor left.
+    pub fn console_input(mut self, fd: impl AsFd) -> Result<Self> {
+        let fd = sys::fd::duplicate(fd).map_err(|e| Error::os("duplicating the console's input fd", e))?;
+        self.wiring.input = Some(fd);
+        Ok(self)
+    }
+
     /// Calls `hook` on each thread of the library before it does anything else: the place to set its
     /// affinity, cgroup or scheduler. A panic in it ends that VM.
     pub fn on_thread_start(mut self, hook: impl Fn(&ThreadInfo) + Send + Sync + 'static) -> Self {
@@ -153,8 +184,9 @@ impl VmBuilder {
     }
 
     fn build_valid(self) -> Result<Vm> {
-        let Self { host, config, pio, mmio, events, console, hook } = self;
+        let Self { host, mut config, pio, mmio, events, wiring, hook } = self;
         let id = next_id();
+        config.uuid.get_or_insert_with(random_uuid);
         let claim = Claim { memory: config.memory, vcpus: config.cpus.count.into() };
         let reservation = host.ledger.claim(claim)?;
         let events = events.map_or_else(EventStream::new, Ok)?;
@@ -167,19 +199,20 @@ impl VmBuilder {
         let end = Arc::new(End { cause: OnceLock::new(), gate: Gate::new(config.cpus.count.into()) });
         let threads = Threads { id, hook, stop: end.line() };
         let mut buses = Buses::default();
-        let plan = BoardPlan {
+        let stop = end.line();
+        let plan = Plan {
             config: &config,
             vm: &vm,
             memory: &memory,
             reporter: &reporter,
-            stop: &end.line(),
+            stop: &stop,
             threads: &threads,
         };
-        let board = Board::make(plan, console, &mut buses)?;
+        let board = Board::make(&plan, wiring, &mut buses)?;
         buses.attach(pio, mmio, &memory)?;
 
         let vcpus = create_vcpus(&host, &vm, &config)?;
-        let entry = load(&config, &memory, &board)?;
+        let entry = load(&config, &memory)?;
         place_vcpus(&vcpus, &config, &entry)?;
 
         let around =
@@ -277,15 +310,13 @@ impl Threads {
     }
 }
 
-/// The VM's UUID; a random one (version 4) where the embedder gave none.
-fn identity(config: &VmConfig) -> Uuid {
-    config.uuid.unwrap_or_else(|| {
-        let mut bytes = [0; 16];
-        sys::random(&mut bytes);
-        bytes[6] = bytes[6] & 0x0f | 0x40;
-        bytes[8] = bytes[8] & 0x3f | 0x80;
-        Uuid(bytes)
-    })
+/// A random identity (RFC 9562, version 4).
+fn random_uuid() -> Uuid {
+    let mut bytes = [0; 16];
+    sys::random(&mut bytes);
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    Uuid(bytes)
 }
 
 fn next_id() -> VmId {
@@ -319,11 +350,11 @@ fn create_vcpus(host: &HostParts, vm: &VmFd, config: &VmConfig) -> Result<Vec<Vc
         .collect()
 }
 
-fn load(config: &VmConfig, memory: &Memory, board: &Board) -> Result<Entry> {
+fn load(config: &VmConfig, memory: &Memory) -> Result<Entry> {
     match &config.boot {
         Boot::Linux(linux) => {
-            let identity = Identity { uuid: identity(config), name: config.name.clone() };
-            boot::linux(memory, linux, &board.describe(config), &identity)
+            let identity = Identity { uuid: config.uuid.unwrap_or(Uuid([0; 16])), name: config.name.clone() };
+            boot::linux(memory, linux, &board::describe(config, memory), &identity)
         }
         Boot::Bare(bare) => boot::bare(memory, bare),
     }

@@ -128,7 +128,6 @@ impl Machine {
     pub fn start(&self) -> Result<()> {
         let _control = self.control("start")?;
         self.expect(&[VmState::Built], "start", "a VM is started once, after it was built")?;
-        self.board.start()?;
         self.set_unless_stopped(VmState::Running, EventKind::Started);
         self.end.gate.set(Target::Run);
         Ok(())
@@ -145,12 +144,13 @@ impl Machine {
                 format!("a vCPU has not left a device's callback for {BOUND:?}: the VM goes on running");
             return Err(Error::new(ErrorKind::TimedOut, why).context("pause"));
         }
-        let paused = self.board.pause().and_then(|()| clock::stop(&self.vm));
+        self.board.pause();
+        let paused = clock::stop(&self.vm);
         match paused {
             Ok(clock) => control.clock = Some(clock),
             Err(error) => {
                 // Nothing changed, as every failed call promises.
-                let _ = self.board.resume();
+                self.board.resume();
                 self.end.gate.set(Target::Run);
                 return Err(error.context("pause"));
             }
@@ -168,7 +168,7 @@ impl Machine {
         if let Some(clock) = &control.clock {
             clock::resume(&self.vm, &self.vcpus, clock).map_err(|e| e.context("resume"))?;
         }
-        self.board.resume().map_err(|e| e.context("resume"))?;
+        self.board.resume();
         control.clock = None;
         self.set_unless_stopped(VmState::Running, EventKind::Resumed);
         self.end.gate.set(Target::Run);

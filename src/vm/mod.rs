@@ -8,6 +8,7 @@ use std::time::Duration;
 mod board;
 mod builder;
 mod clock;
+mod devices;
 mod machine;
 mod registers;
 
@@ -126,6 +127,17 @@ impl Vm {
     /// The VM's events: poll the stream's fd, then drain it.
     pub fn events(&self) -> &EventStream {
         &self.machine.events
+    }
+
+    /// The last 64 KiB that the guest wrote to its console. Never blocks.
+    pub fn console_tail(&self) -> Vec<u8> {
+        self.machine.board.console.tail()
+    }
+
+    /// Types `bytes` on the guest's console. Returns how many were taken: what the guest has not read yet
+    /// is bounded (4 KiB), the rest may be offered again. Never blocks.
+    pub fn console_input(&self, bytes: &[u8]) -> usize {
+        self.machine.board.console.push_input(bytes)
     }
 
     /// The guest's memory size in bytes.

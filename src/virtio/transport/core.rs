@@ -20,7 +20,8 @@ const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
 const DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
 const NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
 /// What the rings can do, whatever the device.
-const RING_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+const RING_FEATURES: u64 =
+    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
 /// The registers of one queue.
 pub(super) struct QueueRegisters {
@@ -73,13 +74,28 @@ pub(super) enum Change {
 }
 
 impl Core {
-    pub fn new(device: Box<dyn VirtioDevice>, memory: Memory, signals: Signals, no_vector: u16) -> Result<Self> {
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        memory: Memory,
+        signals: Signals,
+        no_vector: u16,
+    ) -> Result<Self> {
         let registers = |max_size: &u16| {
             let doorbell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
                 .map_err(|e| Error::os(format!("creating a doorbell of {}", device.id()), e))?;
             let (desc, avail, used) = (0, 0, 0);
             let (max_size, size, enabled) = (*max_size, *max_size, false);
-            Ok(QueueRegisters { max_size, size, enabled, desc, avail, used, vector: no_vector, interrupt: None, doorbell })
+            Ok(QueueRegisters {
+                max_size,
+                size,
+                enabled,
+                desc,
+                avail,
+                used,
+                vector: no_vector,
+                interrupt: None,
+                doorbell,
+            })
         };
         let queues = device.queue_sizes().iter().map(registers).collect::<Result<_>>()?;
         Ok(Self {
@@ -244,7 +260,8 @@ impl Core {
         *driver_features = 0;
         (*device_feature_select, *driver_feature_select, *queue_select) = (0, 0, 0);
         for queue in queues {
-            let QueueRegisters { max_size, size, enabled, desc, avail, used, vector, interrupt, doorbell } = queue;
+            let QueueRegisters { max_size, size, enabled, desc, avail, used, vector, interrupt, doorbell } =
+                queue;
             (*size, *enabled, *vector, *interrupt) = (*max_size, false, u16::MAX, None);
             (*desc, *avail, *used) = (0, 0, 0);
             // A bell that still rings belongs to the old driver.

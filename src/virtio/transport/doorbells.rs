@@ -3,7 +3,8 @@
 
 use std::sync::Arc;
 
-use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VmFd};
+use kvm_bindings::KVM_CAP_IOEVENTFD_ANY_LENGTH;
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::{Error, Result};
@@ -18,7 +19,8 @@ pub(crate) struct Doorbells {
 
 impl Doorbells {
     pub fn new(vm: Option<Arc<VmFd>>) -> Self {
-        let any_length = vm.as_ref().is_some_and(|vm| vm.check_extension(Cap::IoeventfdAnyLength));
+        let check = |vm: &Arc<VmFd>| vm.check_extension_raw(KVM_CAP_IOEVENTFD_ANY_LENGTH.into()) > 0;
+        let any_length = vm.as_ref().is_some_and(check);
         Self { vm, any_length }
     }
 

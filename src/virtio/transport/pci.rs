@@ -5,11 +5,6 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use virtio_bindings::bindings::virtio_pci::{
-    VIRTIO_PCI_CAP_COMMON_CFG, VIRTIO_PCI_CAP_DEVICE_CFG, VIRTIO_PCI_CAP_ISR_CFG, VIRTIO_PCI_CAP_NOTIFY_CFG,
-    VIRTIO_PCI_CAP_PCI_CFG,
-};
-
 use super::Doorbells;
 use super::core::{Change, Core, QueueRegisters};
 use crate::error::Result;
@@ -24,6 +19,12 @@ const VENDOR: u16 = 0x1af4;
 const DEVICE_BASE: u16 = 0x1040;
 /// Vendor-specific.
 const CAP_VENDOR: u8 = 9;
+/// `cfg_type` of a virtio capability (4.1.4).
+const VIRTIO_PCI_CAP_COMMON_CFG: u8 = 1;
+const VIRTIO_PCI_CAP_NOTIFY_CFG: u8 = 2;
+const VIRTIO_PCI_CAP_ISR_CFG: u8 = 3;
+const VIRTIO_PCI_CAP_DEVICE_CFG: u8 = 4;
+const VIRTIO_PCI_CAP_PCI_CFG: u8 = 5;
 const NO_VECTOR: u16 = 0xffff;
 
 /// What lies where in the BAR, each part on a page of its own.
@@ -335,7 +336,8 @@ impl State {
         self.config.read(self.window, &mut cap);
         let word = |at: usize| u32::from_le_bytes([cap[at], cap[at + 1], cap[at + 2], cap[at + 3]]);
         let (bar, at, wanted) = (cap[4], u64::from(word(8)), word(12) as usize);
-        let good = bar == 0 && matches!(wanted, 1 | 2 | 4) && wanted == length && at.is_multiple_of(wanted as u64);
+        let good =
+            bar == 0 && matches!(wanted, 1 | 2 | 4) && wanted == length && at.is_multiple_of(wanted as u64);
         (good && at + wanted as u64 <= BAR_SIZE).then_some((at, wanted))
     }
 }
@@ -346,9 +348,9 @@ fn notify_address(base: u64, queue: usize) -> u64 {
 
 /// Adds the five virtio capabilities (4.1.4). Returns where the window's is.
 fn add_capabilities(config: &mut ConfigSpace, queues: u64) -> usize {
-    let mut add = |kind: u32, offset: u64, length: u64, more: &[u8], writable: &[u8]| {
+    let mut add = |kind: u8, offset: u64, length: u64, more: &[u8], writable: &[u8]| {
         // Length of the capability, type, BAR 0, id, padding, offset and length of the part.
-        let mut body = vec![16 + more.len() as u8, kind as u8, 0, 0, 0, 0];
+        let mut body = vec![16 + more.len() as u8, kind, 0, 0, 0, 0];
         body.extend((offset as u32).to_le_bytes());
         body.extend((length as u32).to_le_bytes());
         body.extend(more);
