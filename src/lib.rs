@@ -9,6 +9,7 @@ mod memory;
 mod reactor;
 mod sys;
 mod units;
+mod virtio;
 
 pub use bus::{Access, Device};
 pub use config::{

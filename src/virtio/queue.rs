@@ -1,0 +1,405 @@
+#![forbid(unsafe_code)]
+//! A split virtqueue (2.7) as a device uses it: take a chain, complete it, notify.
+//!
+//! The ring's arithmetic and its memory ordering are `virtio-queue`'s. Chains are walked here, since
+//! its iterator ends without a word where a driver breaks the rules, and a device must tell "the end"
+//! from "broken": every descriptor is read once, no more than the queue's size of them.
+
+use std::num::Wrapping;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::QueueT;
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::irq::Vector;
+use crate::memory::Memory;
+
+pub(crate) use super::chain::{BadBuffer, Chain, Cursor, Span, length};
+
+/// How a driver broke the rules of its ring. The queue is of no use until the driver resets the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum QueueFault {
+    #[error("queue size {size} is not a power of two up to {max}")]
+    Size { size: u16, max: u16 },
+    #[error("a ring is not aligned or not in memory")]
+    Rings,
+    #[error("the available index is {ahead} ahead in a queue of {size}")]
+    AvailAhead { ahead: u16, size: u16 },
+    #[error("descriptor {0} is beyond the table")]
+    Index(u16),
+    #[error("descriptor {0} was made available while it is in use")]
+    InUse(u16),
+    #[error("descriptor {0} is completed but not in use")]
+    NotInUse(u16),
+    #[error("a chain of more than {0} descriptors, or a loop")]
+    TooLong(u16),
+    #[error("an indirect table in an indirect table")]
+    NestedIndirect,
+    #[error("an indirect descriptor with a next one")]
+    IndirectNext,
+    #[error("an indirect table of {0} bytes")]
+    IndirectLength(u32),
+    #[error("a descriptor table at {0:#x} that is not in memory")]
+    Table(u64),
+    #[error("a buffer at {0:#x} whose end wraps")]
+    Wraps(u64),
+    #[error("the queue has failed before")]
+    Broken,
+}
+
+/// What the transport's registers hold for one queue: plain data and the two ways to signal.
+pub(crate) struct QueueSetup {
+    pub max_size: u16,
+    pub size: u16,
+    pub desc: u64,
+    pub avail: u64,
+    pub used: u64,
+    pub event_idx: bool,
+    pub next_avail: u16,
+    pub next_used: u16,
+    /// Nonblocking. Rung by the driver.
+    pub doorbell: EventFd,
+    /// Raised for the driver; `None` where it polls (VIRTIO_MSI_NO_VECTOR).
+    pub interrupt: Option<Arc<Vector>>,
+}
+
+/// One virtqueue being served.
+pub(crate) struct Queue {
+    ring: virtio_queue::Queue,
+    doorbell: EventFd,
+    interrupt: Option<Arc<Vector>>,
+    /// The available index as last read: up to there chains wait.
+    avail_seen: u16,
+    in_use: HeadSet,
+    /// Something was completed that the driver has not been told of.
+    untold: bool,
+    broken: bool,
+}
+
+impl Queue {
+    /// The queue at those addresses.
+    ///
+    /// # Errors
+    /// `Size` and `Rings` where the driver has put something impossible into the registers.
+    pub fn new(setup: QueueSetup, memory: &Memory) -> Result<Self, QueueFault> {
+        let bad_size = QueueFault::Size { size: setup.size, max: setup.max_size };
+        let mut ring = virtio_queue::Queue::new(setup.max_size).map_err(|_| bad_size)?;
+        ring.try_set_size(setup.size).map_err(|_| bad_size)?;
+        ring.try_set_desc_table_address(GuestAddress(setup.desc))
+            .and_then(|()| ring.try_set_avail_ring_address(GuestAddress(setup.avail)))
+            .and_then(|()| ring.try_set_used_ring_address(GuestAddress(setup.used)))
+            .map_err(|_| QueueFault::Rings)?;
+        ring.set_event_idx(setup.event_idx);
+        ring.set_next_avail(setup.next_avail);
+        ring.set_next_used(setup.next_used);
+        ring.set_ready(true);
+        // The check adds lengths to addresses: it wants room for the largest ring.
+        let highest = setup.desc.max(setup.avail).max(setup.used);
+        if highest > u64::MAX - (1 << 20) || !ring.is_valid(&**memory) {
+            return Err(QueueFault::Rings);
+        }
+        Ok(Self {
+            in_use: HeadSet::new(setup.size),
+            avail_seen: setup.next_avail,
+            ring,
+            doorbell: setup.doorbell,
+            interrupt: setup.interrupt,
+            untold: false,
+            broken: false,
+        })
+    }
+
+    /// Everything to build it again from. Call it when no chain is in use.
+    pub fn into_setup(self) -> QueueSetup {
+        QueueSetup {
+            max_size: self.ring.max_size(),
+            size: self.ring.size(),
+            desc: self.ring.desc_table(),
+            avail: self.ring.avail_ring(),
+            used: self.ring.used_ring(),
+            event_idx: self.ring.event_idx_enabled(),
+            next_avail: self.ring.next_avail(),
+            next_used: self.ring.next_used(),
+            doorbell: self.doorbell,
+            interrupt: self.interrupt,
+        }
+    }
+
+    /// Where it stands in the two rings: the next available and the next used index.
+    pub fn position(&self) -> (u16, u16) {
+        (self.ring.next_avail(), self.ring.next_used())
+    }
+
+    pub fn doorbell(&self) -> &EventFd {
+        &self.doorbell
+    }
+
+    pub fn size(&self) -> u16 {
+        self.ring.size()
+    }
+
+    /// The largest number of buffers in one chain.
+    pub fn max_size(&self) -> u16 {
+        self.ring.max_size()
+    }
+
+    /// Rings the doorbell ourselves: more waits than one wake-up may take.
+    pub fn rearm(&self) {
+        // Full only when it rings anyway.
+        let _ = self.doorbell.write(1);
+    }
+
+    /// Hears the doorbell.
+    pub fn silence(&self) {
+        // EAGAIN: it was not ringing.
+        let _ = self.doorbell.read();
+    }
+
+    /// Takes the next chain into `chain`; `false` when none waits.
+    ///
+    /// # Errors
+    /// The driver broke the rules: this queue refuses everything from now on.
+    pub fn pop(&mut self, memory: &Memory, chain: &mut Chain) -> Result<bool, QueueFault> {
+        if self.broken {
+            return Err(QueueFault::Broken);
+        }
+        let taken = self.take_head(memory).and_then(|head| match head {
+            None => Ok(false),
+            Some(head) => self.walk(memory, head, chain).map(|()| true),
+        });
+        self.broken = taken.is_err();
+        taken
+    }
+
+    /// Undoes the last `pop`, whose chain was not used: it is the next one again.
+    pub fn give_back(&mut self, chain: &Chain) {
+        if self.in_use.remove(chain.head) {
+            let next = Wrapping(self.ring.next_avail()) - Wrapping(1);
+            self.ring.set_next_avail(next.0);
+        }
+    }
+
+    /// Hands a chain back to the driver, `written` bytes of it filled from its beginning.
+    ///
+    /// # Errors
+    /// The queue is broken, or `head` was not taken from it.
+    pub fn complete(&mut self, memory: &Memory, head: u16, written: u32) -> Result<(), QueueFault> {
+        if self.broken {
+            return Err(QueueFault::Broken);
+        }
+        if !self.in_use.remove(head) {
+            return Err(QueueFault::NotInUse(head));
+        }
+        self.untold = true;
+        let added = self.ring.add_used(&**memory, head, written);
+        self.fail_on(added.map_err(|_| QueueFault::Rings))
+    }
+
+    /// Raises the interrupt if something was completed since the last time and the driver wants to know.
+    pub fn notify(&mut self, memory: &Memory) {
+        if !std::mem::take(&mut self.untold) {
+            return;
+        }
+        let wanted = self.ring.needs_notification(&**memory).unwrap_or(true)
+            && (self.ring.event_idx_enabled() || !self.avail_flag(memory, VRING_AVAIL_F_NO_INTERRUPT as u16));
+        if let (true, Some(interrupt)) = (wanted, &self.interrupt) {
+            interrupt.trigger();
+        }
+    }
+
+    /// Asks the driver to ring the doorbell. `true` when chains wait already, for which it will not.
+    ///
+    /// # Errors
+    /// The queue is broken.
+    pub fn enable_notification(&mut self, memory: &Memory) -> Result<bool, QueueFault> {
+        if self.broken {
+            return Err(QueueFault::Broken);
+        }
+        let more = self.ring.enable_notification(&**memory);
+        self.fail_on(more.map_err(|_| QueueFault::Rings))
+    }
+
+    /// Asks the driver to spare itself the doorbell: the queue is being looked at anyway.
+    ///
+    /// # Errors
+    /// The queue is broken.
+    pub fn disable_notification(&mut self, memory: &Memory) -> Result<(), QueueFault> {
+        let done = self.ring.disable_notification(&**memory);
+        self.fail_on(done.map_err(|_| QueueFault::Rings))
+    }
+
+    /// One wake-up's work: hands at most queue-size chains to `serve`, which completes them now or
+    /// later. `true` when it stopped at that bound, and the caller must come back by itself.
+    ///
+    /// # Errors
+    /// The driver broke the rules.
+    pub fn drain(
+        &mut self,
+        memory: &Memory,
+        chain: &mut Chain,
+        mut serve: impl FnMut(&mut Self, &Chain) -> Result<(), QueueFault>,
+    ) -> Result<bool, QueueFault> {
+        let mut budget = self.size();
+        loop {
+            self.disable_notification(memory)?;
+            while budget > 0 && self.pop(memory, chain)? {
+                budget -= 1;
+                serve(self, chain)?;
+            }
+            if budget == 0 {
+                return Ok(true);
+            }
+            if !self.enable_notification(memory)? {
+                return Ok(false);
+            }
+        }
+    }
+
+    fn fail_on<T>(&mut self, result: Result<T, QueueFault>) -> Result<T, QueueFault> {
+        self.broken |= result.is_err();
+        result
+    }
+
+    fn avail_flag(&self, memory: &Memory, flag: u16) -> bool {
+        let flags = memory.load::<u16>(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed);
+        flags.is_ok_and(|flags| u16::from_le(flags) & flag != 0)
+    }
+
+    /// The next head of the available ring, marked as in use.
+    fn take_head(&mut self, memory: &Memory) -> Result<Option<u16>, QueueFault> {
+        let (next, size) = (self.ring.next_avail(), self.ring.size());
+        if next == self.avail_seen {
+            // Acquire: what the driver wrote before it moved the index is seen after it.
+            let idx = self.ring.avail_idx(&**memory, Ordering::Acquire).map_err(|_| QueueFault::Rings)?;
+            let ahead = (idx - Wrapping(next)).0;
+            if ahead > size {
+                return Err(QueueFault::AvailAhead { ahead, size });
+            }
+            if ahead == 0 {
+                return Ok(None);
+            }
+            self.avail_seen = idx.0;
+        }
+        // Within the ring, which was found to be in memory: the address cannot wrap.
+        let entry = self.ring.avail_ring() + 4 + 2 * u64::from(next % size);
+        let head = memory.load::<u16>(GuestAddress(entry), Ordering::Relaxed).map(u16::from_le);
+        let head = head.map_err(|_| QueueFault::Rings)?;
+        if head >= size {
+            return Err(QueueFault::Index(head));
+        }
+        if !self.in_use.insert(head) {
+            return Err(QueueFault::InUse(head));
+        }
+        self.ring.set_next_avail(next.wrapping_add(1));
+        Ok(Some(head))
+    }
+
+    /// Reads the descriptors from `head` on, each of them once.
+    fn walk(&self, memory: &Memory, head: u16, chain: &mut Chain) -> Result<(), QueueFault> {
+        chain.head = head;
+        chain.readable.clear();
+        chain.writable.clear();
+        chain.ordered = true;
+        // A driver may choose a smaller queue than ours, and still send what we offered.
+        let limit = self.ring.max_size();
+        let mut table = Table { at: self.ring.desc_table(), len: u32::from(self.ring.size()) };
+        let mut indirect = false;
+        let mut index = head;
+        // The descriptor that names an indirect table does not count.
+        for _ in 0..=limit {
+            let descriptor = table.get(memory, index)?;
+            if descriptor.refers_to_indirect_table() {
+                if indirect {
+                    return Err(QueueFault::NestedIndirect);
+                }
+                table = Table::indirect(&descriptor)?;
+                (indirect, index) = (true, 0);
+                continue;
+            }
+            push(chain, &descriptor)?;
+            if !descriptor.has_next() {
+                return Ok(());
+            }
+            index = descriptor.next();
+        }
+        Err(QueueFault::TooLong(limit))
+    }
+}
+
+fn push(chain: &mut Chain, descriptor: &Descriptor) -> Result<(), QueueFault> {
+    let span = Span { addr: descriptor.addr(), len: descriptor.len() };
+    if span.addr.0.checked_add(u64::from(span.len)).is_none() {
+        return Err(QueueFault::Wraps(span.addr.0));
+    }
+    if descriptor.is_write_only() {
+        if span.len > 0 {
+            chain.writable.push(span);
+        }
+    } else if span.len > 0 {
+        chain.ordered &= chain.writable.is_empty();
+        chain.readable.push(span);
+    }
+    Ok(())
+}
+
+/// The queue's descriptor table or an indirect one.
+struct Table {
+    at: u64,
+    /// In descriptors.
+    len: u32,
+}
+
+const DESCRIPTOR_SIZE: u32 = size_of::<Descriptor>() as u32;
+
+impl Table {
+    fn indirect(descriptor: &Descriptor) -> Result<Self, QueueFault> {
+        if descriptor.has_next() {
+            return Err(QueueFault::IndirectNext);
+        }
+        let bytes = descriptor.len();
+        if bytes == 0 || !bytes.is_multiple_of(DESCRIPTOR_SIZE) {
+            return Err(QueueFault::IndirectLength(bytes));
+        }
+        Ok(Self { at: descriptor.addr().0, len: bytes / DESCRIPTOR_SIZE })
+    }
+
+    fn get(&self, memory: &Memory, index: u16) -> Result<Descriptor, QueueFault> {
+        if u32::from(index) >= self.len {
+            return Err(QueueFault::Index(index));
+        }
+        let outside = QueueFault::Table(self.at);
+        let at = self.at.checked_add(u64::from(index) * u64::from(DESCRIPTOR_SIZE)).ok_or(outside)?;
+        memory.read_obj(GuestAddress(at)).map_err(|_| outside)
+    }
+}
+
+/// Which heads the device holds.
+struct HeadSet(Box<[u64]>);
+
+impl HeadSet {
+    fn new(size: u16) -> Self {
+        Self(vec![0; usize::from(size).div_ceil(64)].into())
+    }
+
+    /// Whether it was not there before.
+    fn insert(&mut self, head: u16) -> bool {
+        let Some(word) = self.0.get_mut(usize::from(head / 64)) else { return false };
+        let bit = 1 << (head % 64);
+        let new = *word & bit == 0;
+        *word |= bit;
+        new
+    }
+
+    /// Whether it was there.
+    fn remove(&mut self, head: u16) -> bool {
+        let Some(word) = self.0.get_mut(usize::from(head / 64)) else { return false };
+        let bit = 1 << (head % 64);
+        let there = *word & bit != 0;
+        *word &= !bit;
+        there
+    }
+}
