@@ -18,6 +18,8 @@ use crate::sys::lock;
 
 mod chain;
 pub(crate) mod queue;
+#[cfg(test)]
+pub(crate) mod queue_driver;
 
 pub(crate) use queue::Queue;
 
