@@ -22,3 +22,11 @@ pub(crate) fn is_readable(fd: BorrowedFd<'_>) -> bool {
 pub(crate) fn duplicate(fd: impl AsFd) -> std::io::Result<OwnedFd> {
     fd.as_fd().try_clone_to_owned()
 }
+
+/// Waits until a read would not block, at most `timeout`.
+pub(crate) fn wait_readable(fd: BorrowedFd<'_>, timeout: std::time::Duration) -> bool {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let timeout = libc::c_int::try_from(timeout.as_millis()).unwrap_or(libc::c_int::MAX);
+    // SAFETY: one initialized pollfd, and the count says so.
+    unsafe { libc::poll(&mut poll, 1, timeout) > 0 }
+}

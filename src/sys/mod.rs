@@ -7,6 +7,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub(crate) mod fd;
+pub(crate) mod io;
 pub(crate) mod memory;
 
 /// Locks, also after a panic elsewhere: what our locks guard is left consistent at every step, and a

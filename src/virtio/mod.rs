@@ -16,6 +16,7 @@ use crate::irq::Vector;
 use crate::memory::Memory;
 use crate::sys::lock;
 
+pub(crate) mod blk;
 mod chain;
 pub(crate) mod queue;
 #[cfg(test)]
