@@ -1,5 +1,6 @@
 //! vmbed: the virtual machine monitor that you embed.
 
+mod block;
 mod boot;
 mod budget;
 mod bus;

@@ -66,7 +66,7 @@ impl EventLoop {
             .endpoint
             .call_blocking(move |ops| Ok::<_, event_manager::Error>(ops.add_subscriber(guarded)))
             .map_err(|e| self.gone(e))?;
-        Ok(Attached { event_loop: self.clone(), id, worker })
+        Ok(Attached { home: Some((self.clone(), id)), worker })
     }
 
     /// Ends the thread and waits for it. What was attached is dropped.
@@ -91,10 +91,29 @@ impl Drop for EventLoop {
     }
 }
 
-/// A worker being served by a loop. Detaching it gives it back, with everything that it owns.
+/// Where a device's workers run.
+#[derive(Clone)]
+pub(crate) enum Place {
+    /// On that loop; a panic there pulls the stop line.
+    Loop(Arc<EventLoop>, StopLine),
+    /// Nowhere by themselves: the caller drives them through [`Attached::with`] (fuzzing, benches and
+    /// in-process drivers, which want no threads).
+    Caller,
+}
+
+impl Place {
+    /// Hands `worker` to its place.
+    pub fn attach<W: Worker>(&self, worker: W, device: &str) -> Result<Attached<W>> {
+        match self {
+            Self::Loop(event_loop, stop) => event_loop.attach(worker, device, stop),
+            Self::Caller => Ok(Attached { home: None, worker: Arc::new(Mutex::new(worker)) }),
+        }
+    }
+}
+
+/// A worker in its place. Detaching it gives it back, with everything that it owns.
 pub(crate) struct Attached<W> {
-    event_loop: Arc<EventLoop>,
-    id: SubscriberId,
+    home: Option<(Arc<EventLoop>, SubscriberId)>,
     worker: Arc<Mutex<W>>,
 }
 
@@ -103,12 +122,12 @@ impl<W: Worker> Attached<W> {
     ///
     /// Waits for the call in progress, so never call it from the loop's own thread.
     pub fn detach(self) -> Result<W> {
-        let id = self.id;
-        let removed = self.event_loop.endpoint.call_blocking(move |ops| ops.remove_subscriber(id));
-        match removed {
-            Ok(guarded) => drop(guarded),
-            // The loop has ended and dropped its half: the worker is ours alone all the same.
-            Err(error) => log::debug!("{}", self.event_loop.gone(error)),
+        if let Some((event_loop, id)) = self.home {
+            match event_loop.endpoint.call_blocking(move |ops| ops.remove_subscriber(id)) {
+                Ok(guarded) => drop(guarded),
+                // The loop has ended and dropped its half: the worker is ours alone all the same.
+                Err(error) => log::debug!("{}", event_loop.gone(error)),
+            }
         }
         let lost = || Error::new(ErrorKind::Internal, "a worker is still in use after it was detached");
         let mutex = Arc::into_inner(self.worker).ok_or_else(lost)?;

@@ -80,3 +80,11 @@ pub(crate) fn pty() -> io::Result<(OwnedFd, OwnedFd)> {
     // SAFETY: the call above has just made both, and nobody else knows them.
     unsafe { Ok((OwnedFd::from_raw_fd(master), OwnedFd::from_raw_fd(slave))) }
 }
+
+/// Waits until a read would not block, at most `timeout`.
+pub(crate) fn wait_readable(fd: BorrowedFd<'_>, timeout: std::time::Duration) -> bool {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let timeout = libc::c_int::try_from(timeout.as_millis()).unwrap_or(libc::c_int::MAX);
+    // SAFETY: one initialized pollfd, and the count says so.
+    unsafe { libc::poll(&mut poll, 1, timeout) > 0 }
+}

@@ -7,6 +7,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub(crate) mod fd;
+pub(crate) mod io;
 pub(crate) mod kvm;
 pub(crate) mod memory;
 pub(crate) mod signal;

@@ -16,8 +16,11 @@ use crate::irq::Vector;
 use crate::memory::Memory;
 use crate::sys::lock;
 
+pub(crate) mod blk;
 mod chain;
 pub(crate) mod queue;
+#[cfg(test)]
+pub(crate) mod queue_driver;
 pub(crate) mod transport;
 
 pub(crate) use queue::Queue;

@@ -5,11 +5,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::board::Plan;
-use crate::config::{ConsoleKind, MacAddress, PciAddress, Uuid};
+use crate::block::RawDisk;
+use crate::config::{ConsoleKind, DiskConfig, MacAddress, PciAddress, Uuid};
 use crate::console::Console;
 use crate::error::Result;
 use crate::memory::layout;
-use crate::reactor::EventLoop;
+use crate::reactor::{EventLoop, Place};
+use crate::virtio::blk::Blk;
 use crate::virtio::transport::pci::BAR_SIZE;
 use crate::virtio::{Signals, VirtioDevice};
 
@@ -114,16 +116,20 @@ mod tests {
     }
 }
 
+/// A raw image on its own loop.
+fn disk_device(
+    index: usize,
+    disk: &DiskConfig,
+    own: Arc<EventLoop>,
+    plan: &Plan<'_>,
+) -> Result<Box<dyn VirtioDevice>> {
+    let id = format!("disk{index}");
+    let backend = RawDisk::open(&id, &disk.path, disk.readonly)?;
+    Ok(Box::new(Blk::new(&id, &disk.serial, Box::new(backend), Place::Loop(own, plan.stop.clone()))))
+}
+
 fn later<T>() -> Result<T> {
     Err(crate::Error::new(crate::ErrorKind::Unsupported, "the branch with the devices is not merged yet"))
-}
-fn disk_device(
-    _: usize,
-    _: &crate::DiskConfig,
-    _: Arc<EventLoop>,
-    _: &Plan<'_>,
-) -> Result<Box<dyn VirtioDevice>> {
-    later()
 }
 fn net_device(
     _: usize,

@@ -1,0 +1,211 @@
+#![forbid(unsafe_code)]
+//! A disk whose bytes are those of a file or of a block device, one to one.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use super::engine::sync;
+use super::{BlockBackend, IoRequest, Submitted};
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::Sectors;
+
+/// A raw disk, opened.
+pub(crate) struct RawDisk {
+    file: File,
+    size: u64,
+    readonly: bool,
+}
+
+impl RawDisk {
+    /// Opens `path` for the disk `id`.
+    ///
+    /// # Errors
+    /// It is missing, not ours to open, neither a regular file nor a block device, or not a whole
+    /// number of sectors long. The text names disk, path and remedy.
+    pub fn open(id: &str, path: &Path, readonly: bool) -> Result<Self> {
+        let name = format!("{id}: {}", path.display());
+        // O_NONBLOCK: a FIFO must not keep us waiting for its writer; files and disks ignore it.
+        let opened = OpenOptions::new()
+            .read(true)
+            .write(!readonly)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(path);
+        let file = opened.map_err(|e| refused(&name, readonly, e))?;
+        Self::from_file(&name, file, readonly)
+    }
+
+    /// A disk on a file that is open already; `name` is for the errors.
+    pub fn from_file(name: &str, mut file: File, readonly: bool) -> Result<Self> {
+        let invalid = |why: String| Error::new(ErrorKind::InvalidArgument, format!("{name}: {why}"));
+        let metadata = file.metadata().map_err(|e| Error::os(format!("{name}: reading its metadata"), e))?;
+        let kind = metadata.file_type();
+        if kind.is_dir() {
+            return Err(invalid("is a directory; name a raw image or a block device".into()));
+        }
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(invalid("is neither a regular file nor a block device".into()));
+        }
+        // A block device has its size only here; a file has the same one.
+        let size =
+            file.seek(SeekFrom::End(0)).map_err(|e| Error::os(format!("{name}: finding its size"), e))?;
+        if size == 0 {
+            return Err(invalid("is empty; make it as large as the disk: truncate -s 10G".into()));
+        }
+        if !size.is_multiple_of(Sectors::SIZE) {
+            let fit = size.next_multiple_of(Sectors::SIZE);
+            return Err(invalid(format!(
+                "is {size} bytes long, which is no multiple of 512; is it a raw image? truncate -s {fit} \
+                 would fill its last sector"
+            )));
+        }
+        Ok(Self { file, size, readonly })
+    }
+}
+
+fn refused(name: &str, readonly: bool, error: io::Error) -> Error {
+    let what = match error.kind() {
+        io::ErrorKind::NotFound => "does not exist",
+        io::ErrorKind::IsADirectory => {
+            let what = format!("{name}: is a directory; name a raw image or a block device");
+            return Error::new(ErrorKind::InvalidArgument, what).with_source(error);
+        }
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem if !readonly => {
+            "cannot be opened for writing; make it writable for this user, or make the disk read-only"
+        }
+        io::ErrorKind::PermissionDenied => "cannot be opened; make it readable for this user",
+        _ => "cannot be opened",
+    };
+    let readonly_fs = error.kind() == io::ErrorKind::ReadOnlyFilesystem;
+    let what = format!("{name}: {what}");
+    if readonly_fs {
+        return Error::new(ErrorKind::PermissionDenied, what).with_source(error);
+    }
+    Error::os(what, error)
+}
+
+impl BlockBackend for RawDisk {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn readonly(&self) -> bool {
+        self.readonly
+    }
+
+    fn submit(&mut self, request: IoRequest<'_>) -> Submitted {
+        Submitted::Done(sync::perform(&self.file, request.op, request.offset, request.buffers))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+    use super::*;
+    use crate::block::Op;
+    use crate::memory::Memory;
+    use crate::sys::io::Pieces;
+
+    struct Scratch(std::path::PathBuf);
+
+    impl Scratch {
+        fn new(name: &str) -> Self {
+            let dir = std::env::temp_dir().join(format!("vmbed-raw-{}-{name}", std::process::id()));
+            std::fs::create_dir_all(&dir).unwrap();
+            Self(dir)
+        }
+
+        fn file(&self, size: u64) -> std::path::PathBuf {
+            let path = self.0.join("disk");
+            File::create(&path).unwrap().set_len(size).unwrap();
+            path
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn error(path: &Path, readonly: bool) -> Error {
+        let error = RawDisk::open("disk7", path, readonly).err().unwrap();
+        let text = error.to_string();
+        assert!(text.contains("disk7") && text.contains(path.to_str().unwrap()), "{text}");
+        error
+    }
+
+    #[test]
+    fn what_is_no_disk_is_refused_by_name_with_a_remedy() {
+        let scratch = Scratch::new("refused");
+        assert_eq!(error(&scratch.0.join("missing"), false).kind(), ErrorKind::NotFound);
+        for readonly in [false, true] {
+            let directory = error(&scratch.0, readonly);
+            assert_eq!(directory.kind(), ErrorKind::InvalidArgument);
+            assert!(directory.to_string().contains("directory"), "{directory}");
+        }
+        let odd = error(&scratch.file(1000), false);
+        assert!(odd.to_string().contains("multiple of 512"), "{odd}");
+        assert!(error(&scratch.file(0), false).to_string().contains("truncate"));
+        assert!(error(Path::new("/dev/null"), true).to_string().contains("neither"));
+        let text = refused("disk7: x", false, io::Error::from_raw_os_error(libc::EACCES)).to_string();
+        assert!(text.contains("read-only"), "{text}");
+    }
+
+    fn transfer(disk: &mut RawDisk, memory: &Memory, op: Op, offset: u64, at: u64, len: usize) -> Submitted {
+        let mut pieces = Pieces::default();
+        let mut buffers = pieces.list();
+        if len > 0 {
+            buffers.push(memory.get_slice(GuestAddress(at), len).unwrap());
+        }
+        disk.submit(IoRequest { op, offset, buffers, memory, tag: 0 })
+    }
+
+    #[test]
+    fn bytes_go_in_and_come_out() {
+        let scratch = Scratch::new("bytes");
+        let path = scratch.file(4096);
+        let memory = Memory::new(1 << 20).unwrap();
+        let mut disk = RawDisk::open("disk0", &path, false).unwrap();
+        assert_eq!((disk.size(), disk.readonly()), (4096, false));
+        memory.write_slice(&[9; 512], GuestAddress(0x1000)).unwrap();
+        for durable in [false, true] {
+            let op = Op::Write { durable };
+            let done = transfer(&mut disk, &memory, op, 512, 0x1000, 512);
+            assert!(matches!(done, Submitted::Done(Ok(()))));
+        }
+        assert!(matches!(transfer(&mut disk, &memory, Op::Flush, 0, 0, 0), Submitted::Done(Ok(()))));
+        assert_eq!(std::fs::read(&path).unwrap()[500..520], [[0; 12].as_slice(), &[9; 8]].concat());
+        transfer(&mut disk, &memory, Op::Read, 1000, 0x2000, 48);
+        assert_eq!(memory.read_obj::<[u8; 16]>(GuestAddress(0x2008)).unwrap(), [9; 16]);
+    }
+
+    /// Row 28: a file that shrinks gives errors, not zeroes.
+    #[test]
+    fn a_read_beyond_the_end_of_a_shrunk_file_fails() {
+        let scratch = Scratch::new("shrunk");
+        let path = scratch.file(8192);
+        let memory = Memory::new(1 << 20).unwrap();
+        let mut disk = RawDisk::open("disk0", &path, false).unwrap();
+        File::options().write(true).open(&path).unwrap().set_len(4096 + 100).unwrap();
+        for (offset, fails) in [(0, false), (4096, true), (4608, true)] {
+            let Submitted::Done(done) = transfer(&mut disk, &memory, Op::Read, offset, 0x1000, 512) else {
+                panic!("a raw disk ends in submit")
+            };
+            assert_eq!(done.err().and_then(|e| e.raw_os_error()), fails.then_some(libc::EIO));
+        }
+    }
+
+    #[test]
+    fn a_readonly_disk_is_not_opened_for_writing() {
+        let scratch = Scratch::new("readonly");
+        let path = scratch.file(512);
+        let mut disk = RawDisk::open("disk0", &path, true).unwrap();
+        assert!(disk.file.write(&[1]).is_err());
+        assert!(disk.readonly());
+    }
+}

@@ -1,0 +1,197 @@
+//! Reading and writing files straight from and to guest memory.
+
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use vm_memory::VolatileSlice;
+
+/// What the kernel takes in one call (`UIO_MAXIOV`).
+const MAX_PIECES: usize = 1024;
+
+/// Room for the pieces of a transfer, kept from one to the next so that none allocates.
+#[derive(Default)]
+pub(crate) struct Pieces(Vec<Piece>);
+
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+struct Piece(libc::iovec);
+
+// SAFETY: the pointers are only followed through an `IoList`, which borrows what they point to and
+// starts from an empty list; here they are numbers left over from the last transfer.
+unsafe impl Send for Piece {}
+
+impl Pieces {
+    pub fn with_capacity(count: usize) -> Self {
+        Self(Vec::with_capacity(count))
+    }
+
+    /// An empty list in that room.
+    pub fn list(&mut self) -> IoList<'_> {
+        self.0.clear();
+        IoList { pieces: &mut self.0, done: 0, readonly: false, memory: PhantomData }
+    }
+}
+
+/// Pieces of memory to transfer in order: the guest's, and our own in front of or behind them.
+pub(crate) struct IoList<'a> {
+    pieces: &'a mut Vec<Piece>,
+    /// Pieces that are behind us.
+    done: usize,
+    /// Holds memory that is not to be written to.
+    readonly: bool,
+    memory: PhantomData<VolatileSlice<'a>>,
+}
+
+impl<'a> IoList<'a> {
+    /// Appends a piece of guest memory.
+    pub fn push(&mut self, slice: VolatileSlice<'a>) {
+        self.append(slice.ptr_guard_mut().as_ptr(), slice.len());
+    }
+
+    /// Appends memory of ours to be written to a file.
+    pub fn push_bytes(&mut self, bytes: &'a [u8]) {
+        self.readonly = true;
+        self.append(bytes.as_ptr().cast_mut(), bytes.len());
+    }
+
+    /// Appends memory of ours to be filled from a file.
+    pub fn push_room(&mut self, bytes: &'a mut [u8]) {
+        self.append(bytes.as_mut_ptr(), bytes.len());
+    }
+
+    fn append(&mut self, base: *mut u8, len: usize) {
+        self.pieces.push(Piece(libc::iovec { iov_base: base.cast(), iov_len: len }));
+    }
+
+    /// The bytes that are left.
+    pub fn remaining(&self) -> u64 {
+        self.pieces[self.done..].iter().map(|p| p.0.iov_len as u64).sum()
+    }
+
+    /// Goes on behind the first `count` bytes, or at the end.
+    pub fn advance(&mut self, mut count: usize) {
+        while let Some(Piece(piece)) = self.pieces.get_mut(self.done) {
+            let step = count.min(piece.iov_len);
+            piece.iov_base = piece.iov_base.cast::<u8>().wrapping_add(step).cast();
+            piece.iov_len -= step;
+            count -= step;
+            if piece.iov_len > 0 {
+                return;
+            }
+            self.done += 1;
+        }
+    }
+
+    /// The next pieces as one call takes them.
+    fn next(&self) -> (*const libc::iovec, libc::c_int) {
+        let pieces = &self.pieces[self.done..];
+        (pieces.as_ptr().cast(), pieces.len().min(MAX_PIECES) as libc::c_int)
+    }
+
+    fn to_fill(&self) -> io::Result<(*const libc::iovec, libc::c_int)> {
+        if self.readonly {
+            return Err(io::Error::from_raw_os_error(libc::EFAULT));
+        }
+        Ok(self.next())
+    }
+}
+
+/// Reads at `offset` into the list, once; 0 at the end of the file. Does not move on in the list.
+pub(crate) fn read_at(fd: BorrowedFd<'_>, list: &IoList<'_>, offset: u64) -> io::Result<usize> {
+    let (pieces, count) = list.to_fill()?;
+    // SAFETY: `count` initialized iovecs, each of them writable memory that the list borrows; the guest
+    // may change its memory at the same time, of which we hold no reference.
+    count_of(unsafe { libc::preadv64(fd.as_raw_fd(), pieces, count, to_offset(offset)?) })
+}
+
+/// Writes the list at `offset`, once. `durable`: on stable storage when this returns.
+pub(crate) fn write_at(
+    fd: BorrowedFd<'_>,
+    list: &IoList<'_>,
+    offset: u64,
+    durable: bool,
+) -> io::Result<usize> {
+    let (pieces, count) = list.next();
+    let flags = if durable { libc::RWF_DSYNC } else { 0 };
+    let offset = to_offset(offset)?;
+    // SAFETY: `count` initialized iovecs, each of them memory that the list borrows.
+    count_of(unsafe { libc::pwritev2(fd.as_raw_fd(), pieces, count, offset, flags) })
+}
+
+/// Reads one message or what is there into the list.
+pub(crate) fn read(fd: BorrowedFd<'_>, list: &IoList<'_>) -> io::Result<usize> {
+    let (pieces, count) = list.to_fill()?;
+    // SAFETY: as in `read_at`.
+    count_of(unsafe { libc::readv(fd.as_raw_fd(), pieces, count) })
+}
+
+/// Writes the list as one message.
+pub(crate) fn write(fd: BorrowedFd<'_>, list: &IoList<'_>) -> io::Result<usize> {
+    let (pieces, count) = list.next();
+    // SAFETY: as in `write_at`.
+    count_of(unsafe { libc::writev(fd.as_raw_fd(), pieces, count) })
+}
+
+/// Fills `bytes` from the kernel's random number generator. Up to 256 bytes never come short.
+pub(crate) fn random(bytes: &mut [u8]) -> io::Result<usize> {
+    // SAFETY: writes at most the length of the slice into it.
+    count_of(unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) })
+}
+
+fn to_offset(offset: u64) -> io::Result<libc::off64_t> {
+    offset.try_into().map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))
+}
+
+fn count_of(result: libc::ssize_t) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+    use super::*;
+
+    #[test]
+    fn guest_memory_goes_to_a_file_and_back_in_pieces() {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
+        let file = crate::sys::memory::sealed_memfd(c"test", 0x1000).unwrap();
+        memory.write_slice(b"guest", GuestAddress(0x3000)).unwrap();
+        let mut pieces = Pieces::default();
+        let mut list = pieces.list();
+        list.push_bytes(b"ours ");
+        list.push(memory.get_slice(GuestAddress(0x3000), 5).unwrap());
+        assert_eq!(list.remaining(), 10);
+        list.advance(2);
+        assert_eq!(write_at(file.as_fd(), &list, 7, true).unwrap(), 8);
+        assert!(read_at(file.as_fd(), &list, 7).is_err(), "what is not to be written to is refused");
+
+        let mut head = [0; 2];
+        let mut list = pieces.list();
+        list.push_room(&mut head);
+        list.push(memory.get_slice(GuestAddress(0x10), 6).unwrap());
+        assert_eq!(read_at(file.as_fd(), &list, 7).unwrap(), 8);
+        list.advance(100);
+        assert_eq!(list.remaining(), 0);
+        assert_eq!(&head, b"rs");
+        let mut rest = [0; 6];
+        memory.read_slice(&mut rest, GuestAddress(0x10)).unwrap();
+        assert_eq!(&rest, b" guest");
+        assert_eq!(read_at(file.as_fd(), &pieces.list(), u64::MAX).unwrap_err().raw_os_error(), Some(75));
+    }
+
+    #[test]
+    fn more_pieces_than_one_call_takes() {
+        let file = crate::sys::memory::sealed_memfd(c"test", 0x1000).unwrap();
+        let bytes = [7u8; 2000];
+        let mut pieces = Pieces::default();
+        let mut list = pieces.list();
+        bytes.iter().for_each(|b| list.push_bytes(std::slice::from_ref(b)));
+        assert_eq!(write_at(file.as_fd(), &list, 0, false).unwrap(), MAX_PIECES);
+        list.advance(MAX_PIECES);
+        assert_eq!(write_at(file.as_fd(), &list, 1024, false).unwrap(), 2000 - MAX_PIECES);
+    }
+}

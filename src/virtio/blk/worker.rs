@@ -1,0 +1,287 @@
+#![forbid(unsafe_code)]
+//! Serves a disk's queue: parse, submit, answer.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_S_OK;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::request::{Action, HEADER, ID_LEN, Limits, Refusal, parse, status_address};
+use crate::block::{BlockBackend, IoRequest, Op, Submitted};
+use crate::memory::Memory;
+use crate::sys::fd::wait_readable;
+use crate::sys::io::Pieces;
+use crate::virtio::Signals;
+use crate::virtio::queue::{Chain, Queue, QueueFault};
+
+/// Completions between two looks at whether the driver wants an interrupt: a slow disk's first answers
+/// do not wait for its last.
+const NOTIFY_EVERY: u32 = 8;
+
+/// One queue and what serves it.
+pub(super) struct Worker {
+    queue: Queue,
+    memory: Memory,
+    signals: Signals,
+    chain: Chain,
+    disk: Disk,
+    /// The driver broke the rules; nothing is served until the reset.
+    broken: bool,
+}
+
+/// Everything but the queue.
+struct Disk {
+    backend: Box<dyn BlockBackend>,
+    limits: Limits,
+    serial: [u8; ID_LEN],
+    /// The driver has no FLUSH: each write is on stable storage when it is answered (5.2.6.2).
+    writethrough: bool,
+    signals: Signals,
+    pieces: Pieces,
+    /// What has been submitted and not answered, by its head.
+    pending: Box<[Option<Pending>]>,
+    in_flight: usize,
+    /// Completed since the last notification.
+    untold: u32,
+}
+
+/// How to answer a request.
+#[derive(Clone, Copy)]
+struct Pending {
+    status: GuestAddress,
+    /// The bytes written when it succeeds, the status among them.
+    written: u32,
+    offset: u64,
+}
+
+impl Worker {
+    pub fn new(
+        queue: Queue,
+        memory: Memory,
+        signals: Signals,
+        backend: Box<dyn BlockBackend>,
+        serial: [u8; ID_LEN],
+        writethrough: bool,
+    ) -> Self {
+        let limits = Limits { size: backend.size(), readonly: backend.readonly() };
+        let disk = Disk {
+            backend,
+            limits,
+            serial,
+            writethrough,
+            signals: signals.clone(),
+            pieces: Pieces::with_capacity(queue.max_size().into()),
+            pending: vec![None; queue.size().into()].into(),
+            in_flight: 0,
+            untold: 0,
+        };
+        let chain = Chain::with_capacity(queue.max_size());
+        Self { queue, memory, signals, chain, disk, broken: false }
+    }
+
+    /// One wake-up's work: answers what the backend has finished, and submits what waits.
+    pub fn process_queue(&mut self) {
+        if self.broken {
+            return;
+        }
+        let Self { queue, memory, chain, disk, .. } = self;
+        let drained = disk
+            .collect(queue, memory)
+            .and_then(|()| queue.drain(memory, chain, |queue, chain| disk.serve(queue, memory, chain)));
+        disk.backend.kick();
+        queue.notify(memory);
+        match drained {
+            Ok(true) => queue.rearm(),
+            Ok(false) => {}
+            Err(fault) => {
+                self.broken = true;
+                self.signals.needs_reset(fault);
+            }
+        }
+    }
+
+    /// Waits for every request in flight and gives everything back.
+    pub fn finish(mut self) -> (Queue, Box<dyn BlockBackend>) {
+        let Self { queue, memory, disk, .. } = &mut self;
+        while disk.in_flight > 0 {
+            disk.backend.kick();
+            if let Some(fd) = disk.backend.completion_fd() {
+                wait_readable(fd, Duration::from_millis(100));
+            }
+            if let Err(fault) = disk.collect(queue, memory) {
+                // They are waited for all the same: they hold guest memory.
+                log::debug!("{fault}");
+            }
+        }
+        queue.notify(memory);
+        (self.queue, self.disk.backend)
+    }
+}
+
+impl Disk {
+    /// One request: answered now, or remembered until the backend has done it.
+    fn serve(&mut self, queue: &mut Queue, memory: &Memory, chain: &Chain) -> Result<(), QueueFault> {
+        let Some(status) = status_address(chain) else {
+            // No byte to put an error into: its completion with nothing written says it.
+            return self.complete(queue, memory, chain.head, 0);
+        };
+        let pending = |written, offset| Pending { status, written, offset };
+        match parse(memory, chain, self.limits) {
+            Ok(Action::Read { offset, len }) => {
+                self.submit(queue, memory, chain, Op::Read, pending(len + 1, offset), len)
+            }
+            Ok(Action::Write { offset, len }) => {
+                let op = Op::Write { durable: self.writethrough };
+                self.submit(queue, memory, chain, op, pending(1, offset), len)
+            }
+            Ok(Action::Flush) => self.submit(queue, memory, chain, Op::Flush, pending(1, 0), 0),
+            Ok(Action::GetId { len }) => {
+                let put = chain.writer(memory).write(&self.serial[..len as usize]);
+                let outcome = put.map_err(Refusal::from);
+                self.answer(queue, memory, chain.head, pending(len + 1, 0), outcome)
+            }
+            Err(refusal) => self.answer(queue, memory, chain.head, pending(1, 0), Err(refusal)),
+        }
+    }
+
+    fn submit(
+        &mut self,
+        queue: &mut Queue,
+        memory: &Memory,
+        chain: &Chain,
+        op: Op,
+        pending: Pending,
+        len: u32,
+    ) -> Result<(), QueueFault> {
+        let mut buffers = self.pieces.list();
+        let mut data = match op {
+            Op::Read => chain.writer(memory).rest(),
+            _ => chain.reader(memory).rest(),
+        };
+        let found = match op {
+            Op::Write { .. } => data.skip(HEADER),
+            _ => Ok(()),
+        };
+        let found = found.and_then(|()| data.slices(len.into(), |slice| buffers.push(slice)));
+        if let Err(bad) = found {
+            return self.answer(queue, memory, chain.head, pending, Err(bad.into()));
+        }
+        let (offset, tag) = (pending.offset, u64::from(chain.head));
+        match self.backend.submit(IoRequest { op, offset, buffers, memory, tag }) {
+            Submitted::Done(outcome) => {
+                let outcome = outcome.map_err(|error| self.failed(&error, offset));
+                self.answer(queue, memory, chain.head, pending, outcome)
+            }
+            Submitted::Pending => {
+                if let Some(slot) = self.pending.get_mut(usize::from(chain.head)) {
+                    *slot = Some(pending);
+                    self.in_flight += 1;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Answers what the backend has finished since the last time.
+    fn collect(&mut self, queue: &mut Queue, memory: &Memory) -> Result<(), QueueFault> {
+        if self.in_flight == 0 {
+            return Ok(());
+        }
+        let mut result = Ok(());
+        let Self { backend, pending, in_flight, signals, .. } = self;
+        backend.completions(&mut |tag, outcome| {
+            // A tag that nothing waits for is a backend's mistake, and nobody's request.
+            let slot = usize::try_from(tag).ok().and_then(|head| pending.get_mut(head));
+            let Some(request) = slot.and_then(Option::take) else { return };
+            *in_flight -= 1;
+            let outcome = outcome.map_err(|error| failed(signals, &error, request.offset));
+            let answered = put_answer(queue, memory, tag as u16, request, outcome);
+            result = result.and(answered);
+        });
+        result
+    }
+
+    fn failed(&self, error: &io::Error, offset: u64) -> Refusal {
+        failed(&self.signals, error, offset)
+    }
+
+    fn answer(
+        &mut self,
+        queue: &mut Queue,
+        memory: &Memory,
+        head: u16,
+        pending: Pending,
+        outcome: Result<(), Refusal>,
+    ) -> Result<(), QueueFault> {
+        put_answer(queue, memory, head, pending, outcome)?;
+        self.told(queue, memory);
+        Ok(())
+    }
+
+    fn complete(
+        &mut self,
+        queue: &mut Queue,
+        memory: &Memory,
+        head: u16,
+        written: u32,
+    ) -> Result<(), QueueFault> {
+        queue.complete(memory, head, written)?;
+        self.told(queue, memory);
+        Ok(())
+    }
+
+    fn told(&mut self, queue: &mut Queue, memory: &Memory) {
+        self.untold += 1;
+        if self.untold >= NOTIFY_EVERY {
+            self.untold = 0;
+            queue.notify(memory);
+        }
+    }
+}
+
+/// A failure of the host's: the guest sees an error, the embedder an event.
+fn failed(signals: &Signals, error: &io::Error, offset: u64) -> Refusal {
+    signals.backend_error(error.raw_os_error().unwrap_or(libc::EIO), offset);
+    Refusal::IoError
+}
+
+fn put_answer(
+    queue: &mut Queue,
+    memory: &Memory,
+    head: u16,
+    pending: Pending,
+    outcome: Result<(), Refusal>,
+) -> Result<(), QueueFault> {
+    let (status, written) = match outcome {
+        Ok(()) => (VIRTIO_BLK_S_OK as u8, pending.written),
+        Err(refusal) => (refusal.status(), 1),
+    };
+    // A status outside memory: the completion with nothing written is all that can be said.
+    let put = memory.write_obj(status, pending.status);
+    queue.complete(memory, head, if put.is_ok() { written } else { 0 })
+}
+
+impl MutEventSubscriber for Worker {
+    fn init(&mut self, ops: &mut EventOps) {
+        let mut added = ops.add(Events::new(self.queue.doorbell(), EventSet::IN));
+        if let Some(fd) = self.disk.backend.completion_fd() {
+            added = added.and(ops.add(Events::new_raw(fd.as_raw_fd(), EventSet::IN)));
+        }
+        if let Err(error) = added {
+            self.broken = true;
+            self.signals.needs_reset(format_args!("the host cannot watch its doorbell: {error}"));
+        }
+        // What waits already may have been announced before we listened.
+        self.queue.rearm();
+    }
+
+    fn process(&mut self, events: Events, _: &mut EventOps) {
+        if events.fd() == self.queue.doorbell().as_raw_fd() {
+            self.queue.silence();
+        }
+        self.process_queue();
+    }
+}
