@@ -1,3 +1,4 @@
+#![forbid(unsafe_code)]
 use std::fs::File;
 use std::io::{Read, Seek, Write, pipe};
 use std::os::unix::net::UnixStream;
@@ -68,7 +69,7 @@ fn output_reaches_pipe_socket_terminal_and_file_in_order() {
     let rig = Rig::new();
     let (mut reader, writer) = pipe().unwrap();
     let (mut far, near) = UnixStream::pair().unwrap();
-    let mut file = File::from(crate::sys::memory::sealed_memfd(c"console", 5).unwrap());
+    let mut file = crate::sys::memory::sealed_memfd(c"console", 5).unwrap();
     let (master, slave) = crate::sys::fd::pty().unwrap();
     rig.console.write(b"early");
     let mut read = [0; 5];
@@ -245,7 +246,7 @@ fn input_from_an_fd_waits_in_the_fd_while_the_guest_does_not_read() {
 #[test]
 fn a_regular_file_is_input_until_its_end() {
     let rig = Rig::new();
-    let mut file = File::from(crate::sys::memory::sealed_memfd(c"input", 100_000).unwrap());
+    let mut file = crate::sys::memory::sealed_memfd(c"input", 100_000).unwrap();
     file.write_all(&pattern()).unwrap();
     file.rewind().unwrap();
     let _pump = rig.attach(None, Some(file.into()));
