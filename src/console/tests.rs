@@ -57,9 +57,9 @@ fn the_tail_is_the_last_64_kib_and_everything_is_counted() {
         console.write(piece);
         assert!(at != 10 || console.tail() == bytes[..11 * 77]);
     }
-    assert_eq!(console.tail(), bytes[bytes.len() - KEPT..]);
+    assert!(console.tail() == bytes[bytes.len() - KEPT..]);
     console.write(&bytes);
-    assert_eq!(console.tail(), bytes[bytes.len() - KEPT..], "one write larger than all");
+    assert!(console.tail() == bytes[bytes.len() - KEPT..], "one write larger than all");
     assert_eq!((console.written(), console.lost()), (200_000, 0));
     assert!(console.flush(Instant::now()), "nobody to wait for");
 }
@@ -122,8 +122,7 @@ fn a_pipe_that_nobody_reads_never_blocks_the_guest_and_the_loss_is_counted() {
     pump.detach().unwrap();
     let all = collect.join().unwrap();
     assert_eq!(all.len() as u64, total - rig.console.lost(), "each byte is read or counted");
-    assert_eq!(all[..1000], bytes[..1000]);
-    assert_eq!(all[all.len() - KEPT..], bytes[bytes.len() - KEPT..], "the oldest are dropped");
+    assert!(all.ends_with(&bytes[bytes.len() - KEPT..]), "the oldest are dropped");
 }
 
 #[test]
@@ -140,7 +139,7 @@ fn a_slow_reader_gets_everything_and_the_loop_sleeps_while_it_waits() {
     assert_eq!(lock(&rig.console.0.state).armed, None, "only the pipe can wake it");
     let mut all = vec![0; 120_004];
     reader.read_exact(&mut all).unwrap();
-    assert_eq!(all, [&bytes[..60_000], &bytes[..60_000], b"more"].concat());
+    assert!(all == [&bytes[..60_000], &bytes[..60_000], b"more"].concat());
     assert_eq!(rig.console.lost(), 0);
 }
 
@@ -180,7 +179,7 @@ fn a_callback_gets_the_output_in_pieces_on_the_loop() {
     assert_eq!(receiver.try_iter().flatten().collect::<Vec<_>>(), b"login: ");
     rig.console.write(&pattern()[..KEPT]);
     assert!(rig.flush());
-    assert_eq!(receiver.try_iter().flatten().collect::<Vec<_>>(), pattern()[..KEPT]);
+    assert!(receiver.try_iter().flatten().collect::<Vec<_>>() == pattern()[..KEPT]);
 }
 
 #[test]
@@ -257,7 +256,7 @@ fn a_regular_file_is_input_until_its_end() {
         let count = rig.console.read(&mut buffer);
         all.extend_from_slice(&buffer[..count]);
     }
-    assert_eq!(all, pattern());
+    assert!(all == pattern());
 }
 
 #[test]

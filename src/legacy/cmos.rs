@@ -62,13 +62,15 @@ struct State {
     shown: SystemTime,
 }
 
-impl Cmos {
-    pub fn new() -> Self {
+impl Default for Cmos {
+    fn default() -> Self {
         Self::with_clock(SystemTime::now)
     }
+}
 
+impl Cmos {
     /// A clock that shows what `clock` says.
-    pub fn with_clock(clock: impl Fn() -> SystemTime + Send + Sync + 'static) -> Self {
+    fn with_clock(clock: impl Fn() -> SystemTime + Send + Sync + 'static) -> Self {
         let mut memory = [0; 128];
         memory[usize::from(A)] = A_DEFAULT;
         memory[usize::from(B)] = B_24_HOURS;
@@ -290,7 +292,7 @@ mod tests {
 
     #[test]
     fn any_access_is_answered() {
-        let cmos = Cmos::new();
+        let cmos = Cmos::default();
         for index in 0..=255 {
             for offset in (0..5).chain([u64::MAX - 8]) {
                 for size in 0..=8 {

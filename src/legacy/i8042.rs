@@ -3,22 +3,21 @@
 //! (`reboot=k`). It always reads 0, so that a guest finds it ready.
 
 use std::convert::Infallible;
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
 use vm_superio::{I8042Device, Trigger};
 
 use crate::bus::{Access, Device};
 use crate::error::Result;
 use crate::events::{StopCause, StopLine};
-use crate::legacy::ports;
 use crate::sys::lock;
 
-/// One of its two registers.
-pub(crate) struct I8042 {
-    controller: Arc<Mutex<I8042Device<Reset>>>,
-    /// Its distance from the data register's port.
-    register: u8,
-}
+/// Registers, from the data register's port.
+const DATA: u64 = 0;
+const COMMAND: u64 = 4;
+
+/// The controller.
+pub(crate) struct I8042(Mutex<I8042Device<Reset>>);
 
 struct Reset(StopLine);
 
@@ -32,26 +31,29 @@ impl Trigger for Reset {
 }
 
 impl I8042 {
-    /// The registers at `ports::I8042_DATA` and `ports::I8042_COMMAND`.
-    pub fn new(stop: StopLine) -> (Self, Self) {
-        let controller = Arc::new(Mutex::new(I8042Device::new(Reset(stop))));
-        let command = (ports::I8042_COMMAND - ports::I8042_DATA) as u8;
-        (Self { controller: controller.clone(), register: 0 }, Self { controller, register: command })
+    pub fn new(stop: StopLine) -> Self {
+        Self(Mutex::new(I8042Device::new(Reset(stop))))
     }
 }
 
 impl Device for I8042 {
     fn read(&self, access: Access, data: &mut [u8]) -> Result<()> {
-        if let (0, Some(byte)) = (access.offset, data.first_mut()) {
-            *byte = lock(&self.controller).read(self.register);
+        for (register, byte) in super::registers(access).zip(data) {
+            // The ports between the two are a PC's speaker and NMI status: nobody there. In particular
+            // bit 5 of port 0x61 must not read 0, which an early Linux takes for a timer that still runs.
+            if let DATA | COMMAND = register {
+                *byte = lock(&self.0).read(register as u8);
+            }
         }
         Ok(())
     }
 
     fn write(&self, access: Access, data: &[u8]) -> Result<()> {
-        if let (0, Some(byte)) = (access.offset, data.first()) {
-            // The trigger cannot fail.
-            let _ = lock(&self.controller).write(self.register, *byte);
+        for (register, byte) in super::registers(access).zip(data) {
+            if let DATA | COMMAND = register {
+                // The trigger cannot fail.
+                let _ = lock(&self.0).write(register as u8, *byte);
+            }
         }
         Ok(())
     }
@@ -66,28 +68,27 @@ mod tests {
     #[test]
     fn only_the_reset_pulse_resets() {
         let (causes, cause) = channel();
-        let (data, command) = I8042::new(StopLine::new(move |c| causes.send(c).unwrap()));
+        let i8042 = I8042::new(StopLine::new(move |c| causes.send(c).unwrap()));
         for value in 0..=255 {
-            data.write(Access::at(0), &[value]).unwrap();
+            i8042.write(Access::at(DATA), &[value, value, value, value]).unwrap();
             if value != 0xfe {
-                command.write(Access::at(0), &[value]).unwrap();
+                i8042.write(Access::at(COMMAND), &[value]).unwrap();
             }
         }
-        command.write(Access::at(1), &[0xfe]).unwrap();
-        command.write(Access::at(0), &[]).unwrap();
+        // 260 is 4 in a byte.
+        i8042.write(Access::at(260), &[0xfe]).unwrap();
+        i8042.write(Access::at(COMMAND), &[]).unwrap();
         assert!(cause.try_recv().is_err());
-        command.write(Access::at(0), &[0xfe, 0, 0, 0]).unwrap();
+        i8042.write(Access::at(COMMAND), &[0xfe, 0, 0, 0]).unwrap();
         assert_eq!(cause.try_recv(), Ok(StopCause::GuestReset));
     }
 
     #[test]
-    fn the_status_is_ready() {
-        let (data, command) = I8042::new(StopLine::new(|_| {}));
-        for register in [data, command] {
-            let mut byte = [0xff];
-            register.read(Access::at(0), &mut byte).unwrap();
-            assert_eq!(byte, [0]);
-            register.read(Access::at(9), &mut []).unwrap();
-        }
+    fn it_is_ready_and_alone() {
+        let i8042 = I8042::new(StopLine::new(|_| {}));
+        let mut all = [0xff; 8];
+        i8042.read(Access::at(0), &mut all).unwrap();
+        assert_eq!(all, [0, 0xff, 0xff, 0xff, 0, 0xff, 0xff, 0xff]);
+        i8042.read(Access::at(u64::MAX), &mut all).unwrap();
     }
 }

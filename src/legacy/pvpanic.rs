@@ -13,18 +13,18 @@ const PANICKED: u8 = 1 << 0;
 const CRASHLOADED: u8 = 1 << 1;
 
 /// The panic port.
-pub(crate) struct Pvpanic {
+pub(crate) struct PvPanic {
     stop: StopLine,
     crash_logged: AtomicBool,
 }
 
-impl Pvpanic {
+impl PvPanic {
     pub fn new(stop: StopLine) -> Self {
         Self { stop, crash_logged: AtomicBool::new(false) }
     }
 }
 
-impl Device for Pvpanic {
+impl Device for PvPanic {
     fn read(&self, access: Access, data: &mut [u8]) -> Result<()> {
         if let (0, Some(byte)) = (access.offset, data.first_mut()) {
             *byte = PANICKED | CRASHLOADED;
@@ -53,7 +53,7 @@ mod tests {
     #[test]
     fn a_panic_ends_the_vm_and_a_crash_kernel_may_work() {
         let (causes, cause) = channel();
-        let pvpanic = Pvpanic::new(StopLine::new(move |c| causes.send(c).unwrap()));
+        let pvpanic = PvPanic::new(StopLine::new(move |c| causes.send(c).unwrap()));
         let mut byte = [0xff];
         pvpanic.read(Access::at(0), &mut byte).unwrap();
         assert_eq!(byte, [3]);

@@ -123,8 +123,9 @@ mod tests {
     use super::*;
     use crate::ioapic::Ioapic;
     use crate::irq::Routes;
-    use crate::legacy::ports::COM1_GSI;
+    use crate::legacy::ports;
 
+    const COM1_GSI: u8 = ports::COM1_GSI as u8;
     const IER: u64 = 1;
     const IIR: u64 = 2;
     const LSR: u64 = 5;
