@@ -7,6 +7,7 @@ mod error;
 mod events;
 mod irq;
 mod memory;
+mod net;
 mod reactor;
 mod sys;
 mod units;

@@ -9,6 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 pub(crate) mod fd;
 pub(crate) mod io;
 pub(crate) mod memory;
+pub(crate) mod tap;
 
 /// Locks, also after a panic elsewhere: what our locks guard is left consistent at every step, and a
 /// panicking thread has already ended its VM.
