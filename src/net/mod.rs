@@ -48,7 +48,10 @@ pub(crate) trait NetBackend: Send {
     /// other side is gone. Another one after `reopen`.
     fn fd(&self) -> BorrowedFd<'_>;
 
-    /// Looks whether the other side is there (again). Called about once a second while it is not.
+    /// Whether the other side is gone for good, so that only `reopen` helps. Asked when a frame was lost.
+    fn is_gone(&self) -> bool;
+
+    /// Looks whether the other side is there (again), with the fd in no epoll set. Called about once a second while it is not.
     ///
     /// # Errors
     /// It is not; the text says why.

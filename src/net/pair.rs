@@ -75,11 +75,16 @@ impl NetBackend for Pair {
         self.socket.as_fd()
     }
 
+    fn is_gone(&self) -> bool {
+        self.control.errno.load(Ordering::SeqCst) == libc::EBADFD
+    }
+
     fn reopen(&mut self) -> Result<()> {
         match lock(&self.control.next).take() {
             Some(socket) => {
                 socket.set_nonblocking(true).unwrap();
                 self.socket = socket;
+                self.control.errno.store(0, Ordering::SeqCst);
                 Ok(())
             }
             None if self.check().is_ok() => Ok(()),

@@ -113,8 +113,12 @@ impl NetBackend for Tap {
         self.file.as_fd()
     }
 
+    fn is_gone(&self) -> bool {
+        tap::attached(self.file.as_fd()).is_err()
+    }
+
     fn reopen(&mut self) -> Result<()> {
-        if tap::attached(self.file.as_fd()).is_ok() {
+        if !self.is_gone() {
             return Ok(());
         }
         let id = self.who.split(':').next().unwrap_or_default().to_owned();
