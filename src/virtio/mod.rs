@@ -22,6 +22,7 @@ pub(crate) mod net;
 pub(crate) mod queue;
 #[cfg(test)]
 pub(crate) mod queue_driver;
+pub(crate) mod rng;
 
 pub(crate) use queue::Queue;
 
