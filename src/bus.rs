@@ -97,6 +97,11 @@ impl Bus {
         self.ranges.get(index)
     }
 
+    /// The name of the device that answers there.
+    pub fn name_at(&self, addr: u64, len: usize) -> Option<String> {
+        self.find(addr, len).and_then(|i| self.range(i)).map(|r| r.name.to_string())
+    }
+
     /// Reads through the bus: all-ones where nothing answers. For callers without a vCPU's own cache.
     pub fn read(&self, addr: u64, vcpu: u32, data: &mut [u8]) -> Result<()> {
         data.fill(0xff);

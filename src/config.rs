@@ -8,10 +8,11 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use crate::error::{Error, ErrorKind, FieldError, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::units::Bytes;
 
-mod validate;
+pub(crate) mod topology;
+pub(crate) mod validate;
 
 /// Everything about a VM that is data.
 ///

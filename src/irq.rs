@@ -34,6 +34,9 @@ pub(crate) struct Msi {
 pub(crate) struct Routes {
     vm: Option<Arc<VmFd>>,
     table: Mutex<Table>,
+    /// What was signalled without a KVM, for tests of what raises it.
+    #[cfg(test)]
+    signalled: Mutex<Vec<Msi>>,
 }
 
 struct Table {
@@ -53,7 +56,12 @@ impl Routes {
     /// The table of `vm`, or one in memory.
     pub fn new(vm: Option<Arc<VmFd>>) -> Arc<Self> {
         let table = Table { pins: [None; IOAPIC_PINS as usize], vectors: Vec::new() };
-        Arc::new(Self { vm, table: Mutex::new(table) })
+        Arc::new(Self {
+            vm,
+            table: Mutex::new(table),
+            #[cfg(test)]
+            signalled: Mutex::default(),
+        })
     }
 
     /// A new vector, masked and without a message.
@@ -88,6 +96,8 @@ impl Routes {
 
     /// Delivers a message now.
     pub fn signal(&self, msi: Msi) -> Result<()> {
+        #[cfg(test)]
+        lock(&self.signalled).push(msi);
         let Some(vm) = &self.vm else { return Ok(()) };
         let message = kvm_bindings::kvm_msi {
             address_lo: msi.address as u32,
@@ -99,6 +109,17 @@ impl Routes {
             Ok(_) => Ok(()),
             Err(e) => Err(Error::errno_of("delivering an interrupt (KVM_SIGNAL_MSI)", e)),
         }
+    }
+
+    /// The messages delivered since the last call.
+    #[cfg(test)]
+    pub fn take_signalled(&self) -> Vec<Msi> {
+        std::mem::take(&mut lock(&self.signalled))
+    }
+
+    #[cfg(test)]
+    pub fn pin(&self, pin: usize) -> Option<Msi> {
+        lock(&self.table).pins[pin]
     }
 
     fn set_slot(&self, gsi: Gsi, slot: Slot) -> Result<()> {

@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! Every rule about a configuration that needs no file, no KVM and no network.
 
+use super::topology::Topology;
 use super::{BareBoot, Boot, CpuConfig, CpuMode, LinuxBoot, Platform, VmConfig};
 use crate::error::FieldError;
 use crate::memory::layout;
@@ -69,6 +70,12 @@ impl Found {
                 format!("is {}", cpus.sockets),
                 format!("a divisor of the {cores} cores"),
             );
+            return;
+        }
+        let last = Topology::new(cpus).last_apic_id(cpus.count);
+        if last >= u32::from(MAX_VCPUS) + 1 {
+            let problem = format!("{} gives the last vCPU the APIC id {last}", cpus.sockets);
+            self.add("cpus.sockets", problem, "at most 254: make the cores of a socket a power of two");
         }
     }
 
@@ -274,6 +281,8 @@ mod tests {
             (4, 1, 3, false),
             (4, 4, 1, false),
             (4, 2, 0, false),
+            (252, 1, 84, false),
+            (252, 1, 63, true),
         ] {
             config.cpus = CpuConfig { count, threads_per_core: threads, sockets, masks: vec![] };
             assert_eq!(config.validate().is_ok(), ok, "{count}/{threads}/{sockets}");

@@ -4,41 +4,59 @@
 //! Everyone reaches it through volatile accesses only (`vm_memory::Bytes`): it is never a Rust
 //! reference, since the guest writes to it at any moment.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::error::{Error, ErrorKind, Result};
 
 mod backing;
 pub(crate) mod layout;
+pub(crate) mod slots;
 
 /// The guest's memory. Cheap to clone; the mapping lives until the last clone is gone.
 #[derive(Clone)]
-pub(crate) struct Memory(Arc<GuestMemoryMmap>);
+pub(crate) struct Memory(Arc<Mapped>);
+
+/// Field order is drop order: the regions lie within the address space.
+struct Mapped {
+    guest: GuestMemoryMmap,
+    _space: Vec<MmapRegion>,
+}
 
 impl Memory {
     /// `size` bytes on sealed memfds, at the addresses that [`layout::ram`] gives.
     pub fn new(size: u64) -> Result<Self> {
-        let regions = layout::ram(size)
-            .into_iter()
-            .map(|range| backing::memfd_region(GuestAddress(range.start), range.end - range.start))
-            .collect::<Result<Vec<_>>>()?;
-        let mmap = GuestMemoryMmap::from_regions(regions).map_err(|e| {
+        let made: Vec<_> = layout::ram(size).iter().map(backing::memfd_region).collect::<Result<_>>()?;
+        let (regions, space): (Vec<_>, Vec<_>) = made.into_iter().unzip();
+        let guest = GuestMemoryMmap::from_regions(regions).map_err(|e| {
             Error::new(ErrorKind::InvalidArgument, format!("laying out {size} bytes of guest memory"))
                 .with_source(e)
         })?;
-        Ok(Self(Arc::new(mmap)))
+        Ok(Self(Arc::new(Mapped { guest, _space: space })))
     }
 
     /// The size in bytes.
     pub fn size(&self) -> u64 {
-        self.0.iter().map(GuestMemoryRegion::len).sum()
+        self.iter().map(GuestMemoryRegion::len).sum()
+    }
+
+    /// Makes huge pages of what lies in `range`, as far as the host will. Before the guest runs.
+    pub fn collapse(&self, range: Range<u64>) {
+        for region in self.iter() {
+            let base = region.start_addr().raw_value();
+            let (start, end) = (range.start.max(base), range.end.min(base + region.len()));
+            if start < end {
+                backing::collapse(region, start - base..end - base);
+            }
+        }
     }
 
     /// What device code and loaders read and write through.
     pub fn guest(&self) -> &GuestMemoryMmap {
-        &self.0
+        &self.0.guest
     }
 }
 
@@ -46,13 +64,13 @@ impl std::ops::Deref for Memory {
     type Target = GuestMemoryMmap;
 
     fn deref(&self) -> &GuestMemoryMmap {
-        &self.0
+        &self.0.guest
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::Bytes;
+    use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
 
@@ -70,6 +88,19 @@ mod tests {
         let memory = Memory::new(layout::LOW_RAM_END + (2 << 20)).unwrap();
         memory.write_obj(7u8, GuestAddress(layout::HIGH_RAM_START + (2 << 20) - 1)).unwrap();
         assert!(memory.write_obj(7u8, GuestAddress(layout::LOW_RAM_END)).is_err());
+    }
+
+    #[test]
+    fn collapsing_keeps_the_content_and_makes_huge_pages_where_the_kernel_can() {
+        let memory = Memory::new(16 << 20).unwrap();
+        memory.write_obj(0xabcdu16, GuestAddress((4 << 20) + 5)).unwrap();
+        memory.collapse((2 << 20) + 1..(9 << 20));
+        assert_eq!(memory.read_obj::<u16>(GuestAddress((4 << 20) + 5)).unwrap(), 0xabcd);
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let start = format!("{:x}-", memory.iter().next().unwrap().as_ptr().addr());
+        let mine = smaps.lines().skip_while(|l| !l.starts_with(&start));
+        let huge = mine.into_iter().find(|l| l.starts_with("ShmemPmdMapped:")).unwrap();
+        assert!(huge.contains("4096 kB") || huge.contains("   0 kB"), "only whole pieces: {huge}");
     }
 
     #[test]

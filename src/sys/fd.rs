@@ -1,5 +1,6 @@
 //! File descriptors.
 
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -21,6 +22,63 @@ pub(crate) fn is_readable(fd: BorrowedFd<'_>) -> bool {
 /// A close-on-exec duplicate: what an embedder hands us stays the embedder's.
 pub(crate) fn duplicate(fd: impl AsFd) -> std::io::Result<OwnedFd> {
     fd.as_fd().try_clone_to_owned()
+}
+
+/// Whether a write of one byte would not block, or would report an error, right now.
+pub(crate) fn is_writable(fd: BorrowedFd<'_>) -> bool {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+    // SAFETY: one initialized pollfd, and the count says so; a zero timeout does not block.
+    let ready = unsafe { libc::poll(&mut poll, 1, 0) };
+    ready > 0 && poll.revents & (libc::POLLOUT | libc::POLLHUP | libc::POLLERR) != 0
+}
+
+/// Whether the description is non-blocking already.
+pub(crate) fn is_nonblocking(fd: BorrowedFd<'_>) -> bool {
+    // SAFETY: F_GETFL takes no argument and touches no memory of ours.
+    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    flags >= 0 && flags & libc::O_NONBLOCK != 0
+}
+
+/// Whether the description was opened for reading, or for writing.
+pub(crate) fn permits(fd: BorrowedFd<'_>, write: bool) -> bool {
+    // SAFETY: F_GETFL takes no argument and touches no memory of ours.
+    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    let mode = flags & libc::O_ACCMODE;
+    flags >= 0 && (mode == libc::O_RDWR || (mode == libc::O_WRONLY) == write)
+}
+
+/// Flags to open a pipe or a terminal with, so that neither opening nor using it waits, and no terminal
+/// becomes the process's own.
+pub(crate) const NONBLOCKING_OPEN: i32 = libc::O_NONBLOCK | libc::O_NOCTTY;
+
+/// Sends on a socket without waiting and without SIGPIPE.
+pub(crate) fn send(fd: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: the pointer and the length are those of one live slice, which the kernel only reads.
+    let count = unsafe { libc::send(fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) };
+    usize::try_from(count).map_err(|_| io::Error::last_os_error())
+}
+
+/// Receives from a socket without waiting.
+pub(crate) fn receive(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
+    let (at, len) = (buffer.as_mut_ptr().cast(), buffer.len());
+    // SAFETY: the pointer and the length are those of one live slice, borrowed for writing.
+    let count = unsafe { libc::recv(fd.as_raw_fd(), at, len, libc::MSG_DONTWAIT) };
+    usize::try_from(count).map_err(|_| io::Error::last_os_error())
+}
+
+/// A new pseudo-terminal: its master end and its slave end.
+#[cfg(test)]
+pub(crate) fn pty() -> io::Result<(OwnedFd, OwnedFd)> {
+    use std::os::fd::FromRawFd;
+    use std::ptr::null_mut;
+    let (mut master, mut slave) = (-1, -1);
+    // SAFETY: two valid places for the descriptors; name and settings may be NULL.
+    if unsafe { libc::openpty(&mut master, &mut slave, null_mut(), null_mut(), null_mut()) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call above has just made both, and nobody else knows them.
+    unsafe { Ok((OwnedFd::from_raw_fd(master), OwnedFd::from_raw_fd(slave))) }
 }
 
 /// Waits until a read would not block, at most `timeout`.

@@ -5,7 +5,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use vm_memory::mmap::MmapRegion;
+use vm_memory::FileOffset;
+use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 
 /// A new memfd of `size` bytes that nobody can resize any more: a guest's memory cannot be cut off
 /// under it, and no fault on it raises SIGBUS for being past the end.
@@ -54,4 +55,39 @@ pub(crate) fn advise(region: &MmapRegion, offset: usize, len: usize, advice: Adv
     // its content or unmaps anything.
     let result = unsafe { libc::madvise(region.as_ptr().add(offset).cast(), len, advice) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Address space with nothing in it. What is mapped inside goes with it when it is dropped.
+pub(crate) fn reserve(size: usize) -> io::Result<MmapRegion> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    MmapRegion::build(None, size, libc::PROT_NONE, flags).map_err(io::Error::other)
+}
+
+/// Maps the first `size` bytes of `file` shared, at the first multiple of `align` within `reserved`.
+///
+/// The caller keeps `reserved` for as long as anyone may touch the result.
+pub(crate) fn map_inside(
+    reserved: &MmapRegion,
+    align: usize,
+    file: File,
+    size: usize,
+) -> io::Result<MmapRegion> {
+    let start = reserved.as_ptr().addr().next_multiple_of(align) - reserved.as_ptr().addr();
+    if start.checked_add(size).is_none_or(|end| end > reserved.size()) {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE);
+    let at = reserved.as_ptr().wrapping_add(start);
+    // SAFETY: MAP_FIXED replaces pages of our own empty reservation only (checked above), which nobody
+    // has a pointer into.
+    let mapped = unsafe { libc::mmap(at.cast(), size, prot, flags | libc::MAP_FIXED, file.as_raw_fd(), 0) };
+    if mapped == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let builder = MmapRegionBuilder::new(size)
+        .with_mmap_prot(prot)
+        .with_mmap_flags(flags)
+        .with_file_offset(FileOffset::new(file, 0));
+    // SAFETY: the mapping made above, of this size; it lives as long as `reserved`, as the caller promises.
+    unsafe { builder.with_raw_mmap_pointer(mapped.cast()) }.build().map_err(io::Error::other)
 }

@@ -23,6 +23,7 @@ pub(crate) mod queue;
 #[cfg(test)]
 pub(crate) mod queue_driver;
 pub(crate) mod rng;
+pub(crate) mod transport;
 
 pub(crate) use queue::Queue;
 

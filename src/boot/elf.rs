@@ -1,0 +1,243 @@
+#![forbid(unsafe_code)]
+//! ELF kernels: their segments, and the PVH entry in their notes.
+//!
+//! The image may come from a file or, piece by piece, out of a decompressor; either way its headers are
+//! read once from the first piece and checked before anything is written.
+
+use std::ops::Range;
+
+use super::kernel::{Image, Source, fits};
+use super::write;
+use crate::config::validate::MAX_CMDLINE;
+use crate::error::Result;
+use crate::memory::Memory;
+
+pub(super) const MAGIC: [u8; 4] = *b"\x7fELF";
+/// The ELF header and as many program headers as we take.
+const MAX_HEADERS: usize = 64 + 56 * MAX_SEGMENTS;
+const MAX_SEGMENTS: usize = 64;
+const MAX_NOTES: u64 = 64 << 10;
+const EM_X86_64: u16 = 62;
+const PT_LOAD: u32 = 1;
+const PT_NOTE: u32 = 4;
+/// `XEN_ELFNOTE_PHYS32_ENTRY`: where a PVH guest is entered.
+const PHYS32_ENTRY: u32 = 18;
+/// The initrd stays below 2 GiB, where every Linux finds it.
+const INITRD_MAX: u64 = 0x7fff_ffff;
+
+/// A kernel on its way into memory.
+pub(super) struct Loader {
+    segments: Vec<Segment>,
+    notes: Vec<Note>,
+    range: Range<u64>,
+}
+
+/// `PT_LOAD`: these bytes of the image belong there.
+struct Segment {
+    image: Range<u64>,
+    address: u64,
+}
+
+/// `PT_NOTE`: bytes of the image kept until the end.
+struct Note {
+    image: Range<u64>,
+    bytes: Vec<u8>,
+}
+
+/// One entry of the program header table.
+struct ProgramHeader {
+    kind: u32,
+    offset: u64,
+    address: u64,
+    file_size: u64,
+    memory_size: u64,
+}
+
+impl Loader {
+    /// Reads and checks the headers at the start of the image; `head` is its first piece, `size` its
+    /// whole length.
+    pub fn new(memory: &Memory, source: &Source, head: &[u8], size: u64) -> Result<Self> {
+        let table = header_table(source, head)?;
+        let mut loader = Self { segments: Vec::new(), notes: Vec::new(), range: u64::MAX..0 };
+        for (i, bytes) in table.chunks_exact(56).enumerate() {
+            let header = ProgramHeader::parse(bytes);
+            let image = header.offset..header.offset.saturating_add(header.file_size);
+            if matches!(header.kind, PT_LOAD | PT_NOTE) && image.end > size {
+                let why = format!("program header {i}: its bytes end at {}, the image at {size}", image.end);
+                return Err(source.bad(why));
+            }
+            match header.kind {
+                PT_LOAD if header.memory_size > 0 => loader.add_segment(memory, source, i, &header, image)?,
+                PT_NOTE if header.file_size <= MAX_NOTES => {
+                    loader.notes.push(Note { bytes: vec![0; header.file_size as usize], image });
+                }
+                _ => {}
+            }
+        }
+        if loader.segments.is_empty() {
+            return Err(source.bad("has no segment to load (PT_LOAD)"));
+        }
+        Ok(loader)
+    }
+
+    fn add_segment(
+        &mut self,
+        memory: &Memory,
+        source: &Source,
+        index: usize,
+        header: &ProgramHeader,
+        image: Range<u64>,
+    ) -> Result<()> {
+        let wrong = |why: String| source.bad(format!("program header {index}: {why}"));
+        if header.file_size > header.memory_size {
+            return Err(wrong(format!(
+                "{} bytes in the file, {} in memory",
+                header.file_size, header.memory_size
+            )));
+        }
+        let end = header.address.checked_add(header.memory_size);
+        let target = header.address..end.ok_or_else(|| wrong("address and size wrap".to_owned()))?;
+        if !fits(memory, &target) {
+            let why = format!(
+                "occupies {:#x}-{:#x}, which is not all guest memory above 1 MiB (the guest has {} bytes)",
+                target.start,
+                target.end,
+                memory.size()
+            );
+            return Err(wrong(why));
+        }
+        self.range = self.range.start.min(target.start)..self.range.end.max(target.end);
+        self.segments.push(Segment { image, address: header.address });
+        Ok(())
+    }
+
+    /// Everything that the kernel occupies once it runs.
+    pub fn range(&self) -> &Range<u64> {
+        &self.range
+    }
+
+    /// Takes the piece of the image that starts at `offset`.
+    pub fn feed(&mut self, memory: &Memory, offset: u64, piece: &[u8]) -> Result<()> {
+        for segment in &self.segments {
+            if let Some((at, part)) = overlap(&segment.image, offset, piece) {
+                write(memory, segment.address + at, part)?;
+            }
+        }
+        for note in &mut self.notes {
+            if let Some((at, part)) = overlap(&note.image, offset, piece) {
+                let at = at as usize;
+                note.bytes[at..at + part.len()].copy_from_slice(part);
+            }
+        }
+        Ok(())
+    }
+
+    /// After the last piece: the kernel's PVH entry.
+    pub fn finish(self, source: &Source) -> Result<Image> {
+        let entry = self.notes.iter().find_map(|note| pvh_entry(&note.bytes)).ok_or_else(|| {
+            source.bad("has no PVH entry (a Xen note of type 18): build the kernel with CONFIG_PVH")
+        })?;
+        if !self.range.contains(&entry) {
+            let why = format!("PVH entry {entry:#x} is outside of its segments {:#x?}", self.range);
+            return Err(source.bad(why));
+        }
+        Ok(Image { entry, range: self.range, header: None, cmdline_max: MAX_CMDLINE, initrd_max: INITRD_MAX })
+    }
+}
+
+/// Loads an ELF file, reading only what its segments and notes hold.
+pub(super) fn load_file(memory: &Memory, source: &Source) -> Result<Image> {
+    let mut head = vec![0; source.size.min(MAX_HEADERS as u64) as usize];
+    source.read(0, &mut head)?;
+    let mut loader = Loader::new(memory, source, &head, source.size)?;
+    memory.collapse(loader.range.clone());
+    let parts: Vec<_> = loader
+        .segments
+        .iter()
+        .map(|s| s.image.clone())
+        .chain(loader.notes.iter().map(|n| n.image.clone()))
+        .collect();
+    let mut piece = vec![0; 256 << 10];
+    for part in parts {
+        let mut at = part.start;
+        while at < part.end {
+            let want = (part.end - at).min(piece.len() as u64) as usize;
+            source.read(at, &mut piece[..want])?;
+            loader.feed(memory, at, &piece[..want])?;
+            at += want as u64;
+        }
+    }
+    loader.finish(source)
+}
+
+/// The program header table within `head`, after the ELF header was found to be ours.
+fn header_table<'a>(source: &Source, head: &'a [u8]) -> Result<&'a [u8]> {
+    let truncated = || source.bad("ends within its ELF header");
+    let header: &[u8; 64] = head.first_chunk().ok_or_else(truncated)?;
+    if header[4] != 2 || header[5] != 1 {
+        return Err(source.bad("is no 64-bit little-endian ELF file (e_ident)"));
+    }
+    let half = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
+    if half(18) != EM_X86_64 {
+        return Err(
+            source.bad(format!("is for another architecture: e_machine is {}, x86-64 is 62", half(18)))
+        );
+    }
+    let offset = word(header, 32);
+    let (entry_size, count) = (half(54), usize::from(half(56)));
+    if entry_size != 56 || count == 0 || count > MAX_SEGMENTS {
+        let why = format!(
+            "has {count} program headers of {entry_size} bytes; 1 to {MAX_SEGMENTS} of 56 are wanted"
+        );
+        return Err(source.bad(why));
+    }
+    let start = usize::try_from(offset).ok();
+    let end = start.and_then(|s| s.checked_add(count * 56));
+    let table = start.zip(end).and_then(|(start, end)| head.get(start..end));
+    table.ok_or_else(|| {
+        source.bad(format!("its program headers at {offset:#x} are not at its start (e_phoff)"))
+    })
+}
+
+impl ProgramHeader {
+    /// `bytes` has 56 of them.
+    fn parse(bytes: &[u8]) -> Self {
+        Self {
+            kind: word(bytes, 0) as u32,
+            offset: word(bytes, 8),
+            address: word(bytes, 24),
+            file_size: word(bytes, 32),
+            memory_size: word(bytes, 40),
+        }
+    }
+}
+
+/// Eight little-endian bytes; zeroes past the end.
+fn word(bytes: &[u8], at: usize) -> u64 {
+    bytes.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u64::from_le_bytes(*b))
+}
+
+/// The part of `piece` (which starts at `offset` of the image) that lies in `wanted`, and its place there.
+fn overlap<'a>(wanted: &Range<u64>, offset: u64, piece: &'a [u8]) -> Option<(u64, &'a [u8])> {
+    let start = wanted.start.max(offset);
+    let end = wanted.end.min(offset.saturating_add(piece.len() as u64));
+    (start < end).then(|| (start - wanted.start, &piece[(start - offset) as usize..(end - offset) as usize]))
+}
+
+/// Looks for Xen's `PHYS32_ENTRY` in a segment of ELF notes (names and values padded to 4 bytes).
+fn pvh_entry(mut notes: &[u8]) -> Option<u64> {
+    while let Some((header, rest)) = notes.split_first_chunk::<12>() {
+        let field =
+            |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        let (name_size, value_size, kind) = (field(0) as usize, field(4) as usize, field(8));
+        let value_at = name_size.checked_next_multiple_of(4)?;
+        let next = value_at.checked_add(value_size.checked_next_multiple_of(4)?)?;
+        if kind == PHYS32_ENTRY && rest.get(..name_size)? == b"Xen\0" {
+            let value = rest.get(value_at..value_at.checked_add(value_size)?)?;
+            let low: &[u8; 4] = value.first_chunk()?;
+            return Some(u32::from_le_bytes(*low).into());
+        }
+        notes = rest.get(next..)?;
+    }
+    None
+}

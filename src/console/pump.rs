@@ -1,0 +1,191 @@
+#![forbid(unsafe_code)]
+//! What carries a console's bytes on an event loop.
+
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+
+use super::stream::{Direction, Stream};
+use super::{INPUT, NOW, Output, Shared};
+use crate::sys::lock;
+
+/// Writes or reads in one turn of the loop: its other workers wait meanwhile.
+const ROUNDS: usize = 32;
+/// Bytes in one write.
+const PIECE: usize = 4096;
+
+/// Hands a console's output on, and fetches its input.
+///
+/// An fd is in the loop's epoll set only while it is waited for: one that nobody reads, or that was hung
+/// up, would otherwise wake the loop for ever.
+pub(crate) struct Pump {
+    shared: Arc<Shared>,
+    timer: RawFd,
+    output: Option<Sink>,
+    output_watched: bool,
+    input: Option<Stream>,
+    input_watched: bool,
+}
+
+enum Sink {
+    Stream(Stream),
+    Callback(Box<dyn FnMut(&[u8]) + Send>),
+}
+
+impl Pump {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        timer: RawFd,
+        output: Option<Output>,
+        input: Option<OwnedFd>,
+    ) -> Self {
+        let output = output.map(|output| match output {
+            Output::Fd(fd) => Sink::Stream(Stream::new(fd, Direction::Write)),
+            Output::Callback(callback) => Sink::Callback(callback),
+        });
+        let input = input.map(|fd| Stream::new(fd, Direction::Read));
+        Self { shared, timer, output, output_watched: false, input, input_watched: false }
+    }
+
+    fn drain(&mut self, ops: &mut EventOps) {
+        let mut piece = [0; PIECE];
+        for _ in 0..ROUNDS {
+            let Some(sink) = &mut self.output else { return };
+            let count = lock(&self.shared.state).peek(&mut piece);
+            if count == 0 {
+                return self.watch_output(false, ops);
+            }
+            match sink.write(&piece[..count], &self.shared) {
+                Ok(0) => return self.end_output("takes nothing", ops),
+                Ok(taken) => self.shared.advance(taken),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return self.watch_output(true, ops),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return self.end_output(&error.to_string(), ops),
+            }
+        }
+        lock(&self.shared.state).arm(NOW);
+    }
+
+    fn fill(&mut self, ops: &mut EventOps) {
+        let mut piece = [0; INPUT];
+        for _ in 0..ROUNDS {
+            let Some(input) = &self.input else { return };
+            let room = {
+                let mut state = lock(&self.shared.state);
+                state.starved = state.room() == 0;
+                state.room()
+            };
+            if room == 0 {
+                return self.watch_input(false, ops);
+            }
+            match input.read(&mut piece[..room]) {
+                Ok(0) => return self.end_input("end of file", ops),
+                // Read, it must be kept: twice the limit, in case the embedder has filled the room.
+                Ok(count) => {
+                    let _ = self.shared.queue_input(&piece[..count], 2 * INPUT);
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return self.watch_input(true, ops),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return self.end_input(&error.to_string(), ops),
+            }
+        }
+        lock(&self.shared.state).arm(NOW);
+    }
+
+    fn watch_output(&mut self, on: bool, ops: &mut EventOps) {
+        let Some(Sink::Stream(stream)) = &self.output else { return };
+        if on == self.output_watched {
+            return;
+        }
+        match watch(stream, EventSet::OUT, on, ops) {
+            Ok(()) => {
+                self.output_watched = on;
+                lock(&self.shared.state).stuck = on;
+            }
+            Err(error) => self.end_output(&error.to_string(), ops),
+        }
+    }
+
+    fn watch_input(&mut self, on: bool, ops: &mut EventOps) {
+        let Some(stream) = &self.input else { return };
+        if on == self.input_watched {
+            return;
+        }
+        match watch(stream, EventSet::IN, on, ops) {
+            Ok(()) => self.input_watched = on,
+            Err(error) => self.end_input(&error.to_string(), ops),
+        }
+    }
+
+    fn end_output(&mut self, why: &str, ops: &mut EventOps) {
+        log::debug!("console: output ends: {why}");
+        if let (Some(Sink::Stream(stream)), true) = (&self.output, self.output_watched) {
+            let _ = watch(stream, EventSet::OUT, false, ops);
+        }
+        (self.output, self.output_watched) = (None, false);
+        self.shared.end_output();
+    }
+
+    fn end_input(&mut self, why: &str, ops: &mut EventOps) {
+        log::debug!("console: input ends: {why}");
+        if let (Some(stream), true) = (&self.input, self.input_watched) {
+            let _ = watch(stream, EventSet::IN, false, ops);
+        }
+        (self.input, self.input_watched) = (None, false);
+    }
+}
+
+fn watch(stream: &Stream, what: EventSet, on: bool, ops: &mut EventOps) -> Result<(), event_manager::Error> {
+    let events = Events::new_raw(stream.as_raw_fd(), what);
+    if on { ops.add(events) } else { ops.remove(events) }
+}
+
+impl MutEventSubscriber for Pump {
+    fn init(&mut self, ops: &mut EventOps) {
+        if let Err(error) = ops.add(Events::new_raw(self.timer, EventSet::IN)) {
+            return self.end_output(&error.to_string(), ops);
+        }
+        // Everything else follows from looking once.
+        lock(&self.shared.state).arm(NOW);
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        if events.fd() == self.timer {
+            lock(&self.shared.state).disarm();
+        }
+        self.drain(ops);
+        self.fill(ops);
+    }
+}
+
+impl Drop for Pump {
+    fn drop(&mut self) {
+        self.shared.close();
+    }
+}
+
+impl Sink {
+    fn write(&mut self, bytes: &[u8], shared: &Shared) -> io::Result<usize> {
+        match self {
+            Self::Stream(stream) => stream.write(bytes),
+            Self::Callback(callback) => {
+                let _guard = EndOnPanic(shared);
+                callback(bytes);
+                Ok(bytes.len())
+            }
+        }
+    }
+}
+
+/// Whoever flushes must not wait for a callback that has panicked: it is not called again.
+struct EndOnPanic<'a>(&'a Shared);
+
+impl Drop for EndOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.end_output();
+        }
+    }
+}

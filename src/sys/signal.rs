@@ -1,0 +1,117 @@
+//! Signals on library threads: all blocked, and one of them used to end `KVM_RUN`.
+
+use std::io;
+use std::mem::MaybeUninit;
+
+/// The signal that ends `KVM_RUN` on a vCPU thread.
+///
+/// It is sent to one thread, blocked there, and consumed by `sigtimedwait`: the embedder's handler for
+/// it, if any, never sees it. Not a real-time signal: those fail with EAGAIN when a queue is full.
+pub(crate) const KICK: libc::c_int = libc::SIGURG;
+
+/// A set of signals.
+pub(crate) struct SignalSet(libc::sigset_t);
+
+impl SignalSet {
+    /// Every signal.
+    pub fn full() -> Self {
+        let mut set = MaybeUninit::uninit();
+        // SAFETY: sigfillset initializes the whole set and cannot fail on a valid pointer.
+        unsafe {
+            libc::sigfillset(set.as_mut_ptr());
+            Self(set.assume_init())
+        }
+    }
+
+    /// What a library thread blocks: all but the faults that its own instructions raise.
+    pub fn library_thread() -> Self {
+        let mut set = Self::full();
+        for fault in [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGABRT] {
+            set.remove(fault);
+        }
+        set
+    }
+
+    fn only(signal: libc::c_int) -> Self {
+        let mut set = MaybeUninit::uninit();
+        // SAFETY: sigemptyset initializes the whole set; `signal` is a valid number.
+        unsafe {
+            libc::sigemptyset(set.as_mut_ptr());
+            libc::sigaddset(set.as_mut_ptr(), signal);
+            Self(set.assume_init())
+        }
+    }
+
+    pub fn remove(&mut self, signal: libc::c_int) {
+        // SAFETY: the set is initialized; `signal` is a valid number.
+        unsafe { libc::sigdelset(&mut self.0, signal) };
+    }
+
+    /// As the kernel writes it: bit n - 1 for signal n.
+    pub fn kernel_bits(&self) -> u64 {
+        (1..=64)
+            // SAFETY: the set is initialized; sigismember answers -1 for numbers it does not know.
+            .filter(|signal| unsafe { libc::sigismember(&self.0, *signal) } == 1)
+            .fold(0, |bits, signal| bits | 1 << (signal - 1))
+    }
+
+    /// Blocks exactly this set on the calling thread; returns what was blocked before.
+    pub fn block(&self) -> Self {
+        let mut old = MaybeUninit::uninit();
+        // SAFETY: both sets are valid; SIG_SETMASK with a valid set cannot fail, so `old` is written.
+        unsafe {
+            libc::pthread_sigmask(libc::SIG_SETMASK, &self.0, old.as_mut_ptr());
+            Self(old.assume_init())
+        }
+    }
+}
+
+/// Consumes a pending kick of the calling thread, if there is one.
+pub(crate) fn consume_kick() {
+    let set = SignalSet::only(KICK);
+    let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: valid set and timeout; the kernel may write no siginfo where the pointer is NULL.
+    unsafe { libc::sigtimedwait(&set.0, std::ptr::null_mut(), &now) };
+}
+
+/// The calling thread's kernel id.
+pub(crate) fn thread_id() -> i32 {
+    // SAFETY: no arguments, cannot fail.
+    unsafe { libc::gettid() }
+}
+
+/// Sends the kick to a thread of this process. The caller knows that the thread has not ended.
+pub(crate) fn kick(thread: i32) -> io::Result<()> {
+    // SAFETY: plain integers; a thread of another process cannot be meant, since our own id is given.
+    let result = unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, KICK) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kick_waits_until_it_is_consumed() {
+        std::thread::spawn(|| {
+            SignalSet::library_thread().block();
+            kick(thread_id()).unwrap();
+            let before = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+            consume_kick();
+            let after = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+            let pending = |s: &str| s.lines().find(|l| l.starts_with("SigPnd")).unwrap().to_owned();
+            assert_ne!(pending(&before), pending(&after));
+            assert!(pending(&after).ends_with("0000000000000000"));
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    fn kernel_bits_are_the_signals() {
+        assert_eq!(SignalSet::only(libc::SIGHUP).kernel_bits(), 1);
+        let bits = SignalSet::library_thread().kernel_bits();
+        assert_eq!(bits >> (libc::SIGSEGV - 1) & 1, 0);
+        assert_eq!(bits >> (KICK - 1) & 1, 1);
+    }
+}

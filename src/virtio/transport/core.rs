@@ -1,0 +1,306 @@
+#![forbid(unsafe_code)]
+//! The state machine of a virtio device (virtio 1.2, 2.1 and 3.1), the same behind every transport:
+//! status, features, queue registers, activation, reset, pause.
+
+use std::sync::Arc;
+
+use virtio_bindings::bindings::virtio_config::{
+    VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::error::{Error, Result};
+use crate::irq::Vector;
+use crate::memory::Memory;
+use crate::virtio::queue::QueueSetup;
+use crate::virtio::{Activation, Queue, Signals, VirtioDevice};
+
+const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
+const DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
+const NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
+/// What the rings can do, whatever the device.
+const RING_FEATURES: u64 =
+    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
+/// The registers of one queue.
+pub(super) struct QueueRegisters {
+    pub max_size: u16,
+    pub size: u16,
+    pub enabled: bool,
+    pub desc: u64,
+    pub avail: u64,
+    pub used: u64,
+    /// The entry of the vector table, or `VIRTIO_MSI_NO_VECTOR`.
+    pub vector: u16,
+    pub interrupt: Option<Arc<Vector>>,
+    pub doorbell: EventFd,
+}
+
+/// Where a device is between two resets.
+enum Service {
+    /// No queues.
+    Idle,
+    /// The device has them.
+    Active,
+    /// We keep them while the VM is paused.
+    Paused(Vec<Option<Queue>>),
+    /// The VM has ended: nothing is served any more.
+    Ended,
+}
+
+/// A device and the registers through which its driver sees it.
+pub(super) struct Core {
+    device: Box<dyn VirtioDevice>,
+    signals: Signals,
+    memory: Memory,
+    service: Service,
+    driver_features: u64,
+    /// Which half of the features the next access means; a driver may write anything here.
+    pub device_feature_select: u32,
+    pub driver_feature_select: u32,
+    pub queue_select: u16,
+    pub queues: Vec<QueueRegisters>,
+}
+
+/// What a write to the status register asks of the transport around us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Change {
+    None,
+    /// The device serves its queues from now on.
+    Activated,
+    /// Everything is as it was at first.
+    Reset,
+}
+
+impl Core {
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        memory: Memory,
+        signals: Signals,
+        no_vector: u16,
+    ) -> Result<Self> {
+        let registers = |max_size: &u16| {
+            let doorbell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+                .map_err(|e| Error::os(format!("creating a doorbell of {}", device.id()), e))?;
+            let (desc, avail, used) = (0, 0, 0);
+            let (max_size, size, enabled) = (*max_size, *max_size, false);
+            Ok(QueueRegisters {
+                max_size,
+                size,
+                enabled,
+                desc,
+                avail,
+                used,
+                vector: no_vector,
+                interrupt: None,
+                doorbell,
+            })
+        };
+        let queues = device.queue_sizes().iter().map(registers).collect::<Result<_>>()?;
+        Ok(Self {
+            device,
+            signals,
+            memory,
+            service: Service::Idle,
+            driver_features: 0,
+            device_feature_select: 0,
+            driver_feature_select: 0,
+            queue_select: 0,
+            queues,
+        })
+    }
+
+    pub fn signals(&self) -> &Signals {
+        &self.signals
+    }
+
+    pub fn device(&self) -> &dyn VirtioDevice {
+        &*self.device
+    }
+
+    /// The half of the offered features that was selected; others read 0.
+    pub fn device_features(&self) -> u32 {
+        half(self.offered(), self.device_feature_select)
+    }
+
+    pub fn driver_features(&self) -> u32 {
+        half(self.driver_features, self.driver_feature_select)
+    }
+
+    /// Sets the selected half, until the driver has said that it is done.
+    pub fn set_driver_features(&mut self, value: u32) {
+        if self.signals.status() & FEATURES_OK != 0 {
+            return;
+        }
+        let value = u64::from(value);
+        match self.driver_feature_select {
+            0 => self.driver_features = self.driver_features & !0xffff_ffff | value,
+            1 => self.driver_features = self.driver_features & 0xffff_ffff | value << 32,
+            _ => {}
+        }
+    }
+
+    /// The registers of the selected queue; none when the selector is out of range.
+    pub fn queue(&self) -> Option<&QueueRegisters> {
+        self.queues.get(usize::from(self.queue_select))
+    }
+
+    /// The same for writing: only before DRIVER_OK, and before this queue was enabled.
+    pub fn queue_mut(&mut self) -> Option<&mut QueueRegisters> {
+        if self.signals.status() & DRIVER_OK != 0 {
+            return None;
+        }
+        self.queues.get_mut(usize::from(self.queue_select)).filter(|q| !q.enabled)
+    }
+
+    pub fn write_config(&mut self, offset: u64, data: &[u8]) {
+        self.device.write_config(offset, data);
+    }
+
+    /// Writes the status register. Bits are only ever added, save by a reset.
+    pub fn set_status(&mut self, value: u8) -> Change {
+        let old = self.signals.status();
+        if value == 0 {
+            self.reset();
+            return Change::Reset;
+        }
+        let mut status = (old | value) & !NEEDS_RESET;
+        if status & !old & FEATURES_OK != 0 && !self.features_are_good() {
+            status &= !FEATURES_OK;
+        }
+        if status & FEATURES_OK == 0 {
+            status &= !DRIVER_OK;
+        }
+        self.signals.set_status(status);
+        if status & !old & DRIVER_OK == 0 {
+            return Change::None;
+        }
+        self.activate();
+        Change::Activated
+    }
+
+    fn offered(&self) -> u64 {
+        self.device.features() | RING_FEATURES
+    }
+
+    fn features_are_good(&self) -> bool {
+        self.driver_features & !self.offered() == 0 && self.driver_features & 1 << VIRTIO_F_VERSION_1 != 0
+    }
+
+    fn activate(&mut self) {
+        if !matches!(self.service, Service::Idle) {
+            return;
+        }
+        match self.build_queues() {
+            Ok(queues) => self.serve(queues),
+            Err(why) => self.signals.needs_reset(why),
+        }
+    }
+
+    fn build_queues(&self) -> std::result::Result<Vec<Option<Queue>>, String> {
+        let event_idx = self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        let build = |(index, q): (usize, &QueueRegisters)| {
+            if !q.enabled {
+                return Ok(None);
+            }
+            let doorbell = q.doorbell.try_clone().map_err(|e| format!("queue {index}: {e}"))?;
+            let setup = QueueSetup {
+                max_size: q.max_size,
+                size: q.size,
+                desc: q.desc,
+                avail: q.avail,
+                used: q.used,
+                event_idx,
+                next_avail: 0,
+                next_used: 0,
+                doorbell,
+                interrupt: q.interrupt.clone(),
+            };
+            Queue::new(setup, &self.memory).map(Some).map_err(|fault| format!("queue {index}: {fault}"))
+        };
+        self.queues.iter().enumerate().map(build).collect()
+    }
+
+    fn serve(&mut self, queues: Vec<Option<Queue>>) {
+        let activation = Activation {
+            features: self.driver_features,
+            memory: self.memory.clone(),
+            queues,
+            signals: self.signals.clone(),
+        };
+        match self.device.activate(activation) {
+            Ok(()) => self.service = Service::Active,
+            Err(error) => {
+                self.service = Service::Idle;
+                self.signals.needs_reset(error);
+            }
+        }
+    }
+
+    /// Back to the beginning. Every field is named, so that a new one is not forgotten.
+    fn reset(&mut self) {
+        let Self {
+            device,
+            signals,
+            memory: _,
+            service,
+            driver_features,
+            device_feature_select,
+            driver_feature_select,
+            queue_select,
+            queues,
+        } = self;
+        if !matches!(service, Service::Ended) {
+            drop(device.deactivate());
+            *service = Service::Idle;
+        }
+        signals.set_config_interrupt(None);
+        signals.set_status(0);
+        *driver_features = 0;
+        (*device_feature_select, *driver_feature_select, *queue_select) = (0, 0, 0);
+        for queue in queues {
+            let QueueRegisters { max_size, size, enabled, desc, avail, used, vector, interrupt, doorbell } =
+                queue;
+            (*size, *enabled, *vector, *interrupt) = (*max_size, false, u16::MAX, None);
+            (*desc, *avail, *used) = (0, 0, 0);
+            // A bell that still rings belongs to the old driver.
+            let _ = doorbell.read();
+        }
+    }
+
+    /// Whether the driver has handed its queues over, paused or not.
+    pub fn is_active(&self) -> bool {
+        matches!(self.service, Service::Active | Service::Paused(_))
+    }
+
+    /// Takes the queues back from the device until [`Core::resume`].
+    pub fn pause(&mut self) {
+        if matches!(self.service, Service::Active) {
+            self.service = Service::Paused(self.device.deactivate());
+        }
+    }
+
+    /// Gives them to the device again.
+    pub fn resume(&mut self) {
+        match std::mem::replace(&mut self.service, Service::Idle) {
+            Service::Paused(queues) => self.serve(queues),
+            other => self.service = other,
+        }
+    }
+
+    /// Serves nothing from now on, whatever the driver does.
+    pub fn end(&mut self) {
+        drop(self.device.deactivate());
+        self.service = Service::Ended;
+    }
+}
+
+/// 32 of 64 feature bits; beyond them there are none.
+fn half(features: u64, select: u32) -> u32 {
+    match select {
+        0 => features as u32,
+        1 => (features >> 32) as u32,
+        _ => 0,
+    }
+}

@@ -1,0 +1,9 @@
+#![forbid(unsafe_code)]
+//! How a driver reaches a device: the state machine that every transport shares, and PCI.
+
+mod core;
+mod doorbells;
+pub(crate) mod pci;
+
+pub(crate) use doorbells::Doorbells;
+pub(crate) use pci::VirtioPci;

@@ -1,0 +1,208 @@
+#![forbid(unsafe_code)]
+//! What surrounds the vCPUs: the devices of the platform, their loops, and the console.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap};
+use kvm_ioctls::VmFd;
+
+use super::builder::{Buses, ThreadRole, Threads};
+use super::devices;
+use crate::boot::{self, acpi};
+use crate::config::topology::Topology;
+use crate::config::{ConsoleKind, Platform, VmConfig};
+use crate::console::{Console, Output, Pump};
+use crate::error::{Error, ErrorKind, Result};
+use crate::events::{Reporter, StopLine};
+use crate::ioapic::Ioapic;
+use crate::irq::{IOAPIC_PINS, Routes};
+use crate::legacy::{Cmos, I8042, Power, PvPanic, Serial, ports};
+use crate::memory::{Memory, layout};
+use crate::pci::{ConfigPorts, Ecam, Root, Window};
+use crate::reactor::{Attached, EventLoop};
+use crate::sys::{kvm, lock};
+use crate::virtio::transport::{Doorbells, VirtioPci};
+
+/// How long the last words of a guest may take to reach the embedder's output.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// Where the embedder wants the console.
+#[derive(Default)]
+pub(super) struct Wiring {
+    pub output: Option<Output>,
+    pub input: Option<OwnedFd>,
+}
+
+/// What a board is made from.
+pub(super) struct Plan<'a> {
+    pub config: &'a VmConfig,
+    pub vm: &'a Arc<VmFd>,
+    pub memory: &'a Memory,
+    pub reporter: &'a Reporter,
+    pub stop: &'a StopLine,
+    pub threads: &'a Threads,
+}
+
+/// The devices of one VM. A bare platform has none.
+#[derive(Default)]
+pub(super) struct Board {
+    pub console: Console,
+    ioapic: Option<Arc<Ioapic>>,
+    power: Option<Arc<Power>>,
+    virtio: Vec<Arc<VirtioPci>>,
+    pump: Mutex<Option<Attached<Pump>>>,
+    loops: Vec<Arc<EventLoop>>,
+}
+
+impl Board {
+    /// Makes the devices and puts them on the buses.
+    pub fn make(plan: &Plan<'_>, wiring: Wiring, buses: &mut Buses) -> Result<Self> {
+        if plan.config.platform == Platform::Bare {
+            return Ok(Self::default());
+        }
+        split_irqchip(plan.vm)?;
+        let routes = Routes::new(Some(plan.vm.clone()));
+        let ioapic = Ioapic::new(routes.clone());
+        let window = layout::IOAPIC;
+        buses.mmio.insert("ioapic", window.start, window.end - window.start, ioapic.clone())?;
+        let main_loop = plan.start_loop(0)?;
+        let console = Console::new();
+        let mut board = Self { ioapic: Some(ioapic.clone()), ..Self::default() };
+        board.power = Some(legacy(plan, &ioapic, &console, buses)?);
+        let pump = console.attach(wiring.output, wiring.input, &main_loop, plan.stop)?;
+        board.pump = Mutex::new(Some(pump));
+        board.loops.push(main_loop);
+        board.console = console;
+        board.add_virtio(plan, &routes, buses)?;
+        Ok(board)
+    }
+
+    fn add_virtio(&mut self, plan: &Plan<'_>, routes: &Arc<Routes>, buses: &mut Buses) -> Result<()> {
+        let doorbells = Doorbells::new(Some(plan.vm.clone()));
+        let mut functions: Vec<(_, Arc<dyn crate::pci::Function>)> = Vec::new();
+        for planned in devices::make(plan, &self.console, &mut self.loops)? {
+            let bar = planned.bar();
+            let devices::Planned { address, device, signals } = planned;
+            let function = VirtioPci::new(device, &bar, plan.memory, signals, routes, doorbells.clone())?;
+            self.virtio.push(function.clone());
+            functions.push((address, function));
+        }
+        let root = Root::new(functions)?;
+        let ecam = layout::ECAM;
+        buses.mmio.insert("pci ecam", ecam.start, ecam.end - ecam.start, Arc::new(Ecam(root.clone())))?;
+        let ports = Arc::new(ConfigPorts(root.clone()));
+        buses.pio.insert("pci config", ConfigPorts::BASE, ConfigPorts::LEN, ports)?;
+        for (name, window) in
+            [("pci window", layout::PCI_MMIO32), ("pci high window", layout::pci_mmio64(plan.memory.size()))]
+        {
+            let device = Arc::new(Window { root: root.clone(), base: window.start });
+            buses.mmio.insert(name, window.start, window.end - window.start, device)?;
+        }
+        Ok(())
+    }
+
+    pub fn ioapic(&self) -> Option<Arc<Ioapic>> {
+        self.ioapic.clone()
+    }
+
+    /// Stops every device; what is in flight is finished first.
+    pub fn pause(&self) {
+        self.virtio.iter().for_each(|d| d.pause());
+    }
+
+    pub fn resume(&self) {
+        self.virtio.iter().for_each(|d| d.resume());
+    }
+
+    /// Stops every device for good, and lets the console's last words out.
+    pub fn stop(&self) {
+        self.virtio.iter().for_each(|d| d.end());
+        if !self.console.flush(Instant::now() + LAST_WORDS) {
+            log::debug!("the console's output did not take all of the guest's last words");
+        }
+    }
+
+    /// Ends the loops' threads.
+    pub fn join(&self) {
+        if let Some(Err(error)) = lock(&self.pump).take().map(Attached::detach) {
+            log::debug!("{error}");
+        }
+        self.loops.iter().for_each(|l| l.stop());
+    }
+
+    pub fn press_power_button(&self) -> Result<()> {
+        match &self.power {
+            Some(power) => {
+                power.press_button();
+                Ok(())
+            }
+            None => Err(Error::new(ErrorKind::Unsupported, "shutdown: a bare platform has no power button")),
+        }
+    }
+}
+
+impl Plan<'_> {
+    /// Starts the `index`th loop of the VM.
+    pub fn start_loop(&self, index: u32) -> Result<Arc<EventLoop>> {
+        EventLoop::start(&format!("vmbed-dev{index}"), |body| {
+            self.threads.spawn(ThreadRole::Device, index, body)
+        })
+    }
+}
+
+/// Local APICs in the kernel, the IOAPIC here: what the guest does often stays in the kernel, and an end
+/// of the VM costs 0.1 ms instead of 16.
+fn split_irqchip(vm: &VmFd) -> Result<()> {
+    kvm::set_intel_pages(vm, layout::KVM_TSS, layout::KVM_IDENTITY_MAP)
+        .map_err(|e| Error::os("giving KVM its pages (KVM_SET_TSS_ADDR)", e))?;
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+    cap.args[0] = IOAPIC_PINS.into();
+    vm.enable_cap(&cap).map_err(|e| Error::errno_of("making local APICs (KVM_CAP_SPLIT_IRQCHIP)", e))
+}
+
+/// The devices at fixed ports.
+fn legacy(plan: &Plan<'_>, ioapic: &Arc<Ioapic>, console: &Console, buses: &mut Buses) -> Result<Arc<Power>> {
+    if plan.config.console == ConsoleKind::Serial {
+        let serial = Serial::new(console.clone(), ioapic.line(ports::COM1_GSI as u8));
+        buses.pio.insert("serial", ports::COM1.into(), ports::COM1_LEN.into(), serial)?;
+    }
+    buses.pio.insert("cmos", ports::CMOS.into(), ports::CMOS_LEN.into(), Arc::new(Cmos::default()))?;
+    buses.pio.insert(
+        "i8042",
+        ports::I8042.into(),
+        ports::I8042_LEN.into(),
+        Arc::new(I8042::new(plan.stop.clone())),
+    )?;
+    buses.pio.insert("pvpanic", ports::PVPANIC.into(), 1, Arc::new(PvPanic::new(plan.stop.clone())))?;
+    let power = Arc::new(Power::new(plan.stop.clone(), ioapic.line(ports::GED_GSI as u8)));
+    buses.pio.insert("power", ports::POWER.into(), ports::POWER_LEN.into(), power.clone())?;
+    Ok(power)
+}
+
+/// The board as its tables tell it.
+pub(super) fn describe(config: &VmConfig, memory: &Memory) -> boot::Machine {
+    let topology = Topology::new(&config.cpus);
+    boot::Machine {
+        // At most 254: the configuration was validated.
+        apic_ids: (0..u32::from(config.cpus.count)).map(|i| topology.apic_id(i) as u8).collect(),
+        ioapic: layout::IOAPIC.start,
+        lapic: layout::LAPIC,
+        ecam: layout::ECAM,
+        pci_mmio32: layout::PCI_MMIO32,
+        pci_mmio64: layout::pci_mmio64(memory.size()),
+        serial: (config.console == ConsoleKind::Serial).then_some((ports::COM1, ports::COM1_GSI)),
+        rtc: ports::CMOS,
+        pvpanic: ports::PVPANIC,
+        power: acpi::Power {
+            sleep_control: ports::SLEEP_CONTROL,
+            sleep_status: ports::SLEEP_STATUS,
+            reset: ports::RESET,
+            reset_value: ports::RESET_VALUE,
+            s5: ports::S5_SLEEP_TYPE,
+            event_select: ports::GED_EVENT_SELECT,
+            event_gsi: ports::GED_GSI,
+        },
+    }
+}

@@ -1,0 +1,400 @@
+#![forbid(unsafe_code)]
+//! From a configuration to a VM: the only file that knows every part.
+
+use std::fmt;
+use std::os::fd::AsFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
+
+use kvm_ioctls::{Kvm, VmFd};
+
+use super::Vm;
+use super::board::{self, Board, Plan, Wiring};
+use super::machine::{Control, End, Machine, VmState, enter_thread_of};
+use crate::boot::{self, Entry, Identity, Protocol};
+use crate::budget::{Claim, Ledger};
+use crate::bus::{Bus, Device};
+use crate::config::topology::Topology;
+use crate::config::{Boot, CpuMode, Platform, Uuid, VmConfig};
+use crate::console::Output;
+use crate::error::{Error, ErrorKind, Result};
+use crate::events::{EventStream, Reporter, StopCause, StopLine, VmId};
+use crate::memory::{Memory, layout, slots};
+use crate::reactor::panic_text;
+use crate::sys;
+use crate::vcpu::cpuid::{self, HostCpu};
+use crate::vcpu::{Gate, Surroundings, Vcpu, msrs, regs};
+
+/// What the host lends to its VMs.
+pub(crate) struct HostParts {
+    pub kvm: Kvm,
+    pub cpu: HostCpu,
+    pub ledger: Arc<Ledger>,
+}
+
+/// What a thread of the library is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ThreadRole {
+    /// Runs one vCPU.
+    Vcpu,
+    /// Serves devices.
+    Device,
+}
+
+/// A thread of the library, as the hook of [`VmBuilder::on_thread_start`] sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ThreadInfo {
+    /// The VM that it works for.
+    pub vm: VmId,
+    /// What it is for.
+    pub role: ThreadRole,
+    /// Counts the threads of one role from 0: for a vCPU its index.
+    pub index: u32,
+    /// The kernel's id of the thread, for affinity, cgroups and schedulers.
+    pub tid: i32,
+}
+
+type Hook = Arc<dyn Fn(&ThreadInfo) + Send + Sync>;
+
+/// A VM in the making: its configuration, and what is not data.
+///
+/// ```no_run
+/// # struct Debug; impl vmbed::Device for Debug {
+/// #     fn read(&self, _: vmbed::Access, _: &mut [u8]) -> vmbed::Result<()> { Ok(()) }
+/// #     fn write(&self, _: vmbed::Access, _: &[u8]) -> vmbed::Result<()> { Ok(()) }
+/// # }
+/// use std::sync::Arc;
+/// use vmbed::{BareBoot, CpuMode, Host, VmConfig};
+///
+/// // mov al, 'x'; out 0xe9, al; hlt
+/// let config = VmConfig::bare(BareBoot::new(CpuMode::Real, 0x1000, [0xb0, b'x', 0xe6, 0xe9, 0xf4]));
+/// let vm = Host::open()?.builder(config).pio_device("debug", 0xe9, 1, Arc::new(Debug)).build()?;
+/// vm.start()?;
+/// println!("{}", vm.wait()?);
+/// # Ok::<(), vmbed::Error>(())
+/// ```
+#[must_use = "nothing exists before build() is called"]
+pub struct VmBuilder {
+    host: Arc<HostParts>,
+    config: VmConfig,
+    pio: Vec<Attached>,
+    mmio: Vec<Attached>,
+    events: Option<EventStream>,
+    wiring: Wiring,
+    hook: Option<Hook>,
+}
+
+struct Attached {
+    name: String,
+    base: u64,
+    len: u64,
+    device: Arc<dyn Device>,
+}
+
+impl VmBuilder {
+    pub(crate) fn new(host: Arc<HostParts>, config: VmConfig) -> Self {
+        let (pio, mmio) = (Vec::new(), Vec::new());
+        Self { host, config, pio, mmio, events: None, wiring: Wiring::default(), hook: None }
+    }
+
+    /// Attaches a device of your own to `len` ports from `port`.
+    pub fn pio_device(
+        mut self,
+        name: impl Into<String>,
+        port: u16,
+        len: u16,
+        device: Arc<dyn Device>,
+    ) -> Self {
+        self.pio.push(Attached { name: name.into(), base: port.into(), len: len.into(), device });
+        self
+    }
+
+    /// Attaches a device of your own to `len` bytes of guest-physical addresses from `address`, where
+    /// there is no memory.
+    pub fn mmio_device(
+        mut self,
+        name: impl Into<String>,
+        address: u64,
+        len: u64,
+        device: Arc<dyn Device>,
+    ) -> Self {
+        self.mmio.push(Attached { name: name.into(), base: address, len, device });
+        self
+    }
+
+    /// Sends this VM's events to a stream that it may share with others.
+    pub fn events(mut self, stream: &EventStream) -> Self {
+        self.events = Some(stream.clone());
+        self
+    }
+
+    /// Writes the guest's console to `fd`, which is duplicated: a file, pipe, terminal or socket. Its flags
+    /// stay as they are. When nobody takes the output, the oldest is dropped; the guest never waits for it.
+    ///
+    /// # Errors
+    /// `Exhausted` when the process has no file descriptor left.
+    pub fn console_output(mut self, fd: impl AsFd) -> Result<Self> {
+        let fd = sys::fd::duplicate(fd).map_err(|e| Error::os("duplicating the console's output fd", e))?;
+        self.wiring.output = Some(Output::Fd(fd));
+        Ok(self)
+    }
+
+    /// Hands the guest's console output to `callback` instead, on a device thread of the VM's. It must not
+    /// wait for this VM; a panic in it stops the VM.
+    pub fn console_callback(mut self, callback: impl FnMut(&[u8]) + Send + 'static) -> Self {
+        self.wiring.output = Some(Output::Callback(Box::new(callback)));
+        self
+    }
+
+    /// Reads the guest's console input from `fd`, which is duplicated. What the guest does not read stays
+    /// there.
+    ///
+    /// # Errors
+    /// `Exhausted` when the process has no file descriptor left.
+    pub fn console_input(mut self, fd: impl AsFd) -> Result<Self> {
+        let fd = sys::fd::duplicate(fd).map_err(|e| Error::os("duplicating the console's input fd", e))?;
+        self.wiring.input = Some(fd);
+        Ok(self)
+    }
+
+    /// Calls `hook` on each thread of the library before it does anything else: the place to set its
+    /// affinity, cgroup or scheduler. A panic in it ends that VM.
+    pub fn on_thread_start(mut self, hook: impl Fn(&ThreadInfo) + Send + Sync + 'static) -> Self {
+        self.hook = Some(Arc::new(hook));
+        self
+    }
+
+    /// Makes the VM: books its memory and vCPUs in the host's ledger, opens its disks and network
+    /// interfaces, loads what it boots. Nothing runs yet. Takes milliseconds, most of it for loading.
+    ///
+    /// # Errors
+    /// `InvalidArgument` with every bad field; `Refused` by the ledger; `NotFound`, `PermissionDenied`,
+    /// `Busy` or `BadImage` with the device or file at fault. Whatever had been made is taken back.
+    pub fn build(self) -> Result<Vm> {
+        self.config.validate()?;
+        let name = if self.config.name.is_empty() {
+            "the VM".to_owned()
+        } else {
+            format!("VM '{}'", self.config.name)
+        };
+        self.build_valid().map_err(|e| e.context(format!("building {name}")))
+    }
+
+    fn build_valid(self) -> Result<Vm> {
+        let Self { host, mut config, pio, mmio, events, wiring, hook } = self;
+        let id = next_id();
+        config.uuid.get_or_insert_with(random_uuid);
+        let claim = Claim { memory: config.memory, vcpus: config.cpus.count.into() };
+        let reservation = host.ledger.claim(claim)?;
+        let events = events.map_or_else(EventStream::new, Ok)?;
+        let reporter = Reporter::new(id, events.clone());
+
+        let memory = Memory::new(reservation.memory().get())?;
+        let vm = Arc::new(create_vm(&host.kvm)?);
+        slots::plug(&vm, &memory)?;
+
+        let end = Arc::new(End { cause: OnceLock::new(), gate: Gate::new(config.cpus.count.into()) });
+        let threads = Threads { id, hook, stop: end.line() };
+        let mut buses = Buses::default();
+        let stop = end.line();
+        let plan = Plan {
+            config: &config,
+            vm: &vm,
+            memory: &memory,
+            reporter: &reporter,
+            stop: &stop,
+            threads: &threads,
+        };
+        let board = Board::make(&plan, wiring, &mut buses)?;
+        buses.attach(pio, mmio, &memory)?;
+
+        let vcpus = create_vcpus(&host, &vm, &config)?;
+        let entry = load(&config, &memory)?;
+        place_vcpus(&vcpus, &config, &entry)?;
+
+        let around =
+            Surroundings { pio: Arc::new(buses.pio), mmio: Arc::new(buses.mmio), ioapic: board.ioapic() };
+        let machine = Arc::new(Machine {
+            id,
+            end,
+            reporter,
+            events,
+            board,
+            around,
+            vcpus,
+            vm,
+            memory,
+            reservation,
+            control: Mutex::new(Control::default()),
+            state: Mutex::new(VmState::Built),
+            state_changed: Condvar::new(),
+        });
+        spawn_vcpus(machine, &threads)
+    }
+}
+
+impl fmt::Debug for VmBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VmBuilder").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+/// The two address spaces while they are being filled.
+#[derive(Default)]
+pub(super) struct Buses {
+    pub pio: Bus,
+    pub mmio: Bus,
+}
+
+impl Buses {
+    /// The embedder's devices come last, so that they find vmbed's in place and hear of an overlap.
+    fn attach(&mut self, pio: Vec<Attached>, mmio: Vec<Attached>, memory: &Memory) -> Result<()> {
+        for d in pio {
+            if d.len > 0 && d.base + d.len > 1 << 16 {
+                let why = format!("device '{}': ports {:#x}+{} go past 0xffff", d.name, d.base, d.len);
+                return Err(Error::new(ErrorKind::InvalidArgument, why));
+            }
+            self.pio.insert(&d.name, d.base, d.len, d.device)?;
+        }
+        for d in mmio {
+            let end = d.base.saturating_add(d.len);
+            if let Some(ram) = layout::ram(memory.size()).iter().find(|r| d.base < r.end && r.start < end) {
+                let why = format!(
+                    "device '{}' at {:#x}-{:#x} lies in the guest's memory at {:#x}-{:#x}",
+                    d.name, d.base, end, ram.start, ram.end
+                );
+                return Err(Error::new(ErrorKind::InvalidArgument, why));
+            }
+            self.mmio.insert(&d.name, d.base, d.len, d.device)?;
+        }
+        Ok(())
+    }
+}
+
+/// How the library's threads of one VM begin.
+pub(super) struct Threads {
+    id: VmId,
+    hook: Option<Hook>,
+    stop: StopLine,
+}
+
+impl Threads {
+    /// Starts a thread that counts as the VM's own and has passed the embedder's hook.
+    pub fn spawn(
+        &self,
+        role: ThreadRole,
+        index: u32,
+        f: impl FnOnce() + Send + 'static,
+    ) -> Result<std::thread::JoinHandle<()>> {
+        let (id, hook, stop) = (self.id, self.hook.clone(), self.stop.clone());
+        let kind = match role {
+            ThreadRole::Vcpu => "vcpu",
+            ThreadRole::Device => "dev",
+        };
+        let body = move || {
+            enter_thread_of(id);
+            if let Some(hook) = hook {
+                let info = ThreadInfo { vm: id, role, index, tid: sys::signal::thread_id() };
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| hook(&info))) {
+                    let why = format!("the thread hook panicked: {}", panic_text(&*panic));
+                    stop.pull(StopCause::DeviceFault { device: "thread hook".to_owned(), why });
+                }
+            }
+            f();
+        };
+        sys::thread::spawn(format!("vmbed-{kind}{index}"), body)
+            .map_err(|e| Error::os(format!("starting the thread of {kind} {index}"), e))
+    }
+}
+
+/// A random identity (RFC 9562, version 4).
+fn random_uuid() -> Uuid {
+    let mut bytes = [0; 16];
+    sys::random(&mut bytes);
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    Uuid(bytes)
+}
+
+fn next_id() -> VmId {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    VmId(NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+fn create_vm(kvm: &Kvm) -> Result<VmFd> {
+    loop {
+        match kvm.create_vm() {
+            Err(e) if e.errno() == libc::EINTR => {}
+            other => return other.map_err(|e| Error::errno_of("creating a VM (KVM_CREATE_VM)", e)),
+        }
+    }
+}
+
+fn create_vcpus(host: &HostParts, vm: &VmFd, config: &VmConfig) -> Result<Vec<Vcpu>> {
+    let topology = Topology::new(&config.cpus);
+    (0..u32::from(config.cpus.count))
+        .map(|index| {
+            let vcpu = Vcpu::create(vm, index, topology.apic_id(index))?;
+            vcpu.with(|fd| {
+                let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
+                let cpuid = cpuid::build(&host.cpu, &config.cpus, index, tsc_khz)?;
+                fd.set_cpuid2(&cpuid).map_err(|e| Error::errno_of("setting CPUID (KVM_SET_CPUID2)", e))?;
+                if config.platform == Platform::Pc { msrs::set_boot(fd) } else { Ok(()) }
+            })
+            .map_err(|e: Error| e.context(format!("vCPU {index}")))?;
+            Ok(vcpu)
+        })
+        .collect()
+}
+
+fn load(config: &VmConfig, memory: &Memory) -> Result<Entry> {
+    match &config.boot {
+        Boot::Linux(linux) => {
+            let identity = Identity { uuid: config.uuid.unwrap_or(Uuid([0; 16])), name: config.name.clone() };
+            boot::linux(memory, linux, &board::describe(config, memory), &identity)
+        }
+        Boot::Bare(bare) => boot::bare(memory, bare),
+    }
+}
+
+/// The registers of vCPU `index` at its first instruction.
+fn first_registers(entry: &Entry, index: u32) -> regs::Start {
+    let base =
+        regs::Start { rip: entry.rip, cr3: entry.page_tables, gdt: entry.gdt, ..regs::Start::default() };
+    match entry.protocol {
+        Protocol::Linux64 { zero_page } => regs::Start { mode: CpuMode::Long, rsi: zero_page, ..base },
+        Protocol::Pvh { start_info } => regs::Start { mode: CpuMode::Protected, rbx: start_info, ..base },
+        Protocol::Bare { mode, stack } => {
+            let rsp = stack.wrapping_sub(if stack == 0 { 0 } else { u64::from(index) << 12 });
+            regs::Start { mode, rsp, rdi: index.into(), ..base }
+        }
+    }
+}
+
+fn place_vcpus(vcpus: &[Vcpu], config: &VmConfig, entry: &Entry) -> Result<()> {
+    let bare = matches!(config.boot, Boot::Bare(_));
+    for vcpu in vcpus.iter().take(if bare { vcpus.len() } else { 1 }) {
+        vcpu.with(|fd| {
+            regs::set_start(fd, &first_registers(entry, vcpu.index))?;
+            // Under an interrupt controller the others would wait for a SIPI that no bare guest expects.
+            if vcpu.index > 0 && config.platform == Platform::Pc { regs::set_runnable(fd) } else { Ok(()) }
+        })
+        .map_err(|e| e.context(format!("vCPU {}", vcpu.index)))?;
+    }
+    Ok(())
+}
+
+/// Starts one thread a vCPU; they wait at the gate. If one cannot be had, the others leave again.
+fn spawn_vcpus(machine: Arc<Machine>, threads: &Threads) -> Result<Vm> {
+    let vm = Vm { machine };
+    let machine = &vm.machine;
+    for index in 0..machine.vcpus.len() {
+        let own = machine.clone();
+        let thread = threads.spawn(ThreadRole::Vcpu, index as u32, move || own.run_vcpu(index))?;
+        sys::lock(&machine.control).threads.push(thread);
+    }
+    Ok(vm)
+}

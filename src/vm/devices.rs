@@ -1,0 +1,148 @@
+#![forbid(unsafe_code)]
+//! The virtio devices that a configuration asks for, and their places on the bus.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::board::Plan;
+use crate::block::RawDisk;
+use crate::config::{ConsoleKind, DiskConfig, MacAddress, PciAddress, Uuid};
+use crate::console::Console;
+use crate::error::Result;
+use crate::memory::layout;
+use crate::reactor::{EventLoop, Place};
+use crate::virtio::blk::Blk;
+use crate::virtio::transport::pci::BAR_SIZE;
+use crate::virtio::{Signals, VirtioDevice};
+
+/// A device with its place.
+pub(super) struct Planned {
+    pub address: PciAddress,
+    pub device: Box<dyn VirtioDevice>,
+    pub signals: Signals,
+}
+
+impl Planned {
+    /// Where its BAR is: a function of its place alone, so that it stays when others come and go.
+    pub fn bar(&self) -> Range<u64> {
+        let start = layout::PCI_MMIO32.start + u64::from(self.address.device) * BAR_SIZE;
+        start..start + BAR_SIZE
+    }
+}
+
+/// The free places of the bus.
+struct Places {
+    taken: Vec<u8>,
+}
+
+impl Places {
+    /// The one that the configuration names, else the first that nobody named.
+    fn take(&mut self, wanted: Option<PciAddress>) -> PciAddress {
+        wanted.unwrap_or_else(|| {
+            // Validated: there are no more devices than places.
+            let device = (1..32).find(|d| !self.taken.contains(d)).unwrap_or(31);
+            self.taken.push(device);
+            PciAddress { device }
+        })
+    }
+}
+
+/// Opens and makes every device: disks on a loop each, since their requests wait for the host; the others
+/// share the first loop.
+pub(super) fn make(
+    plan: &Plan<'_>,
+    console: &Console,
+    loops: &mut Vec<Arc<EventLoop>>,
+) -> Result<Vec<Planned>> {
+    let config = plan.config;
+    let named = config.disks.iter().map(|d| d.pci).chain(config.nets.iter().map(|n| n.pci));
+    let mut places = Places { taken: named.flatten().map(|a| a.device).collect() };
+    let mut planned = Vec::new();
+    let mut add = |address: PciAddress, device: Box<dyn VirtioDevice>| {
+        let signals = Signals::new(plan.reporter.device(device.id()));
+        planned.push(Planned { address, device, signals });
+    };
+    let main_loop = loops[0].clone();
+    for (i, disk) in config.disks.iter().enumerate() {
+        let own = plan.start_loop(loops.len() as u32)?;
+        loops.push(own.clone());
+        add(places.take(disk.pci), disk_device(i, disk, own, plan)?);
+    }
+    for (i, net) in config.nets.iter().enumerate() {
+        let mac = net.mac.unwrap_or_else(|| stable_mac(config.uuid, i));
+        add(places.take(net.pci), net_device(i, net, mac, main_loop.clone(), plan)?);
+    }
+    if config.rng && false {
+        add(places.take(None), rng_device(main_loop.clone(), plan)?);
+    }
+    if config.console == ConsoleKind::Virtio {
+        add(places.take(None), console_device(console, main_loop, plan)?);
+    }
+    Ok(planned)
+}
+
+/// A locally administered address that follows from the VM's identity and the card's number
+/// (FNV-1a, 64 bit: it need not be secret, only spread).
+fn stable_mac(uuid: Option<Uuid>, index: usize) -> MacAddress {
+    let bytes = uuid.unwrap_or(Uuid([0; 16])).0;
+    let index = (index as u64).to_le_bytes();
+    let hash = bytes
+        .iter()
+        .chain(&index)
+        .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3));
+    let [a, b, c, d, e, ..] = hash.to_le_bytes();
+    MacAddress([0x02, a, b, c, d, e])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mac_is_stable_local_and_its_own() {
+        let uuid = |n| Some(Uuid([n; 16]));
+        let mac = stable_mac(uuid(1), 0);
+        assert_eq!(mac, stable_mac(uuid(1), 0));
+        assert_ne!(mac, stable_mac(uuid(1), 1));
+        assert_ne!(mac, stable_mac(uuid(2), 0));
+        assert_eq!(mac.0[0] & 3, 2, "locally administered, unicast");
+    }
+
+    #[test]
+    fn explicit_places_are_kept_and_the_others_fill_the_gaps() {
+        let mut places = Places { taken: vec![1, 3] };
+        assert_eq!(places.take(Some(PciAddress { device: 3 })).device, 3);
+        assert_eq!((places.take(None).device, places.take(None).device), (2, 4));
+    }
+}
+
+/// A raw image on its own loop.
+fn disk_device(
+    index: usize,
+    disk: &DiskConfig,
+    own: Arc<EventLoop>,
+    plan: &Plan<'_>,
+) -> Result<Box<dyn VirtioDevice>> {
+    let id = format!("disk{index}");
+    let backend = RawDisk::open(&id, &disk.path, disk.readonly)?;
+    Ok(Box::new(Blk::new(&id, &disk.serial, Box::new(backend), Place::Loop(own, plan.stop.clone()))))
+}
+
+fn later<T>() -> Result<T> {
+    Err(crate::Error::new(crate::ErrorKind::Unsupported, "the branch with the devices is not merged yet"))
+}
+fn net_device(
+    _: usize,
+    _: &crate::NetConfig,
+    _: MacAddress,
+    _: Arc<EventLoop>,
+    _: &Plan<'_>,
+) -> Result<Box<dyn VirtioDevice>> {
+    later()
+}
+fn rng_device(_: Arc<EventLoop>, _: &Plan<'_>) -> Result<Box<dyn VirtioDevice>> {
+    later()
+}
+fn console_device(_: &Console, _: Arc<EventLoop>, _: &Plan<'_>) -> Result<Box<dyn VirtioDevice>> {
+    later()
+}

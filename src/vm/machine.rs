@@ -1,0 +1,271 @@
+#![forbid(unsafe_code)]
+//! A built VM and the transitions of its life.
+//!
+//! ```text
+//! Built ── start ──▶ Running ◀── resume ──┐
+//!   │                 │   └──── pause ──▶ Paused
+//!   └────── stop ─────┴────── stop ────────┴──▶ Stopped(cause)
+//! ```
+//! The end may come from anyone at any moment (a guest, a device, the embedder): whoever pulls the stop
+//! line first names the cause and opens the gate outwards; the last vCPU to leave tidies up.
+
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::VmFd;
+
+use super::board::Board;
+use super::clock;
+use crate::budget::Reservation;
+use crate::error::{Error, ErrorKind, Result};
+use crate::events::{EventKind, EventStream, Reporter, StopCause, StopLine, VmId};
+use crate::memory::Memory;
+use crate::sys::lock;
+use crate::vcpu::{Gate, Surroundings, Target, Vcpu};
+
+/// How long a call waits for vCPUs that are inside an embedder's device, or for a disk that hangs.
+pub(super) const BOUND: Duration = Duration::from_secs(10);
+
+/// Where a VM is in its life.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum VmState {
+    /// Everything is there, nothing has run.
+    Built,
+    /// The guest runs.
+    Running,
+    /// The guest, its clocks and its devices stand still.
+    Paused,
+    /// The guest has ended for this reason.
+    Stopped(StopCause),
+}
+
+thread_local! {
+    /// The VM that this thread works for; 0 on threads of the embedder.
+    static CURRENT: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Makes the calling thread one of VM `id`'s own.
+pub(super) fn enter_thread_of(id: VmId) {
+    CURRENT.set(id.0);
+}
+
+/// How a VM ends: the cause that came first, and the gate.
+pub(super) struct End {
+    pub cause: OnceLock<StopCause>,
+    pub gate: Gate,
+}
+
+impl End {
+    pub fn line(self: &Arc<Self>) -> StopLine {
+        let end = self.clone();
+        StopLine::new(move |cause| {
+            log::debug!("stop requested: {cause}");
+            let _ = end.cause.set(cause);
+            end.gate.set(Target::End);
+        })
+    }
+}
+
+/// All parts of one VM. Field order is drop order: what refers to guest memory goes before it.
+pub(super) struct Machine {
+    pub id: VmId,
+    pub end: Arc<End>,
+    pub reporter: Reporter,
+    pub events: EventStream,
+    pub board: Board,
+    pub around: Surroundings,
+    pub vcpus: Vec<Vcpu>,
+    pub vm: Arc<VmFd>,
+    pub memory: Memory,
+    pub reservation: Reservation,
+    /// Serializes start, pause and resume. Never taken by the threads of the VM itself.
+    pub control: Mutex<Control>,
+    pub state: Mutex<VmState>,
+    pub state_changed: Condvar,
+}
+
+/// What only the transitions need.
+#[derive(Default)]
+pub(super) struct Control {
+    pub clock: Option<clock::Stopped>,
+    pub threads: Vec<JoinHandle<()>>,
+}
+
+impl Machine {
+    /// The body of vCPU `index`'s thread.
+    pub fn run_vcpu(&self, index: usize) {
+        enter_thread_of(self.id);
+        let Some(vcpu) = self.vcpus.get(index) else { return };
+        if vcpu.serve(&self.around, &self.end.gate, &self.end.line()) {
+            self.finish();
+        }
+    }
+
+    /// Everything that the end of the guest brings with it; on the last vCPU's thread.
+    fn finish(&self) {
+        let tidy = catch_unwind(AssertUnwindSafe(|| self.board.stop()));
+        if tidy.is_err() {
+            log::error!("{}: a device panicked while it was being stopped", self.id);
+        }
+        // Nobody pulled the line: every vCPU of a bare guest has halted.
+        let cause = self.end.cause.get_or_init(|| StopCause::GuestHalt).clone();
+        let mut state = lock(&self.state);
+        *state = VmState::Stopped(cause.clone());
+        // Under the lock: who has waited for the end finds its event in the stream.
+        self.reporter.report(EventKind::Stopped(cause));
+        self.state_changed.notify_all();
+    }
+
+    pub fn state(&self) -> VmState {
+        lock(&self.state).clone()
+    }
+
+    /// From `Built` to `Running`.
+    pub fn start(&self) -> Result<()> {
+        let _control = self.control("start")?;
+        self.expect(&[VmState::Built], "start", "a VM is started once, after it was built")?;
+        self.set_unless_stopped(VmState::Running, EventKind::Started);
+        self.end.gate.set(Target::Run);
+        Ok(())
+    }
+
+    /// From `Running` to `Paused`.
+    pub fn pause(&self) -> Result<()> {
+        let mut control = self.control("pause")?;
+        self.expect(&[VmState::Running], "pause", "only a running VM can be paused")?;
+        self.end.gate.set(Target::Wait);
+        if !self.end.gate.wait_settled(BOUND) {
+            self.end.gate.set(Target::Run);
+            let why =
+                format!("a vCPU has not left a device's callback for {BOUND:?}: the VM goes on running");
+            return Err(Error::new(ErrorKind::TimedOut, why).context("pause"));
+        }
+        self.board.pause();
+        let paused = clock::stop(&self.vm);
+        match paused {
+            Ok(clock) => control.clock = Some(clock),
+            Err(error) => {
+                // Nothing changed, as every failed call promises.
+                self.board.resume();
+                self.end.gate.set(Target::Run);
+                return Err(error.context("pause"));
+            }
+        }
+        if self.set_unless_stopped(VmState::Paused, EventKind::Paused) {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::InvalidState, format!("pause: the VM ended meanwhile: {:?}", self.state())))
+    }
+
+    /// From `Paused` to `Running`.
+    pub fn resume(&self) -> Result<()> {
+        let mut control = self.control("resume")?;
+        self.expect(&[VmState::Paused], "resume", "only a paused VM can be resumed")?;
+        if let Some(clock) = &control.clock {
+            clock::resume(&self.vm, &self.vcpus, clock).map_err(|e| e.context("resume"))?;
+        }
+        self.board.resume();
+        control.clock = None;
+        self.set_unless_stopped(VmState::Running, EventKind::Resumed);
+        self.end.gate.set(Target::Run);
+        Ok(())
+    }
+
+    /// Runs `f` on a vCPU that stands.
+    pub fn with_standing_vcpu<R>(&self, index: u32, f: impl FnOnce(&Vcpu) -> Result<R>) -> Result<R> {
+        let _control = self.control("access to registers")?;
+        let standing = !matches!(self.state(), VmState::Running);
+        if !standing {
+            let why = "registers are only accessible while the VM does not run: pause it first";
+            return Err(Error::new(ErrorKind::InvalidState, why));
+        }
+        let vcpu = self.vcpus.get(index as usize).ok_or_else(|| {
+            let why = format!("there is no vCPU {index}: this VM has {}", self.vcpus.len());
+            Error::new(ErrorKind::InvalidArgument, why)
+        })?;
+        f(vcpu)
+    }
+
+    /// Waits for the end.
+    pub fn wait(&self, timeout: Option<Duration>) -> Result<Option<StopCause>> {
+        self.not_from_within("wait")?;
+        let deadline = timeout.map(|t| Instant::now() + t);
+        let mut state = lock(&self.state);
+        loop {
+            if let VmState::Stopped(cause) = &*state {
+                return Ok(Some(cause.clone()));
+            }
+            let left = deadline.map(|d| d.saturating_duration_since(Instant::now()));
+            state = match left {
+                Some(left) if left.is_zero() => return Ok(None),
+                Some(left) => match self.state_changed.wait_timeout(state, left) {
+                    Ok((state, _)) => state,
+                    Err(poisoned) => poisoned.into_inner().0,
+                },
+                None => self.state_changed.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner),
+            };
+        }
+    }
+
+    /// Pulls the stop line for the embedder. Never blocks.
+    pub fn request_stop(&self) {
+        if !matches!(self.state(), VmState::Stopped(_)) {
+            self.end.line().pull(StopCause::HostStop);
+        }
+    }
+
+    /// Joins every thread. After it, nothing of this VM runs.
+    pub fn join(&self) {
+        let threads = std::mem::take(&mut lock(&self.control).threads);
+        for thread in threads {
+            // Its panics were caught and reported as the cause.
+            let _ = thread.join();
+        }
+        self.board.join();
+    }
+
+    pub fn is_own_thread(&self) -> bool {
+        CURRENT.get() == self.id.0
+    }
+
+    fn not_from_within(&self, call: &str) -> Result<()> {
+        if self.is_own_thread() {
+            let why = format!("{call} waits for this VM, so it cannot be called from the VM's own callback");
+            return Err(Error::new(ErrorKind::InvalidState, why));
+        }
+        Ok(())
+    }
+
+    fn control(&self, call: &str) -> Result<std::sync::MutexGuard<'_, Control>> {
+        self.not_from_within(call)?;
+        Ok(lock(&self.control))
+    }
+
+    fn expect(&self, allowed: &[VmState], call: &str, rule: &str) -> Result<()> {
+        let state = self.state();
+        if allowed.contains(&state) && self.end.cause.get().is_none() {
+            return Ok(());
+        }
+        let why = match self.end.cause.get() {
+            Some(cause) => format!("{call}: the VM has ended ({cause}); {rule}"),
+            None => format!("{call}: the VM is {state:?}; {rule}"),
+        };
+        Err(Error::new(ErrorKind::InvalidState, why))
+    }
+
+    /// Enters `state` and reports it, unless the end came first. The lock keeps both in one order.
+    fn set_unless_stopped(&self, state: VmState, event: EventKind) -> bool {
+        let mut current = lock(&self.state);
+        if matches!(*current, VmState::Stopped(_)) {
+            return false;
+        }
+        *current = state;
+        self.reporter.report(event);
+        self.state_changed.notify_all();
+        true
+    }
+}

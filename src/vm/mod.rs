@@ -1,0 +1,202 @@
+#![forbid(unsafe_code)]
+//! A virtual machine: its life, its events, its console.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+mod board;
+mod builder;
+mod clock;
+mod devices;
+mod machine;
+mod registers;
+
+pub(crate) use builder::HostParts;
+pub use builder::{ThreadInfo, ThreadRole, VmBuilder};
+pub use machine::VmState;
+use machine::{BOUND, Machine};
+pub use registers::Registers;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::events::{EventStream, StopCause, VmId};
+
+/// A virtual machine in this process.
+///
+/// Every method may be called from any thread, at the same time as any other. Dropping it ends the guest,
+/// joins every thread, closes every file descriptor and unmaps its memory before it returns; dropped from
+/// one of its own callbacks, that happens right after the callback has returned.
+///
+/// Methods that wait for the VM (`pause`, `stop`, `wait`, …) answer `InvalidState` when a callback of this
+/// same VM calls them, since they would wait for themselves; [`request_stop`](Vm::request_stop) never waits.
+pub struct Vm {
+    machine: Arc<Machine>,
+}
+
+impl Vm {
+    /// A number that no other VM of this process has had; events carry it.
+    pub fn id(&self) -> VmId {
+        self.machine.id
+    }
+
+    /// Where the VM is in its life. Never blocks.
+    pub fn state(&self) -> VmState {
+        self.machine.state()
+    }
+
+    /// Lets the vCPUs run. Returns at once.
+    ///
+    /// # Errors
+    /// `InvalidState` unless the VM has just been built.
+    pub fn start(&self) -> Result<()> {
+        self.machine.start()
+    }
+
+    /// Stops the guest's time: every vCPU, every device, every clock. Returns when all stand still,
+    /// usually within a millisecond; a request that a device has begun is finished first.
+    ///
+    /// # Errors
+    /// `InvalidState` unless it runs. `TimedOut` after 10 s when a device of the embedder does not return:
+    /// then the VM goes on running.
+    pub fn pause(&self) -> Result<()> {
+        self.machine.pause()
+    }
+
+    /// Lets a paused guest go on. Its clocks go on from where they stood. Returns at once.
+    ///
+    /// # Errors
+    /// `InvalidState` unless it is paused.
+    pub fn resume(&self) -> Result<()> {
+        self.machine.resume()
+    }
+
+    /// Presses the power button. Returns at once; a guest that listens to it ends with
+    /// [`StopCause::GuestPoweroff`] in its own time, another does nothing.
+    ///
+    /// # Errors
+    /// `InvalidState` unless it runs; `Unsupported` for a bare platform, which has no power button.
+    pub fn shutdown(&self) -> Result<()> {
+        let machine = &self.machine;
+        match machine.state() {
+            VmState::Running => machine.board.press_power_button(),
+            state => {
+                let why =
+                    format!("shutdown: the VM is {state:?}; only a running guest can hear its power button");
+                Err(Error::new(ErrorKind::InvalidState, why))
+            }
+        }
+    }
+
+    /// Ends the guest now, whatever it does, as pulling the plug would: what it had not flushed is lost.
+    /// Returns its cause: [`StopCause::HostStop`], or what came before.
+    ///
+    /// # Errors
+    /// `TimedOut` after 10 s when something of the host's hangs (a disk, a device of the embedder); the
+    /// end stays requested.
+    pub fn stop(&self) -> Result<StopCause> {
+        let machine = &self.machine;
+        machine.request_stop();
+        machine.wait(Some(BOUND))?.ok_or_else(|| {
+            let why = format!("stop: a vCPU or a device of the VM has not come to its end for {BOUND:?}");
+            Error::new(ErrorKind::TimedOut, why)
+        })
+    }
+
+    /// Asks for the end and returns at once; for callbacks. The `Stopped` event tells when it is done.
+    pub fn request_stop(&self) {
+        self.machine.request_stop();
+    }
+
+    /// Waits until the guest has ended, and says why. Blocks as long as the guest runs.
+    ///
+    /// # Errors
+    /// `InvalidState` when called from the VM's own callback.
+    pub fn wait(&self) -> Result<StopCause> {
+        let ended = self.machine.wait(None)?;
+        ended.ok_or_else(|| Error::new(ErrorKind::Internal, "an endless wait has ended"))
+    }
+
+    /// The same for at most `timeout`; `None` when the guest has not ended by then.
+    ///
+    /// # Errors
+    /// `InvalidState` when called from the VM's own callback.
+    pub fn wait_timeout(&self, timeout: Duration) -> Result<Option<StopCause>> {
+        self.machine.wait(Some(timeout))
+    }
+
+    /// The VM's events: poll the stream's fd, then drain it.
+    pub fn events(&self) -> &EventStream {
+        &self.machine.events
+    }
+
+    /// The last 64 KiB that the guest wrote to its console. Never blocks.
+    pub fn console_tail(&self) -> Vec<u8> {
+        self.machine.board.console.tail()
+    }
+
+    /// Types `bytes` on the guest's console. Returns how many were taken: what the guest has not read yet
+    /// is bounded (4 KiB), the rest may be offered again. Never blocks.
+    pub fn console_input(&self, bytes: &[u8]) -> usize {
+        self.machine.board.console.push_input(bytes)
+    }
+
+    /// The guest's memory size in bytes.
+    pub fn memory_size(&self) -> u64 {
+        self.machine.memory.size()
+    }
+
+    /// A vCPU's general registers.
+    ///
+    /// # Errors
+    /// `InvalidState` while the VM runs; `InvalidArgument` when there is no such vCPU.
+    pub fn registers(&self, vcpu: u32) -> Result<Registers> {
+        self.machine.with_standing_vcpu(vcpu, registers::get)
+    }
+
+    /// Sets a vCPU's general registers.
+    ///
+    /// # Errors
+    /// As [`Vm::registers`].
+    pub fn set_registers(&self, vcpu: u32, registers: &Registers) -> Result<()> {
+        self.machine.with_standing_vcpu(vcpu, |v| registers::set(v, registers))
+    }
+
+    /// Copies guest memory from `address` into `data`. The guest may change it meanwhile.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when the range is not all guest memory.
+    pub fn read_memory(&self, address: u64, data: &mut [u8]) -> Result<()> {
+        registers::read_memory(&self.machine.memory, address, data)
+    }
+
+    /// Copies `data` into guest memory at `address`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when the range is not all guest memory; then none of it is written.
+    pub fn write_memory(&self, address: u64, data: &[u8]) -> Result<()> {
+        registers::write_memory(&self.machine.memory, address, data)
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let machine = &self.machine;
+        machine.request_stop();
+        if !machine.is_own_thread() {
+            machine.join();
+            return;
+        }
+        // A thread cannot wait for itself: someone else does, as soon as this callback returns.
+        let machine = machine.clone();
+        let reaper = crate::sys::thread::spawn("vmbed-reaper".to_owned(), move || machine.join());
+        if let Err(error) = reaper {
+            log::error!("no thread to end a VM that was dropped in its own callback: {error}");
+        }
+    }
+}
+
+impl fmt::Debug for Vm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vm").field("id", &self.id()).field("state", &self.state()).finish_non_exhaustive()
+    }
+}
