@@ -1,4 +1,37 @@
 //! vmbed: the virtual machine monitor that you embed.
+//!
+//! A program that links this crate runs KVM virtual machines inside its own process: no daemon, no global
+//! state, no opinion about the process. The README has the programs to begin with.
+//!
+//! # The way through the API
+//!
+//! 1. [`Host::open`] opens `/dev/kvm` and the ledger of what its VMs are promised; [`Host::probe`] says
+//!    what a machine lacks and how to mend it.
+//! 2. [`VmConfig`] says what a VM is to be. It is plain data (with the feature `serde`, also to and from
+//!    files), and [`VmConfig::validate`] names every bad field at once.
+//! 3. [`Host::builder`] gives a [`VmBuilder`]. What is not data is attached there: a [`Device`], the
+//!    console, an [`EventStream`] shared by several VMs, a hook for new threads.
+//! 4. [`VmBuilder::build`] makes the [`Vm`], and [`Vm::start`] lets it run. Its [`Event`]s come in order
+//!    behind one pollable fd; the last is [`EventKind::Stopped`] with the [`StopCause`]. Dropping the `Vm`
+//!    ends everything that belongs to it.
+//!
+//! Every call that can fail answers an [`Error`]: an [`ErrorKind`] to decide on, a text that says what
+//! failed and where, and the source. Every method of [`Vm`] may be called from any thread; its
+//! documentation says whether it blocks, and for how long at most.
+//!
+//! # The layers
+//!
+//! Each module uses only those above it (`tests/layers.rs` enforces that; `ARCHITECTURE.md` explains it):
+//!
+//! ```text
+//! sys  error  units  config  budget                          system calls, plain data, the ledger
+//! memory  irq  ioapic  reactor  events  console  bus         what devices stand on
+//! block  net  pci  legacy                                    disks, networks, the bus, fixed ports
+//! virtio                                                     virtio devices and their transport
+//! vcpu  boot                                                 the run loop; what runs first
+//! vm                                                         one machine: its parts and its life
+//! host                                                       /dev/kvm and the VMs made from it
+//! ```
 
 mod block;
 mod boot;
@@ -22,14 +55,30 @@ mod vcpu;
 mod virtio;
 mod vm;
 
+// The machine that VMs run on: what it can do, and what it has promised.
 pub use budget::Usage;
-pub use bus::{Access, Device};
+pub use host::{Finding, Host, HostConfig, Probe};
+
+// What a VM is to be: plain data.
 pub use config::{
     BareBoot, Boot, ConsoleKind, CpuConfig, CpuMode, CpuidMask, CpuidRegister, DiskConfig, LinuxBoot,
     MacAddress, NetConfig, PciAddress, Platform, Uuid, VmConfig,
 };
-pub use error::{Error, ErrorKind, FieldError, Result};
-pub use events::{Event, EventKind, EventStream, StopCause, VmId};
-pub use host::{Finding, Host, HostConfig, Probe};
 pub use units::Bytes;
+
+// A VM in the making, and its life.
 pub use vm::{Registers, ThreadInfo, ThreadRole, Vm, VmBuilder, VmState};
+
+// What happened to it.
+pub use events::{Event, EventKind, EventStream, StopCause, VmId};
+
+// Where an embedder plugs in hardware of its own.
+pub use bus::{Access, Device};
+
+// What every call answers when it fails.
+pub use error::{Error, ErrorKind, FieldError, Result};
+
+/// Compiles the README's programs, and runs those that can run.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct ReadmePrograms;
