@@ -29,7 +29,7 @@ pub(crate) mod validate;
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[non_exhaustive]
 pub struct VmConfig {
-    /// For messages, thread names and the guest's SMBIOS; any text without NUL, at most 64 bytes.
+    /// For messages and the guest's SMBIOS (its serial number); any text without NUL, at most 64 bytes.
     #[cfg_attr(feature = "serde", serde(default))]
     pub name: String,
     /// The VM's identity in SMBIOS (`dmidecode -s system-uuid`); made up when absent.
@@ -38,7 +38,8 @@ pub struct VmConfig {
     /// Virtual processors.
     #[cfg_attr(feature = "serde", serde(default))]
     pub cpus: CpuConfig,
-    /// Guest memory: a multiple of 4 KiB. Default 256 MiB.
+    /// Guest memory: a multiple of 4 KiB, from 32 MiB (a bare guest: 64 KiB) to 32 TiB. Default 256 MiB,
+    /// for [`VmConfig::bare`] 2 MiB.
     #[cfg_attr(feature = "serde", serde(default = "default_memory"))]
     pub memory: Bytes,
     /// What runs first.
@@ -54,7 +55,7 @@ pub struct VmConfig {
     /// virtio-net cards, in the order of their ids `net0`, `net1`, …
     #[cfg_attr(feature = "serde", serde(default))]
     pub nets: Vec<NetConfig>,
-    /// A virtio-rng fed from the host's `getrandom`. On by default for a PC.
+    /// A virtio-rng, `rng0`, fed from the host's `getrandom`. On by default for a PC.
     #[cfg_attr(feature = "serde", serde(default = "yes"))]
     pub rng: bool,
 }
@@ -94,7 +95,7 @@ impl VmConfig {
         }
     }
 
-    /// Checks everything that can be checked without opening anything.
+    /// Checks everything that can be checked without opening anything. Never blocks.
     ///
     /// # Errors
     /// `InvalidArgument` with every bad field, its problem and its remedy in [`Error::fields`].
@@ -271,7 +272,7 @@ pub enum ConsoleKind {
     /// A 16550 at 0x3f8: `console=ttyS0`. Works from the first instruction on.
     #[default]
     Serial,
-    /// virtio-console: `console=hvc0`. Cheaper per byte, but needs the guest's driver.
+    /// virtio-console, `console0`: `console=hvc0`. Cheaper per byte, but needs the guest's driver.
     Virtio,
 }
 
@@ -285,7 +286,7 @@ pub enum ConsoleKind {
     serde(try_from = "String", into = "String")
 )]
 pub struct PciAddress {
-    /// The device number.
+    /// The device number, 1 to 31.
     pub device: u8,
 }
 
@@ -327,7 +328,8 @@ impl From<PciAddress> for String {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[non_exhaustive]
 pub struct DiskConfig {
-    /// A regular file or a block device in raw format, a multiple of 512 bytes long.
+    /// A regular file or a block device in raw format, a multiple of 512 bytes long. It is not locked:
+    /// a writable one belongs to one VM.
     pub path: PathBuf,
     /// The guest may not write, and the file is opened for reading only.
     #[cfg_attr(feature = "serde", serde(default))]
@@ -359,7 +361,8 @@ impl DiskConfig {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[non_exhaustive]
 pub struct NetConfig {
-    /// The name of an existing TAP interface (`ip tuntap add tap0 mode tap`), 1 to 15 bytes.
+    /// The name of an existing TAP interface with a single queue, 1 to 15 bytes. One that belongs to the
+    /// user (`ip tuntap add tap0 mode tap user $USER`) needs no capability.
     pub tap: String,
     /// The guest's MAC address; a stable locally administered one is made from the VM's UUID when absent.
     #[cfg_attr(feature = "serde", serde(default))]

@@ -18,7 +18,7 @@ use crate::sys::lock;
 pub struct Event {
     /// Counts the events of one stream from 0, without gaps: what was lost is said by [`EventKind::Lost`].
     pub seq: u64,
-    /// When it happened.
+    /// When it was reported, by the host's clock.
     pub time: SystemTime,
     /// Which VM, for streams that several VMs share.
     pub vm: VmId,
@@ -166,7 +166,7 @@ impl EventStream {
         event
     }
 
-    /// The oldest unread event, waiting at most `timeout` for one.
+    /// The oldest unread event, waiting at most `timeout` for one; `None` when none has come by then.
     pub fn wait_event(&self, timeout: Duration) -> Option<Event> {
         let deadline = Instant::now() + timeout;
         loop {
@@ -186,7 +186,7 @@ impl EventStream {
         }
     }
 
-    /// Whether `a` and `b` are the same stream.
+    /// Whether both are the same stream, or clones of one.
     pub fn same_as(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }

@@ -38,7 +38,8 @@ pub struct Host(Arc<HostParts>);
 pub struct HostConfig {
     /// The KVM device. Default `/dev/kvm`.
     pub kvm: PathBuf,
-    /// Memory to share out. Default: the smaller of the machine's and of this process's cgroup limit.
+    /// Memory to share out. Default: the smaller of the machine's and of the limits of this process's
+    /// cgroup and those above it.
     pub memory: Option<Bytes>,
     /// What of it is kept for the host itself. Default 512 MiB.
     pub memory_reserved: Bytes,

@@ -51,7 +51,7 @@ pub struct ThreadInfo {
     pub vm: VmId,
     /// What it is for.
     pub role: ThreadRole,
-    /// Counts the threads of one role from 0: for a vCPU its index.
+    /// Counts the VM's threads of one role from 0: for a vCPU its index.
     pub index: u32,
     /// The kernel's id of the thread, for affinity, cgroups and schedulers.
     pub tid: i32,
@@ -100,7 +100,10 @@ impl VmBuilder {
         Self { host, config, pio, mmio, events: None, wiring: Wiring::default(), hook: None }
     }
 
-    /// Attaches a device of your own to `len` ports from `port`.
+    /// Attaches a device of your own to `len` ports from `port`; `name` is for messages and causes.
+    ///
+    /// [`build`](Self::build) answers `InvalidArgument` where the ports are none, go past 0xffff, or overlap
+    /// another device's.
     pub fn pio_device(
         mut self,
         name: impl Into<String>,
@@ -113,7 +116,10 @@ impl VmBuilder {
     }
 
     /// Attaches a device of your own to `len` bytes of guest-physical addresses from `address`, where
-    /// there is no memory.
+    /// there is no memory; `name` is for messages and causes.
+    ///
+    /// [`build`](Self::build) answers `InvalidArgument` where the range is empty, wraps, or overlaps memory or
+    /// another device.
     pub fn mmio_device(
         mut self,
         name: impl Into<String>,
@@ -125,7 +131,7 @@ impl VmBuilder {
         self
     }
 
-    /// Sends this VM's events to a stream that it may share with others.
+    /// Sends this VM's events to a stream that it may share with others, instead of one of its own.
     pub fn events(mut self, stream: &EventStream) -> Self {
         self.events = Some(stream.clone());
         self
@@ -168,7 +174,8 @@ impl VmBuilder {
     }
 
     /// Makes the VM: books its memory and vCPUs in the host's ledger, opens its disks and network
-    /// interfaces, loads what it boots. Nothing runs yet. Takes milliseconds, most of it for loading.
+    /// interfaces, loads what it boots. Nothing runs yet. Blocks for milliseconds, most of them for loading,
+    /// or for as long as the host needs to read the files.
     ///
     /// # Errors
     /// `InvalidArgument` with every bad field; `Refused` by the ledger; `NotFound`, `PermissionDenied`,

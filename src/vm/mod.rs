@@ -24,8 +24,9 @@ use crate::events::{EventStream, StopCause, VmId};
 /// A virtual machine in this process.
 ///
 /// Every method may be called from any thread, at the same time as any other. Dropping it ends the guest,
-/// joins every thread, closes every file descriptor and unmaps its memory before it returns; dropped from
-/// one of its own callbacks, that happens right after the callback has returned.
+/// joins every thread, closes every file descriptor and unmaps its memory before it returns, which takes as
+/// long as a request that hangs in the host or in a device of the embedder; dropped from one of its own
+/// callbacks, that happens right after the callback has returned.
 ///
 /// Methods that wait for the VM (`pause`, `stop`, `wait`, …) answer `InvalidState` when a callback of this
 /// same VM calls them, since they would wait for themselves; [`request_stop`](Vm::request_stop) never waits.
@@ -53,7 +54,8 @@ impl Vm {
     }
 
     /// Stops the guest's time: every vCPU, every device, every clock. Returns when all stand still,
-    /// usually within a millisecond; a request that a device has begun is finished first.
+    /// usually within a millisecond; a request that a device has begun is finished first, however long the
+    /// host takes for it.
     ///
     /// # Errors
     /// `InvalidState` unless it runs. `TimedOut` after 10 s when a device of the embedder does not return:
@@ -102,7 +104,8 @@ impl Vm {
         })
     }
 
-    /// Asks for the end and returns at once; for callbacks. The `Stopped` event tells when it is done.
+    /// Asks for the end and returns at once; for callbacks. The `Stopped` event tells when it is done. Does
+    /// nothing when the VM has ended.
     pub fn request_stop(&self) {
         self.machine.request_stop();
     }
@@ -116,7 +119,7 @@ impl Vm {
         ended.ok_or_else(|| Error::new(ErrorKind::Internal, "an endless wait has ended"))
     }
 
-    /// The same for at most `timeout`; `None` when the guest has not ended by then.
+    /// The same as [`Vm::wait`] for at most `timeout`; `None` when the guest has not ended by then.
     ///
     /// # Errors
     /// `InvalidState` when called from the VM's own callback.
@@ -124,12 +127,12 @@ impl Vm {
         self.machine.wait(Some(timeout))
     }
 
-    /// The VM's events: poll the stream's fd, then drain it.
+    /// The VM's events: poll the stream's fd, then drain it. Never blocks.
     pub fn events(&self) -> &EventStream {
         &self.machine.events
     }
 
-    /// The last 64 KiB that the guest wrote to its console. Never blocks.
+    /// The last 64 KiB that the guest wrote to its console; empty for a bare platform. Never blocks.
     pub fn console_tail(&self) -> Vec<u8> {
         self.machine.board.console.tail()
     }
@@ -145,15 +148,16 @@ impl Vm {
         self.machine.memory.size()
     }
 
-    /// A vCPU's general registers.
+    /// A vCPU's general registers. Waits for a `pause` or `resume` in progress, for nothing else.
     ///
     /// # Errors
-    /// `InvalidState` while the VM runs; `InvalidArgument` when there is no such vCPU.
+    /// `InvalidState` while the VM runs, or when called from the VM's own callback; `InvalidArgument` when
+    /// there is no such vCPU.
     pub fn registers(&self, vcpu: u32) -> Result<Registers> {
         self.machine.with_standing_vcpu(vcpu, registers::get)
     }
 
-    /// Sets a vCPU's general registers.
+    /// Sets a vCPU's general registers. Waits as [`Vm::registers`] does.
     ///
     /// # Errors
     /// As [`Vm::registers`].
@@ -161,7 +165,8 @@ impl Vm {
         self.machine.with_standing_vcpu(vcpu, |v| registers::set(v, registers))
     }
 
-    /// Copies guest memory from `address` into `data`. The guest may change it meanwhile.
+    /// Copies guest memory from the guest-physical `address` into `data`. The guest may change it meanwhile.
+    /// Works in every state, and waits for nothing but the host's paging.
     ///
     /// # Errors
     /// `InvalidArgument` when the range is not all guest memory.
@@ -169,7 +174,8 @@ impl Vm {
         registers::read_memory(&self.machine.memory, address, data)
     }
 
-    /// Copies `data` into guest memory at `address`.
+    /// Copies `data` into guest memory at the guest-physical `address`, in every state, as
+    /// [`Vm::read_memory`] does.
     ///
     /// # Errors
     /// `InvalidArgument` when the range is not all guest memory; then none of it is written.
