@@ -21,6 +21,8 @@ mod chain;
 pub(crate) mod queue;
 #[cfg(test)]
 pub(crate) mod queue_driver;
+#[cfg(test)]
+pub(crate) mod testing;
 pub(crate) mod transport;
 
 pub(crate) use queue::Queue;
