@@ -37,6 +37,9 @@ const NOW: Duration = Duration::from_nanos(1);
 /// Called when input has arrived, on the thread that brought it. It may read from the console.
 pub(crate) type Wake = Arc<dyn Fn() + Send + Sync>;
 
+/// What takes output in the embedder's own code.
+pub(crate) type Callback = Box<dyn FnMut(&[u8]) + Send>;
+
 /// Where output goes besides the tail.
 pub(crate) enum Output {
     /// A file, pipe, terminal or socket. Its flags stay as they are. Output ends, without an event, when
@@ -44,7 +47,7 @@ pub(crate) enum Output {
     Fd(OwnedFd),
     /// Called on the event loop's thread. It must not wait for the console or the VM; a panic in it
     /// ends the VM.
-    Callback(Box<dyn FnMut(&[u8]) + Send>),
+    Callback(Callback),
 }
 
 /// One guest's console. Clones are the same console.

@@ -13,6 +13,7 @@ mod ioapic;
 mod irq;
 mod legacy;
 mod memory;
+mod net;
 mod pci;
 mod reactor;
 mod sys;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use super::stream::{Direction, Stream};
-use super::{INPUT, NOW, Output, Shared};
+use super::{Callback, INPUT, NOW, Output, Shared};
 use crate::sys::lock;
 
 /// Writes or reads in one turn of the loop: its other workers wait meanwhile.
@@ -31,7 +31,7 @@ pub(crate) struct Pump {
 
 enum Sink {
     Stream(Stream),
-    Callback(Box<dyn FnMut(&[u8]) + Send>),
+    Callback(Callback),
 }
 
 impl Pump {

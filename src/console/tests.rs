@@ -1,3 +1,4 @@
+#![forbid(unsafe_code)]
 use std::fs::File;
 use std::io::{Read, Seek, Write, pipe};
 use std::os::unix::net::UnixStream;
@@ -56,9 +57,9 @@ fn the_tail_is_the_last_64_kib_and_everything_is_counted() {
         console.write(piece);
         assert!(at != 10 || console.tail() == bytes[..11 * 77]);
     }
-    assert_eq!(console.tail(), bytes[bytes.len() - KEPT..]);
+    assert!(console.tail() == bytes[bytes.len() - KEPT..]);
     console.write(&bytes);
-    assert_eq!(console.tail(), bytes[bytes.len() - KEPT..], "one write larger than all");
+    assert!(console.tail() == bytes[bytes.len() - KEPT..], "one write larger than all");
     assert_eq!((console.written(), console.lost()), (200_000, 0));
     assert!(console.flush(Instant::now()), "nobody to wait for");
 }
@@ -68,7 +69,7 @@ fn output_reaches_pipe_socket_terminal_and_file_in_order() {
     let rig = Rig::new();
     let (mut reader, writer) = pipe().unwrap();
     let (mut far, near) = UnixStream::pair().unwrap();
-    let mut file = File::from(crate::sys::memory::sealed_memfd(c"console", 5).unwrap());
+    let mut file = crate::sys::memory::sealed_memfd(c"console", 5).unwrap();
     let (master, slave) = crate::sys::fd::pty().unwrap();
     rig.console.write(b"early");
     let mut read = [0; 5];
@@ -121,8 +122,7 @@ fn a_pipe_that_nobody_reads_never_blocks_the_guest_and_the_loss_is_counted() {
     pump.detach().unwrap();
     let all = collect.join().unwrap();
     assert_eq!(all.len() as u64, total - rig.console.lost(), "each byte is read or counted");
-    assert_eq!(all[..1000], bytes[..1000]);
-    assert_eq!(all[all.len() - KEPT..], bytes[bytes.len() - KEPT..], "the oldest are dropped");
+    assert!(all.ends_with(&bytes[bytes.len() - KEPT..]), "the oldest are dropped");
 }
 
 #[test]
@@ -139,7 +139,7 @@ fn a_slow_reader_gets_everything_and_the_loop_sleeps_while_it_waits() {
     assert_eq!(lock(&rig.console.0.state).armed, None, "only the pipe can wake it");
     let mut all = vec![0; 120_004];
     reader.read_exact(&mut all).unwrap();
-    assert_eq!(all, [&bytes[..60_000], &bytes[..60_000], b"more"].concat());
+    assert!(all == [&bytes[..60_000], &bytes[..60_000], b"more"].concat());
     assert_eq!(rig.console.lost(), 0);
 }
 
@@ -179,7 +179,7 @@ fn a_callback_gets_the_output_in_pieces_on_the_loop() {
     assert_eq!(receiver.try_iter().flatten().collect::<Vec<_>>(), b"login: ");
     rig.console.write(&pattern()[..KEPT]);
     assert!(rig.flush());
-    assert_eq!(receiver.try_iter().flatten().collect::<Vec<_>>(), pattern()[..KEPT]);
+    assert!(receiver.try_iter().flatten().collect::<Vec<_>>() == pattern()[..KEPT]);
 }
 
 #[test]
@@ -245,7 +245,7 @@ fn input_from_an_fd_waits_in_the_fd_while_the_guest_does_not_read() {
 #[test]
 fn a_regular_file_is_input_until_its_end() {
     let rig = Rig::new();
-    let mut file = File::from(crate::sys::memory::sealed_memfd(c"input", 100_000).unwrap());
+    let mut file = crate::sys::memory::sealed_memfd(c"input", 100_000).unwrap();
     file.write_all(&pattern()).unwrap();
     file.rewind().unwrap();
     let _pump = rig.attach(None, Some(file.into()));
@@ -256,7 +256,7 @@ fn a_regular_file_is_input_until_its_end() {
         let count = rig.console.read(&mut buffer);
         all.extend_from_slice(&buffer[..count]);
     }
-    assert_eq!(all, pattern());
+    assert!(all == pattern());
 }
 
 #[test]

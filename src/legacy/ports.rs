@@ -17,7 +17,8 @@ pub(crate) const I8042_LEN: u16 = 5;
 /// Where a guest's kernel reports its panic (QEMU's pvpanic specification).
 pub(crate) const PVPANIC: u16 = 0x505;
 
-/// Power management (ACPI 6.5, 4.8.3.7 and 5.6.9), all one byte wide.
+/// Power management (ACPI 6.5, 4.8.3.6, 4.8.3.7 and 5.6.9), all one byte wide. Reading GED_EVENT_SELECT
+/// tells what happened since the last read; bit 0 is the power button.
 pub(crate) const POWER: u16 = 0x600;
 pub(crate) const POWER_LEN: u16 = 5;
 pub(crate) const SLEEP_CONTROL: u16 = 0x600;

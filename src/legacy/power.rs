@@ -1,27 +1,35 @@
 #![forbid(unsafe_code)]
-//! Power management of a hardware-reduced ACPI machine: sleep and reset registers, and the generic event
-//! device's view of the power button.
+//! Power management of hardware-reduced ACPI: the sleep and reset registers, and the events of the
+//! generic event device (GED), of which there is one: the power button.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use super::{bytes, ports};
 use crate::bus::{Access, Device};
 use crate::error::Result;
 use crate::events::{StopCause, StopLine};
 use crate::ioapic::IrqLine;
+use crate::legacy::ports;
 
-/// The sleep control register (ACPI 6.5, table 4.25).
+/// Registers, from the block's base.
+const SLEEP_CONTROL: u64 = 0;
+const SLEEP_STATUS: u64 = (ports::SLEEP_STATUS - ports::POWER) as u64;
+const RESET: u64 = (ports::RESET - ports::POWER) as u64;
+const GED_EVENTS: u64 = (ports::GED_EVENT_SELECT - ports::POWER) as u64;
+
+/// SLEEP_CONTROL_REG (ACPI 6.5, table 4.17).
 const SLP_EN: u8 = 1 << 5;
 const SLP_TYP_SHIFT: u8 = 2;
 const SLP_TYP_MASK: u8 = 7;
-/// The event select register: bit 0, the power button.
-const BUTTON: u8 = 1;
 
-/// The block of power registers.
+/// In the GED's events: the power button was pressed.
+const POWER_BUTTON: u8 = 1;
+
+/// The block of registers at `ports::POWER`.
 pub(crate) struct Power {
     stop: StopLine,
+    /// The GED's interrupt.
     line: IrqLine,
-    /// What happened and was not yet read.
+    /// What happened since the guest last asked.
     events: AtomicU8,
 }
 
@@ -30,41 +38,44 @@ impl Power {
         Self { stop, line, events: AtomicU8::new(0) }
     }
 
-    /// Presses the power button: the guest hears of it in its own time.
+    /// Presses the power button; what the guest does about it is its own affair. Every press interrupts,
+    /// also when the last one was not seen: a guest that had no driver then may have one now.
     pub fn press_button(&self) {
-        self.events.fetch_or(BUTTON, Ordering::SeqCst);
+        self.events.fetch_or(POWER_BUTTON, Ordering::AcqRel);
         self.line.pulse();
     }
-}
 
-/// The register at an offset into the block.
-fn register(offset: u64) -> u16 {
-    ports::POWER.saturating_add(u16::try_from(offset).unwrap_or(u16::MAX))
+    fn read_register(&self, register: u64) -> u8 {
+        match register {
+            // SLP_EN is write-only, and the guest never wakes up: WAK_STS stays clear.
+            SLEEP_CONTROL | SLEEP_STATUS | RESET => 0,
+            // Reading clears: the guest has heard.
+            GED_EVENTS => self.events.swap(0, Ordering::AcqRel),
+            _ => 0xff,
+        }
+    }
+
+    fn write_register(&self, register: u64, value: u8) {
+        let sleep_type = value >> SLP_TYP_SHIFT & SLP_TYP_MASK;
+        if register == SLEEP_CONTROL && value & SLP_EN != 0 && sleep_type == ports::S5_SLEEP_TYPE {
+            self.stop.pull(StopCause::GuestPoweroff);
+        } else if register == RESET && value == ports::RESET_VALUE {
+            self.stop.pull(StopCause::GuestReset);
+        }
+    }
 }
 
 impl Device for Power {
     fn read(&self, access: Access, data: &mut [u8]) -> Result<()> {
-        for (offset, byte) in (access.offset..).zip(data.iter_mut()) {
-            *byte = match register(offset) {
-                // Reading clears: the guest has heard.
-                ports::GED_EVENT_SELECT => self.events.swap(0, Ordering::SeqCst),
-                _ => 0,
-            };
+        for (register, byte) in super::registers(access).zip(data) {
+            *byte = self.read_register(register);
         }
         Ok(())
     }
 
     fn write(&self, access: Access, data: &[u8]) -> Result<()> {
-        for (offset, byte) in bytes(access, data) {
-            match register(offset) {
-                ports::SLEEP_CONTROL if byte & SLP_EN != 0 => {
-                    if byte >> SLP_TYP_SHIFT & SLP_TYP_MASK == ports::S5_SLEEP_TYPE {
-                        self.stop.pull(StopCause::GuestPoweroff);
-                    }
-                }
-                ports::RESET if byte == ports::RESET_VALUE => self.stop.pull(StopCause::GuestReset),
-                _ => {}
-            }
+        for (register, byte) in super::registers(access).zip(data) {
+            self.write_register(register, *byte);
         }
         Ok(())
     }
@@ -72,41 +83,68 @@ impl Device for Power {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::sync::mpsc::{Receiver, channel};
 
     use super::*;
     use crate::ioapic::Ioapic;
     use crate::irq::Routes;
 
-    fn power() -> (Power, Receiver<StopCause>) {
+    fn power() -> (Power, Receiver<StopCause>, Arc<Routes>) {
+        let routes = Routes::new(None);
+        let ioapic = Ioapic::new(routes.clone());
+        ioapic.write(Access::at(0), &[0x10 + 2 * ports::GED_GSI as u8]).unwrap();
+        ioapic.write(Access::at(0x10), &0x29u32.to_le_bytes()).unwrap();
         let (causes, cause) = channel();
         let stop = StopLine::new(move |c| causes.send(c).unwrap());
-        (Power::new(stop, Ioapic::new(Routes::new(None)).line(9)), cause)
+        (Power::new(stop, ioapic.line(ports::GED_GSI as u8)), cause, routes)
     }
 
     #[test]
-    fn only_soft_off_and_the_reset_value_end_the_machine() {
-        let (power, cause) = power();
-        for byte in 0..=255u8 {
-            power.write(Access::at(0), &[byte]).unwrap();
-            let off = byte & SLP_EN != 0 && byte >> 2 & 7 == 5;
-            assert_eq!(cause.try_recv().ok(), off.then_some(StopCause::GuestPoweroff), "{byte:#x}");
-            power.write(Access::at(2), &[byte]).unwrap();
-            assert_eq!(cause.try_recv().ok(), (byte == 1).then_some(StopCause::GuestReset), "{byte:#x}");
+    fn only_s5_with_sleep_enable_powers_off() {
+        let (power, cause, _) = power();
+        for value in 0..=255u8 {
+            power.write(Access::at(SLEEP_CONTROL), &[value]).unwrap();
+            let s5 = value & 0x3c == 0x34;
+            assert_eq!(cause.try_recv().ok(), s5.then_some(StopCause::GuestPoweroff), "{value:#x}");
         }
     }
 
     #[test]
-    fn the_button_is_heard_once() {
-        let (power, _) = power();
-        let read = |offset| {
-            let mut data = [0xff];
-            power.read(Access::at(offset), &mut data).unwrap();
-            data[0]
-        };
-        assert_eq!(read(4), 0);
+    fn only_the_reset_value_resets() {
+        let (power, cause, _) = power();
+        for value in 0..=255u8 {
+            power.write(Access::at(RESET), &[value]).unwrap();
+            assert_eq!(cause.try_recv().ok(), (value == 1).then_some(StopCause::GuestReset), "{value:#x}");
+        }
+    }
+
+    #[test]
+    fn a_press_interrupts_and_is_read_once() {
+        let (power, _, routes) = power();
         power.press_button();
-        assert_eq!((read(4), read(4)), (BUTTON, 0));
-        assert_eq!((read(0), read(1), read(3)), (0, 0, 0));
+        power.press_button();
+        assert_eq!(routes.take_signalled().len(), 2);
+        let mut events = [0xff];
+        power.read(Access::at(GED_EVENTS), &mut events).unwrap();
+        assert_eq!(events, [POWER_BUTTON]);
+        power.read(Access::at(GED_EVENTS), &mut events).unwrap();
+        assert_eq!(events, [0]);
+    }
+
+    #[test]
+    fn any_access_is_answered() {
+        let (power, cause, _) = power();
+        for offset in (0..20).chain([u64::MAX - 8]) {
+            for size in 0..=8 {
+                let mut data = vec![0xff; size];
+                power.read(Access::at(offset), &mut data).unwrap();
+                power.write(Access::at(offset), &vec![0; size]).unwrap();
+            }
+        }
+        let mut all = [0xaa; 8];
+        power.read(Access::at(0), &mut all).unwrap();
+        assert_eq!(all, [0, 0, 0, 0xff, 0, 0xff, 0xff, 0xff]);
+        assert!(cause.try_recv().is_err());
     }
 }

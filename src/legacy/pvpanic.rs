@@ -1,30 +1,44 @@
 #![forbid(unsafe_code)]
-//! pvpanic: a guest's kernel says that it has panicked (QEMU's specification `pvpanic.rst`).
+//! pvpanic: the port on which a guest's kernel reports its panic (QEMU's docs/specs/pvpanic).
+
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::bus::{Access, Device};
 use crate::error::Result;
 use crate::events::{StopCause, StopLine};
 
-const PANICKED: u8 = 1;
+/// The kernel has panicked.
+const PANICKED: u8 = 1 << 0;
+/// The kernel has panicked, and its crash kernel runs now.
+const CRASHLOADED: u8 = 1 << 1;
 
-/// One port: reading tells which events are understood, writing reports them.
-pub(crate) struct PvPanic(StopLine);
+/// The panic port.
+pub(crate) struct PvPanic {
+    stop: StopLine,
+    crash_logged: AtomicBool,
+}
 
 impl PvPanic {
     pub fn new(stop: StopLine) -> Self {
-        Self(stop)
+        Self { stop, crash_logged: AtomicBool::new(false) }
     }
 }
 
 impl Device for PvPanic {
-    fn read(&self, _: Access, data: &mut [u8]) -> Result<()> {
-        data.fill(PANICKED);
+    fn read(&self, access: Access, data: &mut [u8]) -> Result<()> {
+        if let (0, Some(byte)) = (access.offset, data.first_mut()) {
+            *byte = PANICKED | CRASHLOADED;
+        }
         Ok(())
     }
 
-    fn write(&self, _: Access, data: &[u8]) -> Result<()> {
-        if data.first().is_some_and(|events| events & PANICKED != 0) {
-            self.0.pull(StopCause::GuestPanic);
+    fn write(&self, access: Access, data: &[u8]) -> Result<()> {
+        let (0, Some(byte)) = (access.offset, data.first()) else { return Ok(()) };
+        if byte & PANICKED != 0 {
+            self.stop.pull(StopCause::GuestPanic);
+        } else if byte & CRASHLOADED != 0 && !self.crash_logged.swap(true, Ordering::Relaxed) {
+            // The guest goes on, to write its dump, and ends itself; once, for the log is not the guest's.
+            log::warn!("pvpanic: the guest's kernel panicked and its crash kernel takes over");
         }
         Ok(())
     }
@@ -37,15 +51,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_panic_is_reported_and_other_events_are_not() {
+    fn a_panic_ends_the_vm_and_a_crash_kernel_may_work() {
         let (causes, cause) = channel();
-        let device = PvPanic::new(StopLine::new(move |c| causes.send(c).unwrap()));
-        let mut data = [0xff];
-        device.read(Access::at(0), &mut data).unwrap();
-        assert_eq!(data, [PANICKED]);
-        device.write(Access::at(0), &[2]).unwrap();
+        let pvpanic = PvPanic::new(StopLine::new(move |c| causes.send(c).unwrap()));
+        let mut byte = [0xff];
+        pvpanic.read(Access::at(0), &mut byte).unwrap();
+        assert_eq!(byte, [3]);
+        for value in (0..=255).filter(|v| v & PANICKED == 0) {
+            pvpanic.write(Access::at(0), &[value]).unwrap();
+        }
+        pvpanic.write(Access::at(1), &[PANICKED]).unwrap();
+        pvpanic.write(Access::at(0), &[]).unwrap();
         assert!(cause.try_recv().is_err());
-        device.write(Access::at(0), &[PANICKED]).unwrap();
+        pvpanic.write(Access::at(0), &[PANICKED, 0]).unwrap();
         assert_eq!(cause.try_recv(), Ok(StopCause::GuestPanic));
     }
 }

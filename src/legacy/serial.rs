@@ -1,41 +1,55 @@
 #![forbid(unsafe_code)]
-//! A 16550 on the console.
+//! COM1: a 16550 between the guest and its console.
+//!
+//! The registers are vm-superio's. Output goes to the [`Console`], which never blocks. Input stays
+//! there, where it is bounded, and moves to the 64-byte FIFO when the guest has emptied that.
 
+use std::convert::Infallible;
 use std::io;
 use std::sync::{Arc, Mutex, Weak};
 
 use vm_superio::Trigger;
+use vm_superio::serial::NoEvents;
 
-use super::bytes;
 use crate::bus::{Access, Device};
 use crate::console::Console;
 use crate::error::Result;
 use crate::ioapic::IrqLine;
 use crate::sys::lock;
 
-/// The data register, when the divisor latch is closed.
-const DATA: u64 = 0;
+/// The receive buffer, when read.
+const RBR: u64 = 0;
+/// Modem control.
+const MCR: u64 = 4;
+/// In MCR: what is sent comes back.
+const MCR_LOOP: u8 = 1 << 4;
+/// Registers of a 16550.
+const REGISTERS: u64 = 8;
+const FIFO: usize = 64;
 
-/// The first serial port. Output goes to the console at once and never waits; input waits in the console
-/// until the guest has read what the port's own 64 bytes hold.
+/// The serial port.
 pub(crate) struct Serial {
-    port: Mutex<vm_superio::Serial<Line, vm_superio::serial::NoEvents, Out>>,
+    uart: Mutex<Uart>,
     console: Console,
 }
 
-/// The port's interrupt: an edge.
+struct Uart {
+    registers: vm_superio::Serial<Line, NoEvents, Out>,
+    loopback: bool,
+}
+
+/// A 16550's interrupt is a level; the platform's COM1 is an edge, as ISA's is.
 struct Line(IrqLine);
 
 impl Trigger for Line {
-    type E = std::convert::Infallible;
+    type E = Infallible;
 
-    fn trigger(&self) -> std::result::Result<(), Self::E> {
+    fn trigger(&self) -> Result<(), Infallible> {
         self.0.pulse();
         Ok(())
     }
 }
 
-/// The console as the port's output.
 struct Out(Console);
 
 impl io::Write for Out {
@@ -50,48 +64,55 @@ impl io::Write for Out {
 }
 
 impl Serial {
+    /// A port that has been reset, wired to `console` and `line`.
     pub fn new(console: Console, line: IrqLine) -> Arc<Self> {
-        let port = vm_superio::Serial::new(Line(line), Out(console.clone()));
-        let serial = Arc::new(Self { port: Mutex::new(port), console });
+        let registers = vm_superio::Serial::new(Line(line), Out(console.clone()));
+        let uart = Mutex::new(Uart { registers, loopback: false });
+        let serial = Arc::new(Self { uart, console });
         let weak: Weak<Self> = Arc::downgrade(&serial);
         let wake = move || {
             if let Some(serial) = weak.upgrade() {
-                serial.fetch_input();
+                serial.refill(&mut lock(&serial.uart));
             }
         };
         serial.console.on_input(Some(Arc::new(wake)));
         serial
     }
 
-    /// Moves input from the console to the port, as much as fits.
-    fn fetch_input(&self) {
-        let mut port = lock(&self.port);
-        let mut input = [0; 64];
-        let room = port.fifo_capacity().min(input.len());
-        let count = self.console.read(&mut input[..room]);
-        if count > 0 {
-            // Fails in loopback mode, where a real line's input would be lost too.
-            let _ = port.enqueue_raw_bytes(&input[..count]);
+    /// Moves input to the FIFO when that is empty, which raises the interrupt if the guest wants it.
+    fn refill(&self, uart: &mut Uart) {
+        // In loopback the line is cut off: vm-superio takes nothing.
+        if uart.loopback || uart.registers.fifo_capacity() < FIFO {
+            return;
         }
+        let mut input = [0; FIFO];
+        let count = self.console.read(&mut input);
+        // All of it fits, and the trigger cannot fail.
+        let _ = uart.registers.enqueue_raw_bytes(&input[..count]);
     }
 }
 
 impl Device for Serial {
     fn read(&self, access: Access, data: &mut [u8]) -> Result<()> {
-        for (offset, byte) in (access.offset..).zip(data.iter_mut()) {
-            *byte = lock(&self.port).read(offset as u8);
-            if offset == DATA && self.console.has_input() {
-                self.fetch_input();
+        let mut uart = lock(&self.uart);
+        for (register, byte) in super::registers(access).zip(data).take_while(|(r, _)| *r < REGISTERS) {
+            *byte = uart.registers.read(register as u8);
+            if register == RBR {
+                self.refill(&mut uart);
             }
         }
         Ok(())
     }
 
     fn write(&self, access: Access, data: &[u8]) -> Result<()> {
-        let mut port = lock(&self.port);
-        for (offset, byte) in bytes(access, data) {
-            // Neither the line nor the console fails.
-            let _ = port.write(offset as u8, byte);
+        let mut uart = lock(&self.uart);
+        for (register, byte) in super::registers(access).zip(data).take_while(|(r, _)| *r < REGISTERS) {
+            // Neither the trigger nor the console can fail.
+            let _ = uart.registers.write(register as u8, *byte);
+            if register == MCR {
+                uart.loopback = byte & MCR_LOOP != 0;
+                self.refill(&mut uart);
+            }
         }
         Ok(())
     }
@@ -102,54 +123,115 @@ mod tests {
     use super::*;
     use crate::ioapic::Ioapic;
     use crate::irq::Routes;
+    use crate::legacy::ports;
 
-    fn serial() -> (Arc<Serial>, Console) {
-        let console = Console::new();
-        let line = Ioapic::new(Routes::new(None)).line(4);
-        (Serial::new(console.clone(), line), console)
+    const COM1_GSI: u8 = ports::COM1_GSI as u8;
+    const IER: u64 = 1;
+    const IIR: u64 = 2;
+    const LSR: u64 = 5;
+
+    struct Rig {
+        console: Console,
+        serial: Arc<Serial>,
+        routes: Arc<Routes>,
     }
 
-    fn read(serial: &Serial, offset: u64) -> u8 {
-        let mut data = [0xff];
-        serial.read(Access::at(offset), &mut data).unwrap();
-        data[0]
-    }
-
-    #[test]
-    fn output_reaches_the_console_in_any_width() {
-        let (serial, console) = serial();
-        for byte in b"ab" {
-            serial.write(Access::at(0), &[*byte]).unwrap();
+    impl Rig {
+        fn new() -> Self {
+            let routes = Routes::new(None);
+            let ioapic = Ioapic::new(routes.clone());
+            ioapic.write(Access::at(0), &[0x10 + 2 * COM1_GSI]).unwrap();
+            ioapic.write(Access::at(0x10), &0x31u32.to_le_bytes()).unwrap();
+            let console = Console::new();
+            Self { serial: Serial::new(console.clone(), ioapic.line(COM1_GSI)), console, routes }
         }
-        assert_eq!(console.tail(), b"ab");
-        serial.write(Access::at(0), &[b'c', 0, 0, 3]).unwrap();
-        assert_eq!(console.tail(), b"abc");
+        fn read(&self, register: u64) -> u8 {
+            let mut data = [0xff];
+            self.serial.read(Access::at(register), &mut data).unwrap();
+            data[0]
+        }
+        fn write(&self, register: u64, value: u8) {
+            self.serial.write(Access::at(register), &[value]).unwrap();
+        }
+        /// As a driver does: while the line status says that there is data.
+        fn drain(&self) -> Vec<u8> {
+            std::iter::from_fn(|| (self.read(LSR) & 1 != 0).then(|| self.read(RBR))).collect()
+        }
+        fn interrupts(&self) -> usize {
+            self.routes.take_signalled().len()
+        }
     }
 
-    /// Row 22 of the hostile inputs: input far beyond the FIFO while the guest does not read.
     #[test]
-    fn input_waits_in_order_and_is_bounded() {
-        let (serial, console) = serial();
+    fn output_goes_to_the_console_and_the_transmitter_interrupt_comes() {
+        let rig = Rig::new();
+        b"Linux version".iter().for_each(|byte| rig.write(0, *byte));
+        assert_eq!(rig.console.tail(), b"Linux version");
+        assert_eq!(rig.interrupts(), 0);
+        rig.write(IER, 2);
+        assert_eq!(rig.interrupts(), 1);
+        assert_eq!(rig.read(IIR) & 0xf, 2);
+        rig.write(0, b'x');
+        assert_eq!(rig.interrupts(), 1);
+    }
+
+    #[test]
+    fn input_arrives_whole_in_order_and_interrupts() {
+        let rig = Rig::new();
+        rig.write(IER, 1);
+        let bytes: Vec<u8> = (0..1000u32).map(|i| i as u8).collect();
+        assert_eq!(rig.console.push_input(&bytes), 1000);
+        assert_eq!(rig.interrupts(), 1);
+        assert_eq!(rig.read(IIR) & 0xf, 4);
+        assert_eq!(rig.drain(), bytes);
+        rig.interrupts();
+        rig.read(IIR);
+        rig.console.push_input(b"y");
+        assert_eq!(rig.interrupts(), 1, "and again after all was read");
+    }
+
+    #[test]
+    fn input_that_the_guest_does_not_read_is_bounded_and_not_lost() {
+        let rig = Rig::new();
+        let bytes: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
         let mut taken = 0;
-        for i in 0..100_000u32 {
-            taken += console.push_input(&[i as u8]);
-        }
-        assert!(taken < 10_000, "{taken} bytes were taken though nobody reads");
-        for i in 0..taken {
-            assert_eq!(read(&serial, 5) & 1, 1, "data is ready at {i}");
-            assert_eq!(read(&serial, 0), i as u8);
-        }
-        assert_eq!(read(&serial, 5) & 1, 0);
-    }
-
-    #[test]
-    fn any_access_is_answered() {
-        let (serial, _) = serial();
-        for offset in 0..8 {
-            for len in 1..=8 {
-                serial.write(Access::at(offset), &vec![0xa5; len]).unwrap();
-                serial.read(Access::at(offset), &mut vec![0xff; len]).unwrap();
+        for piece in bytes.chunks(100) {
+            let count = rig.console.push_input(piece);
+            taken += count;
+            if count < piece.len() {
+                break;
             }
         }
+        assert_eq!(taken, 4096 + FIFO, "the console's queue and the FIFO");
+        assert_eq!(rig.drain(), bytes[..taken]);
+    }
+
+    #[test]
+    fn loopback_keeps_input_back_and_the_console_clean() {
+        let rig = Rig::new();
+        rig.write(MCR, MCR_LOOP);
+        rig.console.push_input(b"later");
+        b"probe".iter().for_each(|byte| rig.write(0, *byte));
+        assert_eq!(rig.drain(), b"probe");
+        rig.write(MCR, 0);
+        assert_eq!(rig.drain(), b"later");
+        assert_eq!(rig.console.tail(), b"");
+    }
+
+    #[test]
+    fn any_access_is_answered_register_by_register() {
+        let rig = Rig::new();
+        for offset in 0..20 {
+            for size in 0..=8 {
+                let mut data = vec![0xff; size];
+                rig.serial.write(Access::at(offset), &data).unwrap();
+                rig.serial.read(Access::at(offset), &mut data).unwrap();
+            }
+        }
+        rig.write(3, 0);
+        rig.serial.write(Access::at(6), &[1, 0x5a, 3, 4]).unwrap();
+        let mut data = [0xff; 4];
+        rig.serial.read(Access::at(6), &mut data).unwrap();
+        assert_eq!(data[1..], [0x5a, 0xff, 0xff], "scratch, then nothing");
     }
 }

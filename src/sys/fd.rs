@@ -88,3 +88,13 @@ pub(crate) fn wait_readable(fd: BorrowedFd<'_>, timeout: std::time::Duration) ->
     // SAFETY: one initialized pollfd, and the count says so.
     unsafe { libc::poll(&mut poll, 1, timeout) > 0 }
 }
+
+/// Makes reads and writes return at once. Of an adopted descriptor: its owner shares that setting.
+pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>) -> std::io::Result<()> {
+    // SAFETY: F_GETFL and F_SETFL pass integers only.
+    let done = unsafe {
+        let flags = libc::fcntl(fd.as_raw_fd(), libc::F_GETFL);
+        if flags < 0 { flags } else { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) }
+    };
+    if done < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}

@@ -13,6 +13,7 @@ pub(crate) mod io;
 pub(crate) mod kvm;
 pub(crate) mod memory;
 pub(crate) mod signal;
+pub(crate) mod tap;
 pub(crate) mod thread;
 pub(crate) mod tsc;
 

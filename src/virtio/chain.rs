@@ -54,6 +54,11 @@ impl Chain {
         Reader(Cursor::new(memory, &self.readable))
     }
 
+    /// Reads what was written into writable buffers.
+    pub fn buffer_reader<'a>(memory: &'a Memory, spans: &'a [Span]) -> Reader<'a> {
+        Reader(Cursor::new(memory, spans))
+    }
+
     pub fn writer<'a>(&'a self, memory: &'a Memory) -> Writer<'a> {
         Writer(Cursor::new(memory, &self.writable))
     }

@@ -18,9 +18,11 @@ use crate::sys::lock;
 
 pub(crate) mod blk;
 mod chain;
+pub(crate) mod net;
 pub(crate) mod queue;
 #[cfg(test)]
 pub(crate) mod queue_driver;
+pub(crate) mod rng;
 #[cfg(test)]
 pub(crate) mod testing;
 pub(crate) mod transport;

@@ -1,13 +1,14 @@
 #![forbid(unsafe_code)]
 //! A split virtqueue (2.7) as a device uses it: take a chain, complete it, notify.
 //!
-//! The ring's arithmetic and its memory ordering are `virtio-queue`'s. Chains are walked here, since
-//! its iterator ends without a word where a driver breaks the rules, and a device must tell "the end"
-//! from "broken": every descriptor is read once, no more than the queue's size of them.
+//! The registers, their checks and the doorbell's suppression are `virtio-queue`'s. Chains are walked
+//! here, since its iterator ends without a word where a driver breaks the rules, and a device must tell
+//! "the end" from "broken": every descriptor is read once, no more than the queue's size of them. Chains
+//! are handed back here, since it can only do so one by one.
 
 use std::num::Wrapping;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::QueueT;
@@ -75,8 +76,8 @@ pub(crate) struct Queue {
     /// The available index as last read: up to there chains wait.
     avail_seen: u16,
     in_use: HeadSet,
-    /// Something was completed that the driver has not been told of.
-    untold: bool,
+    /// The used index up to which the driver has been told, or did not want to be.
+    told: u16,
     broken: bool,
 }
 
@@ -108,7 +109,7 @@ impl Queue {
             ring,
             doorbell: setup.doorbell,
             interrupt: setup.interrupt,
-            untold: false,
+            told: setup.next_used,
             broken: false,
         })
     }
@@ -175,9 +176,10 @@ impl Queue {
         taken
     }
 
-    /// Undoes the last `pop`, whose chain was not used: it is the next one again.
-    pub fn give_back(&mut self, chain: &Chain) {
-        if self.in_use.remove(chain.head) {
+    /// Undoes the last `pop`, whose chain was not used: it is the next one again. Several are given back
+    /// in the reverse order.
+    pub fn give_back(&mut self, head: u16) {
+        if self.in_use.remove(head) {
             let next = Wrapping(self.ring.next_avail()) - Wrapping(1);
             self.ring.set_next_avail(next.0);
         }
@@ -188,24 +190,57 @@ impl Queue {
     /// # Errors
     /// The queue is broken, or `head` was not taken from it.
     pub fn complete(&mut self, memory: &Memory, head: u16, written: u32) -> Result<(), QueueFault> {
+        self.complete_all(memory, &[(head, written)])
+    }
+
+    /// Hands chains back so that the driver sees all of them or none: a frame in several buffers.
+    ///
+    /// # Errors
+    /// The queue is broken, or a head was not taken from it.
+    pub fn complete_all(&mut self, memory: &Memory, chains: &[(u16, u32)]) -> Result<(), QueueFault> {
         if self.broken {
             return Err(QueueFault::Broken);
         }
-        if !self.in_use.remove(head) {
-            return Err(QueueFault::NotInUse(head));
+        let mut next = self.ring.next_used();
+        for &(head, written) in chains {
+            if !self.in_use.remove(head) {
+                return Err(QueueFault::NotInUse(head));
+            }
+            // Within the ring, which was found to be in memory: the address cannot wrap.
+            let element = self.ring.used_ring() + 4 + 8 * u64::from(next % self.ring.size());
+            let value = [u32::from(head).to_le(), written.to_le()];
+            let put = memory.write_obj(value, GuestAddress(element));
+            self.fail_on(put.map_err(|_| QueueFault::Rings))?;
+            next = next.wrapping_add(1);
         }
-        self.untold = true;
-        let added = self.ring.add_used(&**memory, head, written);
-        self.fail_on(added.map_err(|_| QueueFault::Rings))
+        self.ring.set_next_used(next);
+        // Release: what was written into the buffers and the ring is seen before the index moves.
+        let index = GuestAddress(self.ring.used_ring() + 2);
+        let moved = memory.store(next.to_le(), index, Ordering::Release);
+        self.fail_on(moved.map_err(|_| QueueFault::Rings))
     }
 
     /// Raises the interrupt if something was completed since the last time and the driver wants to know.
     pub fn notify(&mut self, memory: &Memory) {
-        if !std::mem::take(&mut self.untold) {
+        let (used, told) = (self.ring.next_used(), self.told);
+        if used == told {
             return;
         }
-        let wanted = self.ring.needs_notification(&**memory).unwrap_or(true)
-            && (self.ring.event_idx_enabled() || !self.avail_flag(memory, VRING_AVAIL_F_NO_INTERRUPT as u16));
+        self.told = used;
+        // The index that was stored must be visible before the driver's wish is read (2.7.8): it writes
+        // its wish and then looks at the index once more.
+        fence(Ordering::SeqCst);
+        let ring = self.ring.avail_ring();
+        let wanted = if self.ring.event_idx_enabled() {
+            let used_event = ring + 4 + 2 * u64::from(self.ring.size());
+            self.load(memory, used_event).is_none_or(|event| {
+                // Whether the index has passed it since the driver was last told.
+                used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(told)
+            })
+        } else {
+            let no_interrupt = VRING_AVAIL_F_NO_INTERRUPT as u16;
+            self.load(memory, ring).is_none_or(|flags| flags & no_interrupt == 0)
+        };
         if let (true, Some(interrupt)) = (wanted, &self.interrupt) {
             interrupt.trigger();
         }
@@ -264,9 +299,8 @@ impl Queue {
         result
     }
 
-    fn avail_flag(&self, memory: &Memory, flag: u16) -> bool {
-        let flags = memory.load::<u16>(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed);
-        flags.is_ok_and(|flags| u16::from_le(flags) & flag != 0)
+    fn load(&self, memory: &Memory, at: u64) -> Option<u16> {
+        memory.load(GuestAddress(at), Ordering::Relaxed).map(u16::from_le).ok()
     }
 
     /// The next head of the available ring, marked as in use.
@@ -286,8 +320,7 @@ impl Queue {
         }
         // Within the ring, which was found to be in memory: the address cannot wrap.
         let entry = self.ring.avail_ring() + 4 + 2 * u64::from(next % size);
-        let head = memory.load::<u16>(GuestAddress(entry), Ordering::Relaxed).map(u16::from_le);
-        let head = head.map_err(|_| QueueFault::Rings)?;
+        let head = self.load(memory, entry).ok_or(QueueFault::Rings)?;
         if head >= size {
             return Err(QueueFault::Index(head));
         }
@@ -553,6 +586,26 @@ mod tests {
         assert_eq!(queue.complete(&driver.memory, 999, 0), Err(QueueFault::NotInUse(999)));
     }
 
+    #[test]
+    fn several_are_completed_at_once_and_the_interrupt_counts_them_all() {
+        let mut driver = driver().with_event_idx();
+        let mut queue = driver.queue();
+        let memory = driver.memory.clone();
+        for round in 0..40u32 {
+            let mut all = Vec::new();
+            for i in 0..3 {
+                driver.send(&[(0x8000, 8, WRITE)]);
+                all.push((pop(&driver, &mut queue).unwrap().unwrap().head, i));
+            }
+            queue.complete_all(&memory, &all).unwrap();
+            queue.notify(&memory);
+            assert_eq!(driver.interrupt.take_raised(), 1, "{round}");
+            for (head, written) in all {
+                assert_eq!(driver.take_used(), Some((head, written)));
+            }
+        }
+    }
+
     /// Rows 13 and 15: the device decides, the ring is sound.
     #[test]
     fn empty_and_flipped_chains_are_handed_out() {
@@ -573,7 +626,7 @@ mod tests {
         for _ in 0..3 {
             let chain = pop(&driver, &mut queue).unwrap().unwrap();
             assert_eq!(chain.head, head);
-            queue.give_back(&chain);
+            queue.give_back(chain.head);
         }
         assert_eq!(queue.position(), (0, 0));
         let again = Queue::new(queue.into_setup(), &driver.memory);

@@ -6,12 +6,15 @@ use std::sync::Arc;
 
 use super::board::Plan;
 use crate::block::RawDisk;
-use crate::config::{ConsoleKind, DiskConfig, MacAddress, PciAddress, Uuid};
+use crate::config::{ConsoleKind, DiskConfig, MacAddress, NetConfig, PciAddress, Uuid};
 use crate::console::Console;
 use crate::error::Result;
 use crate::memory::layout;
+use crate::net::Tap;
 use crate::reactor::{EventLoop, Place};
 use crate::virtio::blk::Blk;
+use crate::virtio::net::Net;
+use crate::virtio::rng::Rng;
 use crate::virtio::transport::pci::BAR_SIZE;
 use crate::virtio::{Signals, VirtioDevice};
 
@@ -72,8 +75,8 @@ pub(super) fn make(
         let mac = net.mac.unwrap_or_else(|| stable_mac(config.uuid, i));
         add(places.take(net.pci), net_device(i, net, mac, main_loop.clone(), plan)?);
     }
-    if config.rng && false {
-        add(places.take(None), rng_device(main_loop.clone(), plan)?);
+    if config.rng {
+        add(places.take(None), Box::new(Rng::new("rng0", Place::Loop(main_loop.clone(), plan.stop.clone()))));
     }
     if config.console == ConsoleKind::Virtio {
         add(places.take(None), console_device(console, main_loop, plan)?);
@@ -128,21 +131,19 @@ fn disk_device(
     Ok(Box::new(Blk::new(&id, &disk.serial, Box::new(backend), Place::Loop(own, plan.stop.clone()))))
 }
 
-fn later<T>() -> Result<T> {
-    Err(crate::Error::new(crate::ErrorKind::Unsupported, "the branch with the devices is not merged yet"))
-}
+/// A card on a TAP interface that exists.
 fn net_device(
-    _: usize,
-    _: &crate::NetConfig,
-    _: MacAddress,
-    _: Arc<EventLoop>,
-    _: &Plan<'_>,
+    index: usize,
+    net: &NetConfig,
+    mac: MacAddress,
+    shared: Arc<EventLoop>,
+    plan: &Plan<'_>,
 ) -> Result<Box<dyn VirtioDevice>> {
-    later()
+    let id = format!("net{index}");
+    let backend = Tap::open(&id, &net.tap)?;
+    Ok(Box::new(Net::new(&id, mac, Box::new(backend), Place::Loop(shared, plan.stop.clone()))))
 }
-fn rng_device(_: Arc<EventLoop>, _: &Plan<'_>) -> Result<Box<dyn VirtioDevice>> {
-    later()
-}
+
 fn console_device(_: &Console, _: Arc<EventLoop>, _: &Plan<'_>) -> Result<Box<dyn VirtioDevice>> {
-    later()
+    Err(crate::Error::new(crate::ErrorKind::Unsupported, "the branch with the devices is not merged yet"))
 }

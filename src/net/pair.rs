@@ -1,0 +1,94 @@
+#![forbid(unsafe_code)]
+//! A network of two ends, for tests: frames put in at one end come out at the other. It can be cut.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixDatagram;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, Mutex};
+
+use super::NetBackend;
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::io::{IoList, read, write};
+use crate::sys::lock;
+
+/// The device's end.
+pub(crate) struct Pair {
+    socket: UnixDatagram,
+    control: Control,
+}
+
+/// The far end, and the scissors.
+#[derive(Clone)]
+pub(crate) struct Control {
+    pub far: Arc<UnixDatagram>,
+    /// What every call fails with; 0 for none.
+    pub errno: Arc<AtomicI32>,
+    /// What the next `reopen` finds.
+    pub next: Arc<Mutex<Option<UnixDatagram>>>,
+}
+
+impl Pair {
+    pub fn new() -> (Self, Control) {
+        let (near, far) = UnixDatagram::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
+        far.set_nonblocking(true).unwrap();
+        let control = Control { far: Arc::new(far), errno: Arc::default(), next: Arc::default() };
+        (Self { socket: near, control: control.clone() }, control)
+    }
+
+    fn check(&self) -> io::Result<()> {
+        match self.control.errno.load(Ordering::SeqCst) {
+            0 => Ok(()),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+}
+
+impl Control {
+    /// A frame of the far end's: a header of zeroes and these bytes.
+    pub fn put(&self, frame: &[u8]) {
+        self.far.send(&[&[0; 12], frame].concat()).unwrap();
+    }
+
+    /// The next frame that the device has sent, with its header.
+    pub fn get(&self) -> Option<Vec<u8>> {
+        let mut bytes = vec![0; 70_000];
+        let len = self.far.recv(&mut bytes).ok()?;
+        bytes.truncate(len);
+        Some(bytes)
+    }
+}
+
+impl NetBackend for Pair {
+    fn receive(&mut self, room: &IoList<'_>) -> io::Result<usize> {
+        self.check()?;
+        read(self.socket.as_fd(), room)
+    }
+
+    fn send(&mut self, frame: &IoList<'_>) -> io::Result<()> {
+        self.check()?;
+        write(self.socket.as_fd(), frame).map(drop)
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    fn is_gone(&self) -> bool {
+        self.control.errno.load(Ordering::SeqCst) == libc::EBADFD
+    }
+
+    fn reopen(&mut self) -> Result<()> {
+        match lock(&self.control.next).take() {
+            Some(socket) => {
+                socket.set_nonblocking(true).unwrap();
+                self.socket = socket;
+                self.control.errno.store(0, Ordering::SeqCst);
+                Ok(())
+            }
+            None if self.check().is_ok() => Ok(()),
+            None => Err(Error::new(ErrorKind::NotFound, "cut")),
+        }
+    }
+}

@@ -1,0 +1,166 @@
+#![forbid(unsafe_code)]
+//! A TAP interface of the host.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use super::{HEADER_LEN, NetBackend};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::io::{IoList, read, write};
+use crate::sys::tap;
+
+const TUN: &str = "/dev/net/tun";
+const FLAGS: i32 = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+
+/// One queue of a TAP interface that exists already.
+pub(crate) struct Tap {
+    file: File,
+    /// `net0: tap 'tap0'`, for errors.
+    who: String,
+    name: String,
+}
+
+impl Tap {
+    /// Attaches to the interface `name` for the card `id`.
+    ///
+    /// # Errors
+    /// No /dev/net/tun, no such interface (none is made), in use by someone else, or not ours.
+    pub fn open(id: &str, name: &str) -> Result<Self> {
+        let who = format!("{id}: tap '{name}'");
+        if !tap::interface_exists(name) {
+            return Err(missing(&who, name));
+        }
+        let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(TUN);
+        let file = opened.map_err(|e| no_tun(&who, e))?;
+        tap::attach(file.as_fd(), name, FLAGS).map_err(|e| not_attached(&who, name, e))?;
+        Self::set_up(who, name.to_owned(), file)
+    }
+
+    /// Takes over a descriptor that someone with more rights has attached to an interface.
+    ///
+    /// # Errors
+    /// It is not one of a TAP interface without packet information and with vnet headers.
+    pub fn adopt(id: &str, fd: OwnedFd) -> Result<Self> {
+        let invalid = |why| Error::new(ErrorKind::InvalidArgument, format!("{id}: the tap descriptor {why}"));
+        let attached = tap::attached(fd.as_fd())
+            .map_err(|e| invalid("is not attached to an interface (TUNSETIFF)").with_source(e))?;
+        let mask = FLAGS | libc::IFF_TUN;
+        if attached.flags & mask != FLAGS {
+            return Err(invalid("needs the flags IFF_TAP, IFF_NO_PI and IFF_VNET_HDR"));
+        }
+        let who = format!("{id}: tap '{}'", attached.name);
+        let file = File::from(fd);
+        crate::sys::fd::set_nonblocking(file.as_fd())
+            .map_err(|e| Error::os(format!("{who}: making it nonblocking"), e))?;
+        Self::set_up(who, attached.name, file)
+    }
+
+    fn set_up(who: String, name: String, file: File) -> Result<Self> {
+        tap::set_header_size(file.as_fd(), HEADER_LEN as i32)
+            .map_err(|e| Error::os(format!("{who}: setting the header's size (TUNSETVNETHDRSZ)"), e))?;
+        // No offloads: every frame comes complete, with its checksums.
+        tap::set_offload(file.as_fd(), 0)
+            .map_err(|e| Error::os(format!("{who}: turning offloads off (TUNSETOFFLOAD)"), e))?;
+        Ok(Self { file, who, name })
+    }
+}
+
+fn missing(who: &str, name: &str) -> Error {
+    let make = format!("ip tuntap add {name} mode tap user $USER && ip link set {name} up");
+    let what = format!("{who}: there is no such interface; make it as root: {make}");
+    Error::new(ErrorKind::NotFound, what)
+}
+
+fn no_tun(who: &str, error: io::Error) -> Error {
+    let what = match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
+            "is missing; load the kernel's module as root: modprobe tun"
+        }
+        Some(libc::EACCES | libc::EPERM) => "is not ours to open; give this user read and write access",
+        _ => "cannot be opened",
+    };
+    Error::os(format!("{who}: {TUN} {what}"), error)
+}
+
+fn not_attached(who: &str, name: &str, error: io::Error) -> Error {
+    let what = match error.raw_os_error() {
+        Some(libc::EBUSY) => "is in use by another program or another VM".to_owned(),
+        Some(libc::EPERM | libc::EACCES) => format!(
+            "belongs to someone else; give it to this user (ip tuntap add {name} mode tap user $USER) or \
+             run with CAP_NET_ADMIN"
+        ),
+        Some(libc::EINVAL) => {
+            "is no TAP interface with a single queue (ip tuntap add … mode tap, without multi_queue)".into()
+        }
+        _ => "cannot be attached to (TUNSETIFF)".into(),
+    };
+    Error::os(format!("{who} {what}"), error)
+}
+
+impl NetBackend for Tap {
+    fn receive(&mut self, room: &IoList<'_>) -> io::Result<usize> {
+        read(self.file.as_fd(), room)
+    }
+
+    fn send(&mut self, frame: &IoList<'_>) -> io::Result<()> {
+        // A tap takes a frame whole or not at all.
+        write(self.file.as_fd(), frame).map(drop)
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    fn is_gone(&self) -> bool {
+        tap::attached(self.file.as_fd()).is_err()
+    }
+
+    fn reopen(&mut self) -> Result<()> {
+        if !self.is_gone() {
+            return Ok(());
+        }
+        let id = self.who.split(':').next().unwrap_or_default().to_owned();
+        *self = Self::open(&id, &self.name)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interface_that_is_not_there_is_not_made() {
+        let error = Tap::open("net0", "vmbednone0").err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::NotFound);
+        let text = error.to_string();
+        assert!(
+            text.contains("net0: tap 'vmbednone0'") && text.contains("ip tuntap add vmbednone0"),
+            "{text}"
+        );
+        assert!(!tap::interface_exists("vmbednone0"));
+        for name in ["", "a name with spaces", "sixteen-bytes-00", "nul\0"] {
+            assert!(Tap::open("net0", name).is_err(), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn errors_name_the_remedy() {
+        let errno = io::Error::from_raw_os_error;
+        let tun = no_tun("net0: tap 'tap0'", errno(libc::ENOENT));
+        assert!(tun.to_string().contains("modprobe tun"));
+        let busy = not_attached("net0: tap 'tap0'", "tap0", errno(libc::EBUSY));
+        assert_eq!((busy.kind(), busy.to_string().contains("in use")), (ErrorKind::Busy, true));
+        let denied = not_attached("net0: tap 'tap0'", "tap0", errno(libc::EPERM));
+        assert_eq!(denied.kind(), ErrorKind::PermissionDenied);
+        assert!(denied.to_string().contains("ip tuntap add tap0"));
+    }
+
+    #[test]
+    fn a_descriptor_of_something_else_is_not_adopted() {
+        let file = File::open("/dev/null").unwrap();
+        assert_eq!(Tap::adopt("net0", file.into()).err().unwrap().kind(), ErrorKind::InvalidArgument);
+    }
+}

@@ -1,0 +1,68 @@
+//! TAP interfaces: the ioctls of /dev/net/tun (linux/if_tun.h).
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// The state of a tun file descriptor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Attached {
+    pub name: String,
+    pub flags: i32,
+}
+
+/// Whether the kernel has an interface of that name in this network namespace.
+pub(crate) fn interface_exists(name: &str) -> bool {
+    let Ok(name) = CString::new(name) else { return false };
+    // SAFETY: a terminated string, which the call only reads.
+    unsafe { libc::if_nametoindex(name.as_ptr()) != 0 }
+}
+
+/// Attaches the descriptor to an interface (TUNSETIFF). Makes the interface where there is none: look
+/// for it before.
+pub(crate) fn attach(fd: BorrowedFd<'_>, name: &str, flags: i32) -> io::Result<()> {
+    let mut request = request(name)?;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    // SAFETY: TUNSETIFF reads and writes one ifreq, which lives until the call returns.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })
+}
+
+/// What the descriptor is attached to (TUNGETIFF); EBADFD when it no longer is.
+pub(crate) fn attached(fd: BorrowedFd<'_>) -> io::Result<Attached> {
+    let mut request = request("")?;
+    // SAFETY: TUNGETIFF writes one ifreq, which lives until the call returns.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETIFF, &raw mut request) })?;
+    let name = request.ifr_name.iter().take_while(|c| **c != 0).map(|c| char::from(*c as u8)).collect();
+    // SAFETY: TUNGETIFF has set the flags, and any bytes are a valid short.
+    let flags = unsafe { request.ifr_ifru.ifru_flags };
+    Ok(Attached { name, flags: i32::from(flags as u16) })
+}
+
+/// The bytes of the header in front of each frame (TUNSETVNETHDRSZ).
+pub(crate) fn set_header_size(fd: BorrowedFd<'_>, size: i32) -> io::Result<()> {
+    // SAFETY: TUNSETVNETHDRSZ reads one int, which lives until the call returns.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const size) })
+}
+
+/// What the reader of the frames can finish by itself (TUNSETOFFLOAD).
+pub(crate) fn set_offload(fd: BorrowedFd<'_>, offload: u32) -> io::Result<()> {
+    // SAFETY: TUNSETOFFLOAD takes an integer.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(offload)) })
+}
+
+fn request(name: &str) -> io::Result<libc::ifreq> {
+    // SAFETY: an ifreq is plain data, for which zeroes are valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // The last byte stays 0: the kernel wants it terminated.
+    if name.len() >= request.ifr_name.len() || name.bytes().any(|b| b == 0) {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    Ok(request)
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

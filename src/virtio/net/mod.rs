@@ -1,0 +1,130 @@
+#![forbid(unsafe_code)]
+//! virtio-net (5.1): a network card with one pair of queues.
+
+use virtio_bindings::bindings::virtio_net::{
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+};
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::{Activation, Queue, VirtioDevice, read_config_space};
+use crate::config::MacAddress;
+use crate::error::{Error, ErrorKind, Result};
+use crate::net::NetBackend;
+use crate::reactor::{Attached, Place};
+use rx::{Overflow, Rx};
+use tx::Tx;
+use worker::Worker;
+
+mod header;
+mod rx;
+mod tx;
+mod worker;
+
+/// Entries of each queue.
+const QUEUE_SIZE: u16 = 256;
+
+/// `mac` and `status` of `struct virtio_net_config` (5.1.4).
+const CONFIG_LEN: usize = 8;
+
+const FEATURES: u64 = 1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_STATUS | 1 << VIRTIO_NET_F_MRG_RXBUF;
+
+/// A card of a guest.
+pub(crate) struct Net {
+    id: String,
+    config: [u8; CONFIG_LEN],
+    place: Place,
+    state: State,
+}
+
+enum State {
+    Idle(Box<dyn NetBackend>, Overflow),
+    Active(Attached<Worker>),
+    /// Its backend went down with the loop that it was on.
+    Lost,
+}
+
+impl Net {
+    /// The card `id` with that address, on `backend`.
+    pub fn new(id: &str, mac: MacAddress, backend: Box<dyn NetBackend>, place: Place) -> Self {
+        let mut config = [0; CONFIG_LEN];
+        config[..6].copy_from_slice(&mac.0);
+        config[6..].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+        Self { id: id.into(), config, place, state: State::Idle(backend, Overflow::default()) }
+    }
+
+    /// Serves both queues on the caller's thread: for drivers in this process ([`Place::Caller`]).
+    pub fn process_queues(&self) {
+        if let State::Active(worker) = &self.state {
+            worker.with(Worker::process_queues);
+        }
+    }
+}
+
+impl VirtioDevice for Net {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_NET
+    }
+
+    fn features(&self) -> u64 {
+        FEATURES
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE, QUEUE_SIZE]
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_space(&self.config, offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<()> {
+        let refused = |why: &str| Error::new(ErrorKind::InvalidState, format!("{}: {why}", self.id));
+        let Activation { features, memory, queues, signals } = activation;
+        let mut queues = queues.into_iter();
+        let (Some(Some(rx)), Some(Some(tx))) = (queues.next(), queues.next()) else {
+            return Err(refused("the driver has not enabled both queues"));
+        };
+        let timer = TimerFd::new()
+            .map_err(|e| Error::errno_of(format!("{}: creating a timer (timerfd)", self.id), e))?;
+        let (backend, overflow) = match std::mem::replace(&mut self.state, State::Lost) {
+            State::Idle(backend, overflow) => (backend, overflow),
+            other => {
+                self.state = other;
+                return Err(refused("is active already, or its event loop has ended"));
+            }
+        };
+        let mergeable = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
+        let rx = Rx::new(rx, mergeable, overflow);
+        let worker = Worker::new(rx, Tx::new(tx), memory, signals, backend, timer);
+        self.state = State::Active(self.place.attach(worker, &self.id)?);
+        Ok(())
+    }
+
+    fn deactivate(&mut self) -> Vec<Option<Queue>> {
+        match std::mem::replace(&mut self.state, State::Lost) {
+            State::Active(worker) => match worker.detach() {
+                Ok(worker) => {
+                    let (queues, backend, overflow) = worker.finish();
+                    self.state = State::Idle(backend, overflow);
+                    queues
+                }
+                Err(error) => {
+                    log::warn!("{}: {error}", self.id);
+                    vec![None, None]
+                }
+            },
+            other => {
+                self.state = other;
+                Vec::new()
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

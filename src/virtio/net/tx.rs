@@ -1,0 +1,110 @@
+#![forbid(unsafe_code)]
+//! Frames from the driver to the backend, gathered from guest memory as they lie.
+
+use std::io::{self, ErrorKind};
+
+use super::header::to_backend;
+use crate::memory::Memory;
+use crate::net::{HEADER_LEN, MAX_FRAME, MIN_FRAME, NetBackend};
+use crate::sys::io::Pieces;
+use crate::virtio::Signals;
+use crate::virtio::queue::{Chain, Queue, QueueFault};
+
+/// The transmit queue.
+pub(super) struct Tx {
+    pub queue: Queue,
+    /// A frame was lost on the host's side.
+    pub failed: bool,
+    chain: Chain,
+    pieces: Pieces,
+}
+
+/// Why a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sent {
+    /// Nothing is left; the doorbell rings for more.
+    All,
+    /// One wake-up's share is done, and more waits.
+    Share,
+    /// The backend has no room: again when its fd is writable.
+    NoRoom,
+}
+
+enum Fate {
+    Done,
+    NoRoom,
+}
+
+impl Tx {
+    pub fn new(queue: Queue) -> Self {
+        let chain = Chain::with_capacity(queue.max_size());
+        let pieces = Pieces::with_capacity(usize::from(queue.max_size()) + 1);
+        Self { queue, failed: false, chain, pieces }
+    }
+
+    /// Sends what waits. Without a backend frames are dropped, as on a cable that is not plugged in.
+    pub fn run(
+        &mut self,
+        memory: &Memory,
+        mut backend: Option<&mut (dyn NetBackend + 'static)>,
+        signals: &Signals,
+    ) -> Result<Sent, QueueFault> {
+        let mut budget = self.queue.size();
+        loop {
+            self.queue.disable_notification(memory)?;
+            while budget > 0 && self.queue.pop(memory, &mut self.chain)? {
+                budget -= 1;
+                let fate = match backend.as_deref_mut() {
+                    Some(backend) => self.send(memory, backend, signals),
+                    None => Fate::Done,
+                };
+                if let Fate::NoRoom = fate {
+                    self.queue.give_back(self.chain.head);
+                    return Ok(Sent::NoRoom);
+                }
+                self.queue.complete(memory, self.chain.head, 0)?;
+            }
+            if budget == 0 {
+                return Ok(Sent::Share);
+            }
+            if !self.queue.enable_notification(memory)? {
+                return Ok(Sent::All);
+            }
+        }
+    }
+
+    /// Sends or drops one frame: a driver that sends nonsense loses it, and nothing else happens.
+    fn send(&mut self, memory: &Memory, backend: &mut dyn NetBackend, signals: &Signals) -> Fate {
+        let mut reader = self.chain.reader(memory);
+        let Ok(header) = reader.read_array::<HEADER_LEN>() else { return Fate::Done };
+        let Some(header) = to_backend(&header) else { return Fate::Done };
+        let len = reader.remaining();
+        let fits = (MIN_FRAME as u64..=MAX_FRAME as u64).contains(&len);
+        if !fits || !self.chain.writable.is_empty() {
+            return Fate::Done;
+        }
+        let (failed, pieces) = (&mut self.failed, &mut self.pieces);
+        let mut frame = pieces.list();
+        frame.push_bytes(&header);
+        if reader.rest().slices(len, |slice| frame.push(slice)).is_err() {
+            return Fate::Done;
+        }
+        loop {
+            match backend.send(&frame) {
+                Ok(()) => return Fate::Done,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Fate::NoRoom,
+                Err(error) => {
+                    *failed = true;
+                    report(signals, &error);
+                    return Fate::Done;
+                }
+            }
+        }
+    }
+}
+
+/// A frame was lost on the host's side.
+pub(super) fn report(signals: &Signals, error: &io::Error) {
+    signals.backend_error(error.raw_os_error().unwrap_or(libc::EIO), 0);
+}

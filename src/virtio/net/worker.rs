@@ -1,0 +1,208 @@
+#![forbid(unsafe_code)]
+//! Serves a card's two queues and its backend on one loop.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::{Duration, Instant};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::rx::{Overflow, Received, Rx};
+use super::tx::{Sent, Tx, report};
+use crate::memory::Memory;
+use crate::net::NetBackend;
+use crate::virtio::Signals;
+use crate::virtio::queue::{Queue, QueueFault};
+
+/// How often a backend that is gone is looked for.
+const RETRY: Duration = Duration::from_secs(1);
+
+pub(super) struct Worker {
+    rx: Rx,
+    tx: Tx,
+    memory: Memory,
+    signals: Signals,
+    backend: Box<dyn NetBackend>,
+    link: Link,
+    /// What the backend's fd is to wake us for.
+    wants: EventSet,
+    /// What it is registered for.
+    watched: Option<(RawFd, EventSet)>,
+    timer: TimerFd,
+    broken: bool,
+}
+
+/// Whether there is anybody at the other side.
+enum Link {
+    Up,
+    Gone { look: Instant },
+}
+
+impl Worker {
+    pub fn new(
+        rx: Rx,
+        tx: Tx,
+        memory: Memory,
+        signals: Signals,
+        backend: Box<dyn NetBackend>,
+        timer: TimerFd,
+    ) -> Self {
+        Self {
+            rx,
+            tx,
+            memory,
+            signals,
+            backend,
+            link: Link::Up,
+            wants: EventSet::empty(),
+            watched: None,
+            timer,
+            broken: false,
+        }
+    }
+
+    /// One wake-up's work, both ways.
+    pub fn process_queues(&mut self) {
+        if self.broken {
+            return;
+        }
+        let served = self.receive().and_then(|()| self.send());
+        self.rx.queue.notify(&self.memory);
+        self.tx.queue.notify(&self.memory);
+        if let Err(fault) = served {
+            self.broken = true;
+            self.wants = EventSet::empty();
+            self.signals.needs_reset(fault);
+        }
+    }
+
+    /// Gives everything back, in the order of the queues.
+    pub fn finish(mut self) -> (Vec<Option<Queue>>, Box<dyn NetBackend>, Overflow) {
+        self.rx.let_go();
+        (vec![Some(self.rx.queue), Some(self.tx.queue)], self.backend, self.rx.overflow)
+    }
+
+    fn receive(&mut self) -> Result<(), QueueFault> {
+        self.wants = EventSet::empty();
+        if !self.find_backend() {
+            return Ok(());
+        }
+        match self.rx.run(&self.memory, &mut *self.backend)? {
+            Received::NoBuffers => {}
+            Received::NoFrames => self.wants |= EventSet::IN,
+            Received::Gone(error) => self.gone(&error),
+        }
+        Ok(())
+    }
+
+    fn send(&mut self) -> Result<(), QueueFault> {
+        let backend = match self.link {
+            Link::Up => Some(&mut *self.backend),
+            Link::Gone { .. } => None,
+        };
+        match self.tx.run(&self.memory, backend, &self.signals)? {
+            Sent::All => {}
+            Sent::Share => self.tx.queue.rearm(),
+            Sent::NoRoom => self.wants |= EventSet::OUT,
+        }
+        if std::mem::take(&mut self.tx.failed) && self.backend.is_gone() {
+            self.wants = EventSet::empty();
+            self.look_later();
+        }
+        Ok(())
+    }
+
+    /// Whether the backend is there; looks for it from time to time when it was not.
+    fn find_backend(&mut self) -> bool {
+        match self.link {
+            Link::Up => true,
+            Link::Gone { look } if Instant::now() < look => false,
+            Link::Gone { .. } => match self.backend.reopen() {
+                Ok(()) => {
+                    self.link = Link::Up;
+                    true
+                }
+                Err(error) => {
+                    log::debug!("{error}");
+                    self.look_later();
+                    false
+                }
+            },
+        }
+    }
+
+    fn gone(&mut self, error: &std::io::Error) {
+        report(&self.signals, error);
+        self.wants = EventSet::empty();
+        self.look_later();
+    }
+
+    fn look_later(&mut self) {
+        self.link = Link::Gone { look: Instant::now() + RETRY };
+        // Fails for invalid times only. A little later than the instant, so that it has passed.
+        let _ = self.timer.reset(RETRY + Duration::from_millis(1), None);
+    }
+
+    /// Brings the loop's registration in line with what is wanted. What wants nothing is not registered
+    /// at all: epoll reports errors unasked, for ever.
+    fn watch(&mut self, ops: &mut EventOps) {
+        let fd = self.backend.fd().as_raw_fd();
+        let wanted = (!self.wants.is_empty()).then_some((fd, self.wants));
+        if wanted == self.watched {
+            return;
+        }
+        let done = match (self.watched, wanted) {
+            (Some((old, _)), Some((new, set))) if old == new => ops.modify(Events::new_raw(new, set)),
+            (old, new) => {
+                if let Some((old, set)) = old {
+                    // It may have been closed, and so be gone from the set already.
+                    let _ = ops.remove(Events::new_raw(old, set));
+                }
+                new.map_or(Ok(()), |(new, set)| ops.add(Events::new_raw(new, set)))
+            }
+        };
+        self.watched = wanted;
+        if let Err(error) = done {
+            self.unwatchable(error);
+        }
+    }
+
+    fn unwatchable(&mut self, error: event_manager::Error) {
+        self.broken = true;
+        self.signals.needs_reset(format_args!("the host cannot watch its descriptors: {error}"));
+    }
+}
+
+impl MutEventSubscriber for Worker {
+    fn init(&mut self, ops: &mut EventOps) {
+        let fds = [
+            self.rx.queue.doorbell().as_raw_fd(),
+            self.tx.queue.doorbell().as_raw_fd(),
+            self.timer.as_raw_fd(),
+        ];
+        for fd in fds {
+            if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
+                return self.unwatchable(error);
+            }
+        }
+        // What waits already may have been announced before we listened.
+        self.rx.queue.rearm();
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        let fd = events.fd();
+        if fd == self.rx.queue.doorbell().as_raw_fd() {
+            self.rx.queue.silence();
+        } else if fd == self.tx.queue.doorbell().as_raw_fd() {
+            self.tx.queue.silence();
+        } else if fd == self.timer.as_raw_fd() {
+            let _ = self.timer.wait();
+        } else if events.event_set().intersects(EventSet::ERROR | EventSet::HANG_UP)
+            && matches!(self.link, Link::Up)
+        {
+            self.gone(&std::io::Error::from_raw_os_error(libc::ENETDOWN));
+        }
+        self.process_queues();
+        self.watch(ops);
+    }
+}

@@ -1,0 +1,147 @@
+//! Network cards on TAP interfaces. The interfaces are made for the test and gone after it.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, UdpSocket};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use libtest_mimic::Trial;
+use vmbed::NetConfig;
+
+use crate::assets::KERNELS;
+use crate::devices::{noise, sha256};
+use crate::guest::{Guest, LONG, config};
+use crate::trial;
+
+pub fn add(trials: &mut Vec<Trial>) {
+    trials.push(trial("net::checksums_both_ways_over_tcp", checksums));
+    trials.push(trial("net::frames_of_every_size", sizes));
+}
+
+/// A TAP interface with an address of the host's.
+pub struct Tap {
+    pub name: String,
+    /// The third byte of 172.30.N.0/24; the host is .1, the guest .2.
+    pub net: u32,
+}
+
+impl Tap {
+    pub fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(1);
+        let net = NEXT.fetch_add(1, Ordering::Relaxed);
+        let tap = Self { name: format!("vmbt{}", std::process::id() % 10_000 * 100 + net % 100), net };
+        ip(&["tuntap", "add", &tap.name, "mode", "tap"]);
+        ip(&["addr", "add", &format!("{}/24", tap.host()), "dev", &tap.name]);
+        ip(&["link", "set", &tap.name, "up"]);
+        tap
+    }
+
+    pub fn host(&self) -> String {
+        format!("172.30.{}.1", self.net)
+    }
+
+    pub fn guest(&self) -> String {
+        format!("172.30.{}.2", self.net)
+    }
+
+    /// Shell lines that bring the guest's card up.
+    pub fn up(&self) -> String {
+        format!("ip addr add {}/24 dev eth0; ip link set eth0 up; ip link set lo up\n", self.guest())
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["link", "del", &self.name]).status();
+    }
+}
+
+fn ip(arguments: &[&str]) {
+    let output =
+        Command::new("ip").args(arguments).output().expect("ip (package iproute2) must be installed");
+    assert!(output.status.success(), "ip {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Accepts one connection, with a deadline.
+pub fn accept(listener: &TcpListener, guest: &Guest) -> std::net::TcpStream {
+    listener.set_nonblocking(true).unwrap();
+    let end = std::time::Instant::now() + LONG;
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false).unwrap();
+                stream.set_read_timeout(Some(LONG)).unwrap();
+                stream.set_write_timeout(Some(LONG)).unwrap();
+                return stream;
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
+                assert!(
+                    std::time::Instant::now() < end,
+                    "waited for the guest's connection:\n{}",
+                    guest.console()
+                );
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(e) => panic!("accept: {e}"),
+        }
+    }
+}
+
+fn checksums() {
+    let tap = Tap::new();
+    let content = noise(11, 8 << 20);
+    let listener = TcpListener::bind((tap.host(), 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let script = format!(
+        "{up}
+        echo mac=$(cat /sys/class/net/eth0/address)
+        ping -c 3 -q {host} >/run/ping && echo ping=ok
+        nc {host} {port} </dev/null >/run/got
+        echo got=$(sha256sum </run/got | cut -d' ' -f1)
+        dd if=/dev/urandom of=/run/noise bs=1M count=8 2>/dev/null
+        echo sent=$(sha256sum </run/noise | cut -d' ' -f1)
+        nc {host} {port} </run/noise >/dev/null",
+        up = tap.up(),
+        host = tap.host()
+    );
+    let mut config = config(KERNELS[0], &script);
+    let mut net = NetConfig::tap(&tap.name);
+    net.mac = Some("52:54:00:ab:cd:ef".parse().unwrap());
+    config.nets.push(net);
+    let guest = Guest::start(config);
+    let mut down = accept(&listener, &guest);
+    down.write_all(&content).unwrap();
+    down.shutdown(std::net::Shutdown::Both).unwrap();
+    let mut received = Vec::new();
+    accept(&listener, &guest).read_to_end(&mut received).unwrap();
+    guest.power_off();
+    assert_eq!(guest.value("mac"), "52:54:00:ab:cd:ef");
+    assert_eq!(guest.value("ping"), "ok");
+    assert_eq!(guest.value("got"), sha256(&content));
+    assert_eq!(guest.value("sent"), sha256(&received));
+}
+
+/// UDP datagrams of many lengths come back as they went.
+fn sizes() {
+    let tap = Tap::new();
+    let script = format!("{up} echo ready; nc -u -l -p 7 -e cat & sleep 1000", up = tap.up());
+    let mut config = config(KERNELS[1], &script);
+    config.nets.push(NetConfig::tap(&tap.name));
+    let guest = Guest::start(config);
+    guest.wait_for("ready");
+    let socket = UdpSocket::bind((tap.host(), 0)).unwrap();
+    socket.connect((tap.guest(), 7)).unwrap();
+    socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    for length in (1..1472).step_by(97).chain([1471, 1472]) {
+        let sent = noise(length as u64, length);
+        // The first may find no listener yet, and UDP may lose anything.
+        let back = (0..40).find_map(|_| {
+            socket.send(&sent).ok()?;
+            let mut back = vec![0; 2000];
+            socket.recv(&mut back).ok().map(|n| back[..n].to_vec())
+        });
+        assert_eq!(back.as_deref(), Some(&sent[..]), "{length} bytes");
+    }
+    guest.vm.stop().unwrap();
+}
