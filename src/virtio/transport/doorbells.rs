@@ -117,3 +117,33 @@ pub(crate) mod memory {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use kvm_ioctls::Kvm;
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::*;
+
+    #[test]
+    fn both_forms_keep_an_address_for_the_first_until_it_leaves() {
+        let vm = Kvm::new().and_then(|kvm| kvm.create_vm()).expect("tests need /dev/kvm");
+        let kvm = Doorbells::new(Some(Arc::new(vm)));
+        // Any length or not: the same rules, as long as the queue is the same.
+        let Doorbells::Kvm { vm, .. } = &kvm else { panic!("a VM was given") };
+        let with_length = Doorbells::Kvm { vm: vm.clone(), any_length: false };
+        for (doorbells, at) in [(kvm, 0xc000_3000), (with_length, 0xd000_3000), (Doorbells::new(None), 0)] {
+            let bells = [(); 2].map(|()| EventFd::new(EFD_NONBLOCK).unwrap());
+            for _ in 0..3 {
+                doorbells.arm(&bells[0], at, 0).unwrap();
+                doorbells.arm(&bells[1], at + 4, 1).unwrap();
+                assert!(doorbells.arm(&bells[1], at, 0).is_err());
+                // Not its own: nothing happens.
+                doorbells.disarm(&bells[1], at, 0);
+                assert!(doorbells.arm(&bells[1], at, 0).is_err());
+                doorbells.disarm(&bells[0], at, 0);
+                doorbells.disarm(&bells[1], at + 4, 1);
+            }
+        }
+    }
+}

@@ -1,3 +1,5 @@
+#![forbid(unsafe_code)]
+
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
