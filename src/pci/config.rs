@@ -22,7 +22,8 @@ mod register {
 }
 
 const COMMAND_MEMORY: u8 = 1 << 1;
-/// Memory, bus master, INTx disable: what a driver may switch.
+/// Memory, bus master, INTx disable: what a driver may switch. Only the first changes anything: devices
+/// reach memory through the queues that a driver has given them, and have no INTx.
 const COMMAND_WRITABLE: u16 = 1 << 1 | 1 << 2 | 1 << 10;
 const STATUS_CAPABILITIES: u8 = 1 << 4;
 /// A 64-bit, non-prefetchable memory BAR.
