@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{BlockBackend, IoRequest, Submitted};
+use super::{BlockBackend, IoRequest, Op, Submitted};
 use crate::sys::{fd, lock};
 
 /// Wraps another backend.
@@ -17,10 +17,15 @@ pub(crate) struct Later<B> {
     control: Control,
 }
 
+/// A request's tag and outcome.
+type Ended = (u64, io::Result<()>);
+
 /// Holds requests back and lets them go.
 #[derive(Clone)]
 pub(crate) struct Control {
-    held: Arc<Mutex<Vec<(u64, io::Result<()>)>>>,
+    held: Arc<Mutex<Vec<Ended>>>,
+    /// Everything that was asked for.
+    pub asked: Arc<Mutex<Vec<Op>>>,
     released: Arc<AtomicBool>,
     event: Arc<EventFd>,
 }
@@ -42,6 +47,7 @@ impl<B> Later<B> {
     pub fn new(inner: B) -> (Self, Control) {
         let control = Control {
             held: Arc::default(),
+            asked: Arc::default(),
             released: Arc::default(),
             event: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
         };
@@ -60,6 +66,7 @@ impl<B: BlockBackend> BlockBackend for Later<B> {
 
     fn submit(&mut self, request: IoRequest<'_>) -> Submitted {
         let tag = request.tag;
+        lock(&self.control.asked).push(request.op);
         match self.inner.submit(request) {
             Submitted::Done(outcome) => lock(&self.control.held).push((tag, outcome)),
             Submitted::Pending => unreachable!("the inner disk is synchronous"),

@@ -232,7 +232,9 @@ fn input_from_an_fd_waits_in_the_fd_while_the_guest_does_not_read() {
     assert!(lock(&rig.console.0.state).input.len() <= INPUT);
     let mut read = 0;
     let mut buffer = [0; 1000];
+    let deadline = Instant::now() + LONG;
     while read < 1_000_000 {
+        assert!(Instant::now() < deadline);
         push(Instant::now() + Duration::from_micros(10));
         let count = rig.console.read(&mut buffer);
         for byte in &buffer[..count] {
@@ -251,7 +253,9 @@ fn a_regular_file_is_input_until_its_end() {
     let _pump = rig.attach(None, Some(file.into()));
     let mut all = Vec::new();
     eventually(|| rig.console.has_input());
+    let deadline = Instant::now() + LONG;
     while all.len() < 100_000 {
+        assert!(Instant::now() < deadline);
         let mut buffer = [0; 999];
         let count = rig.console.read(&mut buffer);
         all.extend_from_slice(&buffer[..count]);

@@ -103,7 +103,7 @@ impl Cmos {
         state.memory[usize::from(index)] = match index {
             A => value & !A_UIP,
             C | D => return,
-            _ if is_time(index) => return,
+            // Also a time, where it is never seen again.
             _ => value,
         };
     }

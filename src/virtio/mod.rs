@@ -18,6 +18,7 @@ use crate::sys::lock;
 
 pub(crate) mod blk;
 mod chain;
+pub(crate) mod console;
 pub(crate) mod net;
 pub(crate) mod queue;
 #[cfg(test)]

@@ -198,6 +198,10 @@ mod tests {
             );
         }
         let huge = Limits { size: u64::MAX, readonly: false };
+        for (len, sound) in [(MAX_LEN as u32, true), (MAX_LEN as u32 + 512, false)] {
+            let (memory, chain) = request(VIRTIO_BLK_T_IN, 0, &[HEAD], &[(0, len), STATUS]);
+            assert_eq!(parse(&memory, &chain, huge).is_ok(), sound, "{len}");
+        }
         let (memory, chain) = request(VIRTIO_BLK_T_IN, 0, &[HEAD], &[three_gib, three_gib, STATUS]);
         assert_eq!(parse(&memory, &chain, huge), Err(Refusal::IoError));
     }

@@ -6,11 +6,12 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::block::RawDisk;
 use crate::block::later::Later;
+use crate::block::{Op, RawDisk};
 use crate::events::{EventKind, EventStream, StopLine};
 use crate::memory::Memory;
 use crate::reactor::EventLoop;
+use crate::sys::lock;
 use crate::sys::memory::sealed_memfd;
 use crate::virtio::Signals;
 use crate::virtio::queue_driver::{Dice, Driver, NEXT, WRITE, activation, bend, signals};
@@ -234,6 +235,22 @@ fn a_backend_that_completes_later_is_answered_and_waited_for() {
     assert_eq!(b.blk.deactivate().len(), 1);
     assert_eq!(b.driver.take_used(), Some((last, 513)), "answered before the queue was returned");
     waiter.join().unwrap();
+}
+
+#[test]
+fn without_flush_a_write_is_durable_when_it_is_answered() {
+    for (features, durable) in [(0, true), (FLUSH, false)] {
+        let mut b = bench();
+        let (later, control) = Later::new(raw(&b.file));
+        b.blk = Blk::new("disk0", "", Box::new(later), Place::Caller);
+        b.blk.activate(activation(features, &[&b.driver], &b.signals)).unwrap();
+        b.header(1, 0);
+        b.driver.send(&[(HEADER, 16, 0), (DATA, 512, 0), (STATUS, 1, WRITE)]);
+        b.blk.process_queue();
+        assert_eq!(*lock(&control.asked), [Op::Write { durable }]);
+        control.release(&[]);
+        b.blk.deactivate();
+    }
 }
 
 #[test]

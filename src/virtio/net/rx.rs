@@ -161,7 +161,7 @@ impl Rx {
             Err(error) => return Ok(Err(error)),
         };
         let room = room as usize;
-        if len < MIN_FRAME || len > MAX_FRAME {
+        if !(MIN_FRAME..=MAX_FRAME).contains(&len) {
             return Ok(Ok(()));
         }
         if len > room {
