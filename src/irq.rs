@@ -87,11 +87,11 @@ impl Routes {
     /// What a pin of the IOAPIC sends, so that KVM knows which vectors want an end-of-interrupt exit.
     pub fn set_pin(&self, pin: u8, msi: Option<Msi>) -> Result<()> {
         let mut table = lock(&self.table);
-        match table.pins.get_mut(usize::from(pin)) {
-            Some(slot) if *slot != msi => *slot = msi,
-            _ => return Ok(()),
-        }
-        self.commit(&table)
+        let pin = usize::from(pin);
+        let Some(before) = table.pins.get(pin).copied().filter(|old| *old != msi) else { return Ok(()) };
+        table.pins[pin] = msi;
+        // One message that KVM does not take must not keep all later ones out.
+        self.commit(&table).inspect_err(|_| table.pins[pin] = before)
     }
 
     /// Delivers a message now.
@@ -124,14 +124,17 @@ impl Routes {
 
     fn set_slot(&self, gsi: Gsi, slot: Slot) -> Result<()> {
         let mut table = lock(&self.table);
-        let Some(old) = table.vectors.get_mut((gsi.0 - IOAPIC_PINS) as usize) else { return Ok(()) };
-        if *old == slot {
+        let index = (gsi.0 - IOAPIC_PINS) as usize;
+        let Some(before) = table.vectors.get(index).copied().filter(|old| *old != slot) else {
+            return Ok(());
+        };
+        table.vectors[index] = slot;
+        // A route that nobody uses may stay in KVM's table until the next change: half the calls.
+        if !matches!(slot, Slot::Routed(_)) {
             return Ok(());
         }
-        let routed = matches!(slot, Slot::Routed(_));
-        *old = slot;
-        // A route that nobody uses may stay in KVM's table until the next change: half the calls.
-        if routed { self.commit(&table) } else { Ok(()) }
+        // One message that KVM does not take must not keep all later ones out.
+        self.commit(&table).inspect_err(|_| table.vectors[index] = before)
     }
 
     fn commit(&self, table: &Table) -> Result<()> {

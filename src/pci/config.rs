@@ -3,6 +3,8 @@
 
 use std::ops::Range;
 
+use crate::error::{Error, ErrorKind, Result};
+
 pub(crate) const SIZE: usize = 256;
 
 /// Offsets of the registers that we use (PCI Local Bus 3.0, 6.1).
@@ -20,7 +22,8 @@ mod register {
 }
 
 const COMMAND_MEMORY: u8 = 1 << 1;
-/// Memory, bus master, INTx disable: what a driver may switch.
+/// Memory, bus master, INTx disable: what a driver may switch. Only the first changes anything: devices
+/// reach memory through the queues that a driver has given them, and have no INTx.
 const COMMAND_WRITABLE: u16 = 1 << 1 | 1 << 2 | 1 << 10;
 const STATUS_CAPABILITIES: u8 = 1 << 4;
 /// A 64-bit, non-prefetchable memory BAR.
@@ -69,8 +72,11 @@ impl ConfigSpace {
         space
     }
 
-    /// Gives the function its BAR 0, 64 bits wide, at `range`, decoded from the start as firmware would
-    /// leave it. The length is a power of two, and the start a multiple of it.
+    /// Gives the function its BAR 0, 64 bits wide, at `range`. The length is a power of two, and the start
+    /// a multiple of it.
+    ///
+    /// It is decoded from the start, as firmware leaves it: an operating system takes such a place over
+    /// instead of finding one, and need not switch it on.
     pub fn set_bar(&mut self, range: &Range<u64>) {
         self.bar_size = range.end - range.start;
         self.set(register::BAR0, &range.start.to_le_bytes());
@@ -91,10 +97,16 @@ impl ConfigSpace {
     }
 
     /// Appends a capability: its id, then `body` with the bits of it that a driver may change. Returns
-    /// its offset, or `None` when the space is full.
-    pub fn add_capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> Option<usize> {
+    /// its offset.
+    ///
+    /// # Errors
+    /// The space is full.
+    pub fn add_capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> Result<usize> {
         let at = self.next_capability;
-        let end = at.checked_add(2 + body.len()).filter(|end| *end <= SIZE)?;
+        let end = at + 2 + body.len();
+        if end > SIZE || writable.len() > body.len() {
+            return Err(Error::new(ErrorKind::Internal, format!("no room for PCI capability {id:#x}")));
+        }
         self.bytes[self.last_pointer] = at as u8;
         self.bytes[register::STATUS] |= STATUS_CAPABILITIES;
         self.set(at, &[id, 0]);
@@ -102,7 +114,7 @@ impl ConfigSpace {
         self.allow(at + 2, writable);
         self.last_pointer = at + 1;
         self.next_capability = end.next_multiple_of(4);
-        Some(at)
+        Ok(at)
     }
 
     /// Reads from `offset`; zeroes past the end.
@@ -188,7 +200,7 @@ mod tests {
         assert_eq!((second, dword(&space, second) & 0xffff), (0x50, 0x0011));
         space.write(second + 2, &[0xff, 0xff]);
         assert_eq!(dword(&space, second) >> 16, 0xc003);
-        assert_eq!(space.add_capability(9, &[0; 200], &[]), None);
+        assert!(space.add_capability(9, &[0; 200], &[]).is_err());
     }
 
     #[test]

@@ -47,7 +47,7 @@ impl Msix {
         body.extend(table.to_le_bytes());
         body.extend(pending.to_le_bytes());
         let writable = (CONTROL_ENABLE | CONTROL_MASK_ALL).to_le_bytes();
-        let at = config.add_capability(CAP_MSIX, &body, &writable).unwrap_or(0);
+        let at = config.add_capability(CAP_MSIX, &body, &writable)?;
         Ok(Self { entries, enabled: false, all_masked: false, at })
     }
 
@@ -113,15 +113,9 @@ impl Msix {
         }
     }
 
-    /// What the function was before any driver; what was raised meanwhile is forgotten.
-    pub fn reset(&mut self) {
-        (self.enabled, self.all_masked) = (false, false);
-        for index in 0..self.entries.len() {
-            self.settle(index);
-            let entry = &mut self.entries[index];
-            entry.vector.clear();
-            (entry.message, entry.control) = (Msi::default(), ENTRY_MASKED);
-        }
+    /// Forgets what is pending: the function behind was reset. The table is not the function's, and stays.
+    pub fn forget_pending(&mut self) {
+        self.entries.iter().for_each(|e| e.vector.clear());
     }
 
     /// The entry and the words in it that an access covers.
@@ -142,17 +136,14 @@ impl Msix {
         if entry.routed == wanted {
             return;
         }
-        match wanted {
-            None => entry.vector.mask(),
-            Some(message) => {
-                if let Err(error) = entry.vector.unmask(message) {
-                    // A message that KVM will not take (a mad address): the interrupt is lost, as on a PC.
-                    log::debug!("MSI-X vector {index}: {error}");
-                    entry.vector.mask();
-                }
-            }
-        }
         entry.routed = wanted;
+        let Some(message) = wanted else { return entry.vector.mask() };
+        if let Err(error) = entry.vector.unmask(message) {
+            // KVM did not take it: the interrupt stays pending, and the next write here tries again.
+            log::debug!("MSI-X vector {index}: {error}");
+            entry.vector.mask();
+            entry.routed = None;
+        }
     }
 }
 
@@ -197,10 +188,16 @@ mod tests {
         msix.write_table(28, &[0; 4]);
         assert_eq!((pending(&msix), msix.entries[1].routed.unwrap().data), (0, 0x41));
         enable(&mut msix, &mut config, CONTROL_ENABLE | CONTROL_MASK_ALL);
+        vector.trigger();
         assert_eq!(pending(&msix), 0b10, "the function mask holds it back too");
-        msix.reset();
+        enable(&mut msix, &mut config, CONTROL_ENABLE);
+        assert_eq!((pending(&msix), vector.take_raised()), (0, 2));
+        enable(&mut msix, &mut config, 0);
+        vector.trigger();
+        assert_eq!(pending(&msix), 0b10, "and so does MSI-X being off");
+        msix.forget_pending();
         assert_eq!(pending(&msix), 0);
-        assert_eq!(table(&msix, 28, 4), [1, 0, 0, 0]);
+        assert_eq!(table(&msix, 24, 8), [0x41, 0, 0, 0, 0, 0, 0, 0]);
     }
 
     /// Row 4 of the hostile inputs: out of bounds, odd sizes, across entries.

@@ -7,6 +7,8 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub(crate) mod fd;
+#[cfg(test)]
+pub(crate) mod guest_pages;
 pub(crate) mod io;
 pub(crate) mod kvm;
 pub(crate) mod memory;

@@ -27,6 +27,11 @@ const HTT: u32 = 1 << 28;
 const ARAT: u32 = 1 << 2;
 /// Leaf 0x8000_0001, ECX (AMD).
 const CMP_LEGACY: u32 = 1 << 1;
+const TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
+/// "AuthenticAMD" and "HygonGenuine" by their first register, EBX of leaf 0.
+const AMD: [u32; 2] = [u32::from_le_bytes(*b"Auth"), u32::from_le_bytes(*b"Hygo")];
+/// AMD's extended APIC id: where its guests look for threads.
+const AMD_TOPOLOGY: u32 = 0x8000_001e;
 /// KVM's leaves; its timing leaf follows VMware's.
 const KVM_SIGNATURE: u32 = 0x4000_0000;
 const TIMING: u32 = 0x4000_0010;
@@ -50,6 +55,9 @@ pub(crate) fn build(host: &HostCpu, cpus: &CpuConfig, index: u32, tsc_khz: u32) 
         adjust(entry, host, &topology, index, tsc_khz);
     }
     leaves.extend(topology_leaves(&topology, index));
+    if leaves.iter().any(|e| e.function == 0 && AMD.contains(&e.ebx)) {
+        offer_amd_topology(&mut leaves, &topology, index);
+    }
     if leaves.iter().any(|e| e.function == KVM_SIGNATURE) && tsc_khz != 0 {
         let timing =
             kvm_cpuid_entry2 { function: TIMING, eax: tsc_khz, ebx: APIC_BUS_KHZ, ..Default::default() };
@@ -61,7 +69,6 @@ pub(crate) fn build(host: &HostCpu, cpus: &CpuConfig, index: u32, tsc_khz: u32) 
 }
 
 fn adjust(entry: &mut kvm_cpuid_entry2, host: &HostCpu, topology: &Topology, index: u32, tsc_khz: u32) {
-    let (_, core, socket) = topology.place(index);
     let apic_id = topology.apic_id(index);
     let threads = topology.threads_per_socket();
     match entry.function {
@@ -90,14 +97,28 @@ fn adjust(entry: &mut kvm_cpuid_entry2, host: &HostCpu, topology: &Topology, ind
             let width = topology.thread_bits + topology.core_bits;
             entry.ecx = entry.ecx & !0xf0ff | (threads - 1) & 0xff | width << 12;
         }
-        0x8000_001e => {
-            entry.eax = apic_id;
-            entry.ebx = core & 0xff | (topology.threads_per_core - 1) << 8;
-            entry.ecx = socket & 0xff;
-            entry.edx = 0;
-        }
         _ => {}
     }
+}
+
+/// AMD guests know of threads through leaf 0x8000_001e alone, which some KVMs leave out.
+fn offer_amd_topology(leaves: &mut Vec<kvm_cpuid_entry2>, topology: &Topology, index: u32) {
+    leaves.retain(|e| e.function != AMD_TOPOLOGY);
+    for entry in leaves.iter_mut() {
+        match entry.function {
+            0x8000_0000 => entry.eax = entry.eax.max(AMD_TOPOLOGY),
+            0x8000_0001 => entry.ecx |= TOPOLOGY_EXTENSIONS,
+            _ => {}
+        }
+    }
+    let (_, core, socket) = topology.place(index);
+    leaves.push(kvm_cpuid_entry2 {
+        function: AMD_TOPOLOGY,
+        eax: topology.apic_id(index),
+        ebx: core & 0xff | (topology.threads_per_core - 1) << 8,
+        ecx: socket & 0xff,
+        ..Default::default()
+    });
 }
 
 /// Leaf 0xb: threads, cores, and the end of the list.
@@ -158,13 +179,14 @@ mod tests {
         };
         HostCpu {
             supported: vec![
-                leaf(0, 7, 0, 0, 0),
+                leaf(0, 7, AMD[0], 0, 0),
                 leaf(1, 0, 0xff00_0800, 0, HTT),
                 kvm_cpuid_entry2 { function: 4, eax: 0xffff_c021 | 3 << 5, ..Default::default() },
                 leaf(KVM_SIGNATURE, KVM_SIGNATURE + 1, 0, 0, 0),
                 leaf(TOPOLOGY_V2, 9, 9, 9, 9),
                 leaf(0x8000_0008, 0x3030, 0, 0xffff, 0),
-                leaf(0x8000_001e, 9, 9, 9, 9),
+                leaf(0x8000_0000, 0x8000_0008, 0, 0, 0),
+                leaf(0x8000_0001, 0, 0, 0, 0),
             ],
             tsc_deadline: true,
         }
@@ -190,6 +212,8 @@ mod tests {
         assert_eq!((end.ebx, end.ecx), (0, 2));
         assert_eq!(find(&cpuid, 4, 0).eax >> 14 & 0xfff, 7, "the third level is shared by the socket");
         assert_eq!(find(&cpuid, 0x8000_0008, 0).ecx & 0xf0ff, 3 << 12 | 5);
+        assert_eq!(find(&cpuid, 0x8000_0000, 0).eax, AMD_TOPOLOGY);
+        assert_eq!(find(&cpuid, 0x8000_0001, 0).ecx, TOPOLOGY_EXTENSIONS | CMP_LEGACY);
         let amd = find(&cpuid, 0x8000_001e, 0);
         assert_eq!((amd.eax, amd.ebx, amd.ecx), (id, 1 | 1 << 8, 1));
         assert!(cpuid.as_slice().iter().all(|e| e.function != TOPOLOGY_V2));

@@ -1,7 +1,8 @@
 #![forbid(unsafe_code)]
 //! The run loop: one match over the exits.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use kvm_ioctls::VcpuFd;
 
@@ -18,6 +19,8 @@ pub(crate) struct Surroundings {
     pub pio: Arc<Bus>,
     pub mmio: Arc<Bus>,
     pub ioapic: Option<Arc<Ioapic>>,
+    /// When the guest first reached for a device.
+    pub first_exit: OnceLock<Instant>,
 }
 
 /// Why a vCPU came back from the guest for longer than an exit.
@@ -33,8 +36,8 @@ pub(crate) enum Pause {
 /// Runs vCPU `index` until it must pause.
 pub(crate) fn run(vcpu: &mut VcpuFd, index: u32, around: &Surroundings, gate: &Gate) -> Pause {
     // The device of the last exit, one per bus: most guests talk to one device many times in a row.
-    let mut ports = Nearby::new(&around.pio);
-    let mut mmio = Nearby::new(&around.mmio);
+    let mut ports = Nearby::new(&around.pio, &around.first_exit);
+    let mut mmio = Nearby::new(&around.mmio, &around.first_exit);
     while !gate.wants_attention() {
         match kvm::run(vcpu) {
             Ok(Exit::Pio { port, size, write, data }) => {
@@ -79,11 +82,12 @@ struct Nearby<'a> {
     /// Bytes of the device's range; 0 before the first access.
     len: u64,
     device: &'a dyn Device,
+    first_exit: &'a OnceLock<Instant>,
 }
 
 impl<'a> Nearby<'a> {
-    fn new(bus: &'a Bus) -> Self {
-        Self { bus, base: 0, len: 0, device: &Nobody }
+    fn new(bus: &'a Bus, first_exit: &'a OnceLock<Instant>) -> Self {
+        Self { bus, base: 0, len: 0, device: &Nobody, first_exit }
     }
 
     /// The accesses of one exit: a string instruction makes many to the same port at once.
@@ -119,6 +123,7 @@ impl<'a> Nearby<'a> {
 
     #[cold]
     fn go_to(&mut self, addr: u64, len: usize) -> bool {
+        self.first_exit.get_or_init(Instant::now);
         let Some(range) = self.bus.find(addr, len).and_then(|i| self.bus.range(i)) else { return false };
         // A range over all 2^64 addresses would not fit; a bus has no such device.
         (self.base, self.len) = (range.base, (range.last - range.base).saturating_add(1));

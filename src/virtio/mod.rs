@@ -24,6 +24,8 @@ pub(crate) mod queue;
 #[cfg(test)]
 pub(crate) mod queue_driver;
 pub(crate) mod rng;
+#[cfg(test)]
+pub(crate) mod testing;
 pub(crate) mod transport;
 
 pub(crate) use queue::Queue;

@@ -222,8 +222,12 @@ impl VmBuilder {
         let entry = load(&config, &memory)?;
         place_vcpus(&vcpus, &config, &entry)?;
 
-        let around =
-            Surroundings { pio: Arc::new(buses.pio), mmio: Arc::new(buses.mmio), ioapic: board.ioapic() };
+        let around = Surroundings {
+            pio: Arc::new(buses.pio),
+            mmio: Arc::new(buses.mmio),
+            ioapic: board.ioapic(),
+            first_exit: OnceLock::new(),
+        };
         let machine = Arc::new(Machine {
             id,
             end,

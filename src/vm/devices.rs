@@ -13,6 +13,7 @@ use crate::memory::layout;
 use crate::net::Tap;
 use crate::reactor::{EventLoop, Place};
 use crate::virtio::blk::Blk;
+use crate::virtio::console::ConsolePort;
 use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::transport::pci::BAR_SIZE;
@@ -79,7 +80,8 @@ pub(super) fn make(
         add(places.take(None), Box::new(Rng::new("rng0", Place::Loop(main_loop.clone(), plan.stop.clone()))));
     }
     if config.console == ConsoleKind::Virtio {
-        add(places.take(None), console_device(console, main_loop, plan)?);
+        let place = Place::Loop(main_loop, plan.stop.clone());
+        add(places.take(None), Box::new(ConsolePort::new("console0", console.clone(), place)));
     }
     Ok(planned)
 }
@@ -142,8 +144,4 @@ fn net_device(
     let id = format!("net{index}");
     let backend = Tap::open(&id, &net.tap)?;
     Ok(Box::new(Net::new(&id, mac, Box::new(backend), Place::Loop(shared, plan.stop.clone()))))
-}
-
-fn console_device(_: &Console, _: Arc<EventLoop>, _: &Plan<'_>) -> Result<Box<dyn VirtioDevice>> {
-    Err(crate::Error::new(crate::ErrorKind::Unsupported, "the branch with the devices is not merged yet"))
 }

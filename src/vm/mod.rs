@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 mod board;
 mod builder;
@@ -141,6 +141,11 @@ impl Vm {
     /// is bounded (4 KiB), the rest may be offered again. Never blocks.
     pub fn console_input(&self, bytes: &[u8]) -> usize {
         self.machine.board.console.push_input(bytes)
+    }
+
+    /// When the guest first reached for a device outside of it: a port, or an address without memory.
+    pub fn first_exit(&self) -> Option<Instant> {
+        self.machine.around.first_exit.get().copied()
     }
 
     /// The guest's memory size in bytes.

@@ -1,7 +1,7 @@
 //! Disks, consoles, random numbers, PCI places.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -140,29 +140,16 @@ fn rng() {
 }
 
 fn virtio_console() {
-    let mut config = config(KERNELS[0], "stty -echo </dev/hvc0; echo ready; read line; echo got=$line");
+    // hvc0 exists once its module is in: what the script says goes there itself.
+    let script = "exec </dev/hvc0 >/dev/hvc0 2>&1; stty -echo; echo ready; read line; echo got=$line";
+    let mut config = config(KERNELS[0], script);
     if let vmbed::Boot::Linux(linux) = &mut config.boot {
-        // hvc0 exists once its module is in: the script's output goes there.
         linux.cmdline = linux.cmdline.replace("console=ttyS0", "console=hvc0");
     }
     config.console = ConsoleKind::Virtio;
-    let script = "exec </dev/hvc0 >/dev/hvc0 2>&1; stty -echo; echo ready; read line; echo got=$line";
-    if let vmbed::Boot::Linux(linux) = &mut config.boot {
-        let with = crate::guest::config(KERNELS[0], script);
-        let vmbed::Boot::Linux(other) = with.boot else { unreachable!() };
-        linux.cmdline = other.cmdline.replace("console=ttyS0", "console=hvc0");
-    }
     let guest = Guest::start(config);
     guest.wait_for("ready");
     assert_eq!(guest.vm.console_input(b"over virtio\n"), 12);
     guest.power_off();
     assert_eq!(guest.value("got"), "over virtio");
-}
-
-/// Overwrites part of a file in place, as another host process might.
-#[allow(dead_code)]
-pub fn overwrite(path: &Path, offset: u64, bytes: &[u8]) {
-    let mut file = File::options().write(true).open(path).unwrap();
-    file.seek(SeekFrom::Start(offset)).unwrap();
-    file.write_all(bytes).unwrap();
 }

@@ -48,7 +48,7 @@ fn triple_fault() {
 /// The guest's input layer hears the button, as logind would.
 fn power_button() {
     let script = "
-        echo waiting; dd if=/dev/input/event0 bs=24 count=1 2>/dev/null | od -An -tu2 -j18 -N2 | tr -d ' ' >/run/key
+        exec 3</dev/input/event0; echo waiting; dd bs=24 count=1 <&3 2>/dev/null | od -An -tu2 -j18 -N2 | tr -d ' ' >/run/key
         echo key=$(cat /run/key); poweroff -f";
     let guest = Guest::start(config(KERNELS[0], script));
     guest.wait_for("waiting");

@@ -5,7 +5,8 @@
 use std::sync::Arc;
 
 use virtio_bindings::bindings::virtio_config::{
-    VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
+    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
 };
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -19,6 +20,14 @@ use crate::virtio::{Activation, Queue, Signals, VirtioDevice};
 const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
 const DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
 const NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
+/// The bits that a driver may set (2.1). Setting another one does nothing.
+const DRIVER_BITS: u8 = VIRTIO_CONFIG_S_ACKNOWLEDGE as u8
+    | VIRTIO_CONFIG_S_DRIVER as u8
+    | FEATURES_OK
+    | DRIVER_OK
+    | VIRTIO_CONFIG_S_FAILED as u8;
+/// Says that no interrupt is wanted (`VIRTIO_MSI_NO_VECTOR`, 4.1.5.1.2).
+pub(super) const NO_VECTOR: u16 = 0xffff;
 /// What the rings can do, whatever the device.
 const RING_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
@@ -26,15 +35,45 @@ const RING_FEATURES: u64 =
 /// The registers of one queue.
 pub(super) struct QueueRegisters {
     pub max_size: u16,
+    /// 0 after the driver has written a size that cannot be.
     pub size: u16,
     pub enabled: bool,
     pub desc: u64,
     pub avail: u64,
     pub used: u64,
-    /// The entry of the vector table, or `VIRTIO_MSI_NO_VECTOR`.
+    /// The entry of the vector table, or [`NO_VECTOR`].
     pub vector: u16,
     pub interrupt: Option<Arc<Vector>>,
     pub doorbell: EventFd,
+}
+
+impl QueueRegisters {
+    fn new(max_size: u16) -> std::io::Result<Self> {
+        let doorbell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let (size, enabled) = (max_size, false);
+        let (desc, avail, used, vector, interrupt) = (0, 0, 0, NO_VECTOR, None);
+        Ok(Self { max_size, size, enabled, desc, avail, used, vector, interrupt, doorbell })
+    }
+
+    /// A size that cannot be is refused: the register reads 0, and the queue cannot be enabled.
+    pub fn set_size(&mut self, size: u16) {
+        let good = size.is_power_of_two() && size <= self.max_size;
+        self.size = if good { size } else { 0 };
+    }
+
+    /// Makes it one of the queues that the device gets at DRIVER_OK. There is no way back but a reset.
+    pub fn enable(&mut self) {
+        self.enabled = self.size != 0;
+    }
+
+    /// Back to the beginning. Every field is named, so that a new one is not forgotten.
+    fn reset(&mut self) {
+        let Self { max_size, size, enabled, desc, avail, used, vector, interrupt, doorbell } = self;
+        (*size, *enabled, *vector, *interrupt) = (*max_size, false, NO_VECTOR, None);
+        (*desc, *avail, *used) = (0, 0, 0);
+        // A bell that still rings belongs to the old driver.
+        let _ = doorbell.read();
+    }
 }
 
 /// Where a device is between two resets.
@@ -60,44 +99,25 @@ pub(super) struct Core {
     pub device_feature_select: u32,
     pub driver_feature_select: u32,
     pub queue_select: u16,
-    pub queues: Vec<QueueRegisters>,
+    queues: Vec<QueueRegisters>,
 }
 
 /// What a write to the status register asks of the transport around us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Change {
     None,
-    /// The device serves its queues from now on.
-    Activated,
+    /// The driver has done its part. [`Core::is_active`] says if the device has, too.
+    DriverOk,
     /// Everything is as it was at first.
     Reset,
 }
 
 impl Core {
-    pub fn new(
-        device: Box<dyn VirtioDevice>,
-        memory: Memory,
-        signals: Signals,
-        no_vector: u16,
-    ) -> Result<Self> {
-        let registers = |max_size: &u16| {
-            let doorbell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
-                .map_err(|e| Error::os(format!("creating a doorbell of {}", device.id()), e))?;
-            let (desc, avail, used) = (0, 0, 0);
-            let (max_size, size, enabled) = (*max_size, *max_size, false);
-            Ok(QueueRegisters {
-                max_size,
-                size,
-                enabled,
-                desc,
-                avail,
-                used,
-                vector: no_vector,
-                interrupt: None,
-                doorbell,
-            })
-        };
-        let queues = device.queue_sizes().iter().map(registers).collect::<Result<_>>()?;
+    pub fn new(device: Box<dyn VirtioDevice>, memory: Memory, signals: Signals) -> Result<Self> {
+        let registers = |max_size: &u16| QueueRegisters::new(*max_size);
+        let queues = device.queue_sizes().iter().map(registers).collect::<std::io::Result<_>>();
+        let queues =
+            queues.map_err(|e| Error::os(format!("creating the doorbells of {}", device.id()), e))?;
         Ok(Self {
             device,
             signals,
@@ -141,6 +161,10 @@ impl Core {
         }
     }
 
+    pub fn queues(&self) -> &[QueueRegisters] {
+        &self.queues
+    }
+
     /// The registers of the selected queue; none when the selector is out of range.
     pub fn queue(&self) -> Option<&QueueRegisters> {
         self.queues.get(usize::from(self.queue_select))
@@ -165,7 +189,7 @@ impl Core {
             self.reset();
             return Change::Reset;
         }
-        let mut status = (old | value) & !NEEDS_RESET;
+        let mut status = (old | value) & DRIVER_BITS;
         if status & !old & FEATURES_OK != 0 && !self.features_are_good() {
             status &= !FEATURES_OK;
         }
@@ -177,7 +201,7 @@ impl Core {
             return Change::None;
         }
         self.activate();
-        Change::Activated
+        Change::DriverOk
     }
 
     fn offered(&self) -> u64 {
@@ -189,7 +213,8 @@ impl Core {
     }
 
     fn activate(&mut self) {
-        if !matches!(self.service, Service::Idle) {
+        let broken = self.signals.status() & NEEDS_RESET != 0;
+        if broken || !matches!(self.service, Service::Idle) {
             return;
         }
         match self.build_queues() {
@@ -259,14 +284,7 @@ impl Core {
         signals.set_status(0);
         *driver_features = 0;
         (*device_feature_select, *driver_feature_select, *queue_select) = (0, 0, 0);
-        for queue in queues {
-            let QueueRegisters { max_size, size, enabled, desc, avail, used, vector, interrupt, doorbell } =
-                queue;
-            (*size, *enabled, *vector, *interrupt) = (*max_size, false, u16::MAX, None);
-            (*desc, *avail, *used) = (0, 0, 0);
-            // A bell that still rings belongs to the old driver.
-            let _ = doorbell.read();
-        }
+        queues.iter_mut().for_each(QueueRegisters::reset);
     }
 
     /// Whether the driver has handed its queues over, paused or not.
@@ -281,15 +299,17 @@ impl Core {
         }
     }
 
-    /// Gives them to the device again.
+    /// Gives them to the device again. Of a device that is not paused: nothing.
     pub fn resume(&mut self) {
         match std::mem::replace(&mut self.service, Service::Idle) {
+            // What broke before the pause stays broken until the driver resets it.
+            Service::Paused(_) if self.signals.status() & NEEDS_RESET != 0 => {}
             Service::Paused(queues) => self.serve(queues),
             other => self.service = other,
         }
     }
 
-    /// Serves nothing from now on, whatever the driver does.
+    /// Serves nothing from now on, whatever the driver does. Waits for the request in progress.
     pub fn end(&mut self) {
         drop(self.device.deactivate());
         self.service = Service::Ended;

@@ -1,0 +1,40 @@
+# The commands of this project. `make help` lists them.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: ## install what tests and demo need (apt-get), as far as it is missing
+	tests/setup
+
+build: ## build the library
+	cargo build --release
+
+demo: ## boot a stock Debian with disk and network, and show what it does
+	tests/demo/run
+
+lab: ## run one command on a real KVM with nested paging: make lab CMD='...'
+	@test -n "$(CMD)" || { echo "make lab: say which command: make lab CMD='uname -a'"; exit 2; }
+	@tests/lab/run -- bash -c '$(subst ','\'',$(CMD))'
+
+lint: ## formatting, clippy with warnings denied, shellcheck
+	cargo fmt --check
+	cargo clippy --all-targets --features serde -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
+
+test: setup lint ## everything that must pass, about 10 minutes on 2 cores
+	cargo test --features serde --lib --bins --examples --tests
+	cargo test --features serde --doc
+	tests/stranger/run
+	cargo package --quiet --allow-dirty --no-verify
+
+test-all: test ## and the long forms
+	VMBED_TEST_ALL=1 cargo test --features serde --test cycles --test linux
+
+bench: setup ## measure, print each figure with its limit, fail beyond one
+	cargo bench
+	benches/figures/run
+
+.PHONY: help setup build demo lab lint test test-all bench
