@@ -143,7 +143,8 @@ impl Vm {
         self.machine.board.console.push_input(bytes)
     }
 
-    /// When the guest first reached for a device outside of it: a port, or an address without memory.
+    /// When the guest first reached for a device outside of it: a port, or an address without memory. `None`
+    /// until then. Never blocks.
     pub fn first_exit(&self) -> Option<Instant> {
         self.machine.around.first_exit.get().copied()
     }
