@@ -73,7 +73,7 @@ impl Found {
             return;
         }
         let last = Topology::new(cpus).last_apic_id(cpus.count);
-        if last >= u32::from(MAX_VCPUS) + 1 {
+        if last > u32::from(MAX_VCPUS) {
             let problem = format!("{} gives the last vCPU the APIC id {last}", cpus.sockets);
             self.add("cpus.sockets", problem, "at most 254: make the cores of a socket a power of two");
         }
