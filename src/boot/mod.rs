@@ -78,7 +78,7 @@ pub(crate) fn linux(
     filled.extend(initrd.clone());
     let (protocol, page_tables) = match &image.header {
         Some(header) => {
-            params::write_zero_page(memory, header, initrd, linux.cmdline.len())?;
+            params::write_zero_page(memory, header, initrd)?;
             identity_map(memory, place::PAGE_TABLES)?;
             (Protocol::Linux64 { zero_page: place::ZERO_PAGE }, place::PAGE_TABLES)
         }
