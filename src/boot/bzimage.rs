@@ -9,6 +9,7 @@ use vm_memory::ByteValued;
 
 use super::elf;
 use super::kernel::{Image, Source, fits};
+use super::lz4::{Fault, Unpacker};
 use crate::error::Result;
 use crate::memory::Memory;
 
@@ -29,10 +30,10 @@ const ENTRY_64: u64 = 0x200;
 
 /// `lz4 -l`, which the kernel's build uses: this magic, then blocks that unpack to 8 MiB each.
 const LZ4_LEGACY: [u8; 4] = 0x184c_2102u32.to_le_bytes();
-const LZ4_BLOCK: usize = 8 << 20;
+const LZ4_BLOCK: u64 = 8 << 20;
 
 /// What a block of that size may have grown to when it would not shrink (`LZ4_COMPRESSBOUND`).
-const LZ4_PACKED: usize = LZ4_BLOCK + LZ4_BLOCK / 255 + 16;
+const LZ4_PACKED: usize = (LZ4_BLOCK + LZ4_BLOCK / 255) as usize + 16;
 /// No kernel unpacks to more than this.
 const MAX_UNPACKED: u64 = 1 << 30;
 /// Larger than what malloc ever keeps for itself (glibc: 32 MiB), so that all of it returns to the host at
@@ -116,35 +117,38 @@ impl Header {
 /// Unpacks an LZ4 payload block by block into the ELF image that it is.
 fn unpack(memory: &Memory, source: &Source, header: &Header) -> Result<Image> {
     let mut blocks = Blocks::new(source, header)?;
-    let mut workspace = vec![0; WORKSPACE];
-    let (packed, unpacked) = workspace.split_at_mut(LZ4_PACKED);
+    let size = blocks.unpacked_size;
     let mut loader: Option<elf::Loader> = None;
-    let mut done = 0;
-    while done < blocks.unpacked_size {
-        let block = blocks.next(packed, done)?;
-        let got = lz4_flex::block::decompress_into(block, &mut unpacked[..LZ4_BLOCK]);
-        let got = got.map_err(|e| {
-            source.bad(format!("has a damaged LZ4 payload at {done} of the unpacked image: {e}"))
-        })?;
-        // All but the last are full: a few bytes each would keep us busy for ever.
-        if got < LZ4_BLOCK && done + (got as u64) < blocks.unpacked_size {
-            return Err(blocks.wrong_size(&format!("{} (a short block)", done + got as u64)));
-        }
-        let piece = &unpacked[..got];
+    let mut taken = 0;
+    let mut unpacker = Unpacker::new(|piece: &[u8]| {
         let loader = match &mut loader {
             Some(loader) => loader,
             none => {
-                let new = elf::Loader::new(memory, source, piece, blocks.unpacked_size)?;
+                let new = elf::Loader::new(memory, source, piece, size)?;
                 new.collapse(memory);
                 none.insert(new)
             }
         };
-        loader.feed(memory, done, piece)?;
-        done += got as u64;
+        loader.feed(memory, taken, piece)?;
+        taken += piece.len() as u64;
+        Ok(())
+    });
+    let fault = |fault, done| match fault {
+        Fault::Taker(error) => error,
+        Fault::Damaged(why) => source
+            .bad(format!("has a damaged LZ4 payload, in the block at {done} of the unpacked image: {why}")),
+    };
+    let mut packed = vec![0; WORKSPACE];
+    while unpacker.done() < size {
+        let start = unpacker.done();
+        let block = blocks.next(&mut packed[..LZ4_PACKED], start)?;
+        unpacker.block(block, LZ4_BLOCK).map_err(|f| fault(f, start))?;
+        // All but the last are full: a few bytes each would keep us busy for ever.
+        if unpacker.done() != size.min(start + LZ4_BLOCK) {
+            return Err(blocks.wrong_size(&format!("{} by the block at {start}", unpacker.done())));
+        }
     }
-    if done != blocks.unpacked_size {
-        return Err(blocks.wrong_size(&format!("more than {}", blocks.unpacked_size)));
-    }
+    unpacker.finish().map_err(|f| fault(f, size))?;
     loader.ok_or_else(|| source.bad("has an empty payload"))?.finish(source, Some(&header.setup))
 }
 
@@ -195,7 +199,7 @@ impl<'a> Blocks<'a> {
 
     fn wrong_size(&self, got: &str) -> crate::Error {
         let size = self.unpacked_size;
-        self.source.bad(format!("is damaged: its payload unpacks to {got} bytes, but says {size}"))
+        self.source.bad(format!("is damaged: its payload unpacks to {got}, but says {size} bytes"))
     }
 }
 

@@ -17,6 +17,7 @@ pub(crate) mod acpi;
 mod bzimage;
 mod elf;
 mod kernel;
+mod lz4;
 mod params;
 mod smbios;
 mod tests;
