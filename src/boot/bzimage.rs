@@ -4,31 +4,23 @@
 //! An LZ4 payload is unpacked here: the guest need not do it on memory that it must fault in page by
 //! page. Any other goes into memory as it is, and its own decompressor runs first.
 
+use linux_loader::loader::bootparam::setup_header;
+use vm_memory::ByteValued;
+
 use super::elf;
 use super::kernel::{Image, Source, fits};
-use super::write;
+use super::lz4::{Fault, Unpacker};
 use crate::error::Result;
 use crate::memory::Memory;
 
-/// Offsets in the setup header.
-mod field {
-    pub(super) const SETUP_SECTS: usize = 0x1f1;
-    pub(super) const BOOT_FLAG: usize = 0x1fe;
-    pub(super) const JUMP: usize = 0x200;
-    pub(super) const MAGIC: usize = 0x202;
-    pub(super) const VERSION: usize = 0x206;
-    pub(super) const LOADFLAGS: usize = 0x211;
-    pub(super) const INITRD_ADDR_MAX: usize = 0x22c;
-    pub(super) const XLOADFLAGS: usize = 0x236;
-    pub(super) const CMDLINE_SIZE: usize = 0x238;
-    pub(super) const PAYLOAD_OFFSET: usize = 0x248;
-    pub(super) const PAYLOAD_LENGTH: usize = 0x24c;
-    pub(super) const PREF_ADDRESS: usize = 0x258;
-    pub(super) const INIT_SIZE: usize = 0x260;
-    /// The end of what we read.
-    pub(super) const END: usize = 0x268;
-}
-
+/// Where the setup header starts in the file, and in the zero page.
+pub(super) const SETUP_HEADER: usize = 0x1f1;
+/// What the header's jump instruction counts from, to its end.
+const JUMPED_FROM: usize = 0x202;
+/// The end of the last field that we need (`init_size`), which protocol 2.12 has for sure.
+const MIN_END: usize = 0x264;
+const BOOT_FLAG: u16 = 0xaa55;
+const MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
 /// The first protocol with a 64-bit entry.
 const MIN_VERSION: u16 = 0x20c;
 const LOADED_HIGH: u8 = 1;
@@ -38,153 +30,186 @@ const ENTRY_64: u64 = 0x200;
 
 /// `lz4 -l`, which the kernel's build uses: this magic, then blocks that unpack to 8 MiB each.
 const LZ4_LEGACY: [u8; 4] = 0x184c_2102u32.to_le_bytes();
-const LZ4_BLOCK: usize = 8 << 20;
+const LZ4_BLOCK: u64 = 8 << 20;
 
-/// The checked parts of a setup header.
+/// What a block of that size may have grown to when it would not shrink (`LZ4_COMPRESSBOUND`).
+const LZ4_PACKED: usize = (LZ4_BLOCK + LZ4_BLOCK / 255) as usize + 16;
+/// No kernel unpacks to more than this.
+const MAX_UNPACKED: u64 = 1 << 30;
+/// Larger than what malloc ever keeps for itself (glibc: 32 MiB), so that all of it returns to the host at
+/// once; what is not touched costs nothing.
+const WORKSPACE: usize = 33 << 20;
+
+/// A setup header, and what follows from it.
 struct Header {
-    /// The first sectors of the file up to the header's end, for the zero page.
-    raw: Vec<u8>,
+    setup: setup_header,
     /// Where the protected-mode part starts in the file.
     kernel_offset: u64,
-    payload: (u64, u64),
-    pref_address: u64,
-    init_size: u64,
-    cmdline_max: usize,
-    initrd_max: u64,
+    /// The packed kernel in the file.
+    payload: std::ops::Range<u64>,
 }
 
-/// Whether the file has a Linux setup header.
-pub(super) fn recognize(source: &Source) -> Result<bool> {
-    let mut head = [0; field::MAGIC + 4];
-    if source.size < head.len() as u64 {
-        return Ok(false);
+/// Reads the setup header as far as its own length tells; zeroes follow. `None` where there is none.
+fn setup_header(source: &Source) -> Result<Option<setup_header>> {
+    let mut setup = setup_header::default();
+    let room = (source.size as usize).saturating_sub(SETUP_HEADER).min(size_of::<setup_header>());
+    source.read(SETUP_HEADER as u64, &mut setup.as_mut_slice()[..room])?;
+    if setup.boot_flag != BOOT_FLAG || setup.header != MAGIC {
+        return Ok(None);
     }
-    source.read(0, &mut head)?;
-    Ok(head[field::BOOT_FLAG..field::BOOT_FLAG + 2] == [0x55, 0xaa] && &head[field::MAGIC..] == b"HdrS")
+    let [_, displacement] = setup.jump.to_le_bytes();
+    let end = (JUMPED_FROM + usize::from(displacement)).max(MIN_END) - SETUP_HEADER;
+    setup.as_mut_slice().iter_mut().skip(end).for_each(|byte| *byte = 0);
+    Ok(Some(setup))
 }
 
-/// Loads it: unpacked where it is LZ4 and the embedder does not want `kaslr`.
-pub(super) fn load(memory: &Memory, source: &Source, kaslr: bool) -> Result<Image> {
-    let header = Header::read(source)?;
-    let (offset, length) = header.payload;
+/// Loads it, or says `None` where it is no bzImage.
+pub(super) fn load(memory: &Memory, source: &Source, kaslr: bool) -> Result<Option<Image>> {
+    if source.size <= SETUP_HEADER as u64 {
+        return Ok(None);
+    }
+    let Some(setup) = setup_header(source)? else { return Ok(None) };
+    let header = Header::check(source, setup)?;
     let mut magic = [0; 4];
-    if length > 8 {
-        source.read(offset, &mut magic)?;
+    if header.payload.end - header.payload.start > 8 {
+        source.read(header.payload.start, &mut magic)?;
     }
-    if magic == LZ4_LEGACY && !kaslr {
-        let mut image = unpack(memory, source, &header)?;
-        (image.cmdline_max, image.initrd_max) = (header.cmdline_max, header.initrd_max);
-        return Ok(image);
-    }
-    load_packed(memory, source, header)
+    let mut image = if magic == LZ4_LEGACY && !kaslr {
+        unpack(memory, source, &header)?
+    } else {
+        load_packed(memory, source, &header)?
+    };
+    (image.cmdline_max, image.initrd_max) = (setup.cmdline_size as usize, setup.initrd_addr_max.into());
+    Ok(Some(image))
 }
 
 impl Header {
-    fn read(source: &Source) -> Result<Self> {
-        let raw = source.read_vec(0, field::END as u64)?;
-        let number = |at: usize, length: usize| {
-            raw[at..at + length].iter().rev().fold(0u64, |value, byte| value << 8 | u64::from(*byte))
-        };
-        let version = number(field::VERSION, 2) as u16;
+    fn check(source: &Source, setup: setup_header) -> Result<Self> {
+        let (version, sectors) = (setup.version, u64::from(setup.setup_sects));
         if version < MIN_VERSION {
-            let why = format!(
-                "speaks boot protocol {}.{:02}; 2.12 (Linux 3.8) is needed",
-                version >> 8,
-                version & 0xff
-            );
+            let (major, minor) = (version >> 8, version & 0xff);
+            let why = format!("speaks boot protocol {major}.{minor:02}; 2.12 (Linux 3.8) is needed");
             return Err(source.bad(why));
         }
-        if number(field::XLOADFLAGS, 2) as u16 & XLF_KERNEL_64 == 0
-            || raw[field::LOADFLAGS] & LOADED_HIGH == 0
-        {
+        if source.size < MIN_END as u64 {
+            let why = format!("is truncated: it has {} bytes, but {MIN_END} are needed", source.size);
+            return Err(source.bad(why));
+        }
+        if setup.xloadflags & XLF_KERNEL_64 == 0 || setup.loadflags & LOADED_HIGH == 0 {
             return Err(source.bad("is no 64-bit kernel (xloadflags, loadflags)"));
         }
-        let sectors = match raw[field::SETUP_SECTS] {
-            0 => 4,
-            n => u64::from(n),
-        };
-        let kernel_offset = (sectors + 1) * 512;
+        let kernel_offset = (if sectors == 0 { 4 } else { sectors } + 1) * 512;
         if kernel_offset >= source.size {
-            let why = format!(
-                "ends within its setup part: setup_sects says {kernel_offset} of {} bytes",
-                source.size
-            );
+            let size = source.size;
+            let why = format!("ends within its setup part: setup_sects says {kernel_offset} of {size} bytes");
             return Err(source.bad(why));
         }
-        let payload = (kernel_offset + number(field::PAYLOAD_OFFSET, 4), number(field::PAYLOAD_LENGTH, 4));
-        if payload.0 + payload.1 > source.size {
-            let why = format!(
-                "is truncated: its payload ends at {}, the file at {}",
-                payload.0 + payload.1,
-                source.size
-            );
-            return Err(source.bad(why));
+        let start = kernel_offset + u64::from(setup.payload_offset);
+        let payload = start..start + u64::from(setup.payload_length);
+        if payload.end > source.size {
+            let (end, size) = (payload.end, source.size);
+            return Err(source.bad(format!("is truncated: its payload ends at {end}, the file at {size}")));
         }
-        Ok(Self {
-            kernel_offset,
-            payload,
-            pref_address: number(field::PREF_ADDRESS, 8),
-            init_size: number(field::INIT_SIZE, 4),
-            cmdline_max: number(field::CMDLINE_SIZE, 4) as usize,
-            initrd_max: number(field::INITRD_ADDR_MAX, 4),
-            raw,
-        })
-    }
-
-    /// The setup header alone, from 0x1f1 to the end that its jump instruction tells.
-    fn for_zero_page(&self) -> Vec<u8> {
-        let end = field::MAGIC + usize::from(self.raw[field::JUMP + 1]);
-        self.raw[field::SETUP_SECTS..end.clamp(field::SETUP_SECTS, field::END)].to_vec()
+        Ok(Self { setup, kernel_offset, payload })
     }
 }
 
 /// Unpacks an LZ4 payload block by block into the ELF image that it is.
 fn unpack(memory: &Memory, source: &Source, header: &Header) -> Result<Image> {
-    let (start, length) = header.payload;
-    // The payload's last four bytes say how long the image is; they are a hint, and bound what we take.
-    let packed = source.read_vec(start, length)?;
-    let (body, size) = packed.split_last_chunk::<4>().ok_or_else(|| source.bad("has an empty payload"))?;
-    let size = u64::from(u32::from_le_bytes(*size));
-    let mut blocks = &body[4..];
-    let mut buffer = vec![0; LZ4_BLOCK];
+    let mut blocks = Blocks::new(source, header)?;
+    let size = blocks.unpacked_size;
     let mut loader: Option<elf::Loader> = None;
-    let mut offset = 0u64;
-    while let Some((block, rest)) = next_block(blocks) {
-        let got = lz4_flex::block::decompress_into(block, &mut buffer).map_err(|e| {
-            source.bad(format!("has a damaged LZ4 payload at {offset} of the unpacked image: {e}"))
-        })?;
-        let piece = &buffer[..got];
-        if loader.is_none() {
-            let new = elf::Loader::new(memory, source, piece, size)?;
-            memory.collapse(new.range().clone());
-            loader = Some(new);
+    let mut taken = 0;
+    let mut unpacker = Unpacker::new(|piece: &[u8]| {
+        let loader = match &mut loader {
+            Some(loader) => loader,
+            none => {
+                let new = elf::Loader::new(memory, source, piece, size)?;
+                new.collapse(memory);
+                none.insert(new)
+            }
+        };
+        loader.feed(memory, taken, piece)?;
+        taken += piece.len() as u64;
+        Ok(())
+    });
+    let fault = |fault, done| match fault {
+        Fault::Taker(error) => error,
+        Fault::Damaged(why) => source
+            .bad(format!("has a damaged LZ4 payload, in the block at {done} of the unpacked image: {why}")),
+    };
+    let mut packed = vec![0; WORKSPACE];
+    while unpacker.done() < size {
+        let start = unpacker.done();
+        let block = blocks.next(&mut packed[..LZ4_PACKED], start)?;
+        unpacker.block(block, LZ4_BLOCK).map_err(|f| fault(f, start))?;
+        // All but the last are full: a few bytes each would keep us busy for ever.
+        if unpacker.done() != size.min(start + LZ4_BLOCK) {
+            return Err(blocks.wrong_size(&format!("{} by the block at {start}", unpacker.done())));
         }
-        if let Some(loader) = &mut loader {
-            loader.feed(memory, offset, piece)?;
-        }
-        offset += got as u64;
-        blocks = rest;
     }
-    if offset != size {
-        return Err(
-            source.bad(format!("is damaged: its payload unpacks to {offset} bytes instead of {size}"))
-        );
-    }
-    loader.ok_or_else(|| source.bad("has an empty payload"))?.finish(source)
+    unpacker.finish().map_err(|f| fault(f, size))?;
+    loader.ok_or_else(|| source.bad("has an empty payload"))?.finish(source, Some(&header.setup))
 }
 
-/// A block is its length and so many bytes; a length of 0, or one past the end, ends the list.
-fn next_block(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
-    let (length, rest) = bytes.split_first_chunk::<4>()?;
-    let length = u32::from_le_bytes(*length) as usize;
-    (length > 0).then(|| rest.split_at_checked(length)).flatten()
+/// The blocks of a payload: each is its length and so many bytes.
+struct Blocks<'a> {
+    source: &'a Source,
+    /// Where in the file the next one is, and where the last one ends.
+    rest: std::ops::Range<u64>,
+    /// What the payload's last four bytes tell, which is what the kernel's own decompressor goes by.
+    unpacked_size: u64,
+}
+
+impl<'a> Blocks<'a> {
+    fn new(source: &'a Source, header: &Header) -> Result<Self> {
+        let rest = header.payload.start + 4..header.payload.end - 4;
+        let mut size = [0; 4];
+        source.read(rest.end, &mut size)?;
+        let unpacked_size = u64::from(u32::from_le_bytes(size));
+        let blocks = Self { source, rest, unpacked_size };
+        if unpacked_size > MAX_UNPACKED {
+            return Err(blocks.wrong_size(&format!("at most {MAX_UNPACKED}")));
+        }
+        Ok(blocks)
+    }
+
+    /// Reads the next block into `buffer`; `done` is what those before it unpacked to.
+    fn next<'b>(&mut self, buffer: &'b mut [u8], done: u64) -> Result<&'b [u8]> {
+        let mut length = [0; 4];
+        if self.rest.end - self.rest.start < 4 {
+            return Err(self.wrong_size(&done.to_string()));
+        }
+        self.source.read(self.rest.start, &mut length)?;
+        let length = u64::from(u32::from_le_bytes(length));
+        self.rest.start += 4;
+        let left = self.rest.end - self.rest.start;
+        if length == 0 || length > left || length > buffer.len() as u64 {
+            let why = format!(
+                "has a damaged LZ4 payload: the block at {} of the file has {length} of the {left} bytes left",
+                self.rest.start
+            );
+            return Err(self.source.bad(why));
+        }
+        let block = &mut buffer[..length as usize];
+        self.source.read(self.rest.start, block)?;
+        self.rest.start += length;
+        Ok(block)
+    }
+
+    fn wrong_size(&self, got: &str) -> crate::Error {
+        let size = self.unpacked_size;
+        self.source.bad(format!("is damaged: its payload unpacks to {got}, but says {size} bytes"))
+    }
 }
 
 /// Puts the packed kernel where it wants to be, to unpack itself.
-fn load_packed(memory: &Memory, source: &Source, header: Header) -> Result<Image> {
+fn load_packed(memory: &Memory, source: &Source, header: &Header) -> Result<Image> {
     let length = source.size - header.kernel_offset;
-    let range = header.pref_address..header.pref_address.saturating_add(header.init_size.max(length));
-    if !fits(memory, &range) {
+    let start = header.setup.pref_address;
+    let range = start..start.saturating_add(u64::from(header.setup.init_size).max(length));
+    // The entry lies within what was read, too.
+    if !fits(memory, &range) || length <= ENTRY_64 {
         let why = format!(
             "needs {:#x}-{:#x} to unpack itself, which is not all guest memory (the guest has {} bytes)",
             range.start,
@@ -194,12 +219,6 @@ fn load_packed(memory: &Memory, source: &Source, header: Header) -> Result<Image
         return Err(source.bad(why));
     }
     memory.collapse(range.clone());
-    write(memory, range.start, &source.read_vec(header.kernel_offset, length)?)?;
-    Ok(Image {
-        entry: range.start + ENTRY_64,
-        range,
-        cmdline_max: header.cmdline_max,
-        initrd_max: header.initrd_max,
-        header: Some(header.for_zero_page()),
-    })
+    source.copy(memory, header.kernel_offset, length, start)?;
+    Ok(Image { entry: start + ENTRY_64, range, header: Some(header.setup), cmdline_max: 0, initrd_max: 0 })
 }

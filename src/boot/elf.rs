@@ -6,6 +6,8 @@
 
 use std::ops::Range;
 
+use linux_loader::loader::bootparam::setup_header;
+
 use super::kernel::{Image, Source, fits};
 use super::write;
 use crate::config::validate::MAX_CMDLINE;
@@ -22,6 +24,9 @@ const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
 /// `XEN_ELFNOTE_PHYS32_ENTRY`: where a PVH guest is entered.
 const PHYS32_ENTRY: u32 = 18;
+const PAGE: usize = 4096;
+/// Segments closer than this share huge pages.
+const HUGE: u64 = 2 << 20;
 /// The initrd stays below 2 GiB, where every Linux finds it.
 const INITRD_MAX: u64 = 0x7fff_ffff;
 
@@ -29,13 +34,14 @@ const INITRD_MAX: u64 = 0x7fff_ffff;
 pub(super) struct Loader {
     segments: Vec<Segment>,
     notes: Vec<Note>,
-    range: Range<u64>,
+    /// `e_entry`: for Linux the first instruction in 64-bit mode, at its physical address.
+    start: u64,
 }
 
 /// `PT_LOAD`: these bytes of the image belong there.
 struct Segment {
     image: Range<u64>,
-    address: u64,
+    memory: Range<u64>,
 }
 
 /// `PT_NOTE`: bytes of the image kept until the end.
@@ -58,7 +64,8 @@ impl Loader {
     /// whole length.
     pub fn new(memory: &Memory, source: &Source, head: &[u8], size: u64) -> Result<Self> {
         let table = header_table(source, head)?;
-        let mut loader = Self { segments: Vec::new(), notes: Vec::new(), range: u64::MAX..0 };
+        let start = word(head, 24);
+        let mut loader = Self { segments: Vec::new(), notes: Vec::new(), start };
         for (i, bytes) in table.chunks_exact(56).enumerate() {
             let header = ProgramHeader::parse(bytes);
             let image = header.offset..header.offset.saturating_add(header.file_size);
@@ -106,21 +113,37 @@ impl Loader {
             );
             return Err(wrong(why));
         }
-        self.range = self.range.start.min(target.start)..self.range.end.max(target.end);
-        self.segments.push(Segment { image, address: header.address });
+        let overlaps = |s: &&Segment| s.memory.start < target.end && target.start < s.memory.end;
+        if let Some(other) = self.segments.iter().find(overlaps) {
+            let why = format!(
+                "occupies {:#x}-{:#x} and overlaps another at {:#x}-{:#x}",
+                target.start, target.end, other.memory.start, other.memory.end
+            );
+            return Err(wrong(why));
+        }
+        self.segments.push(Segment { image, memory: target });
         Ok(())
     }
 
-    /// Everything that the kernel occupies once it runs.
-    pub fn range(&self) -> &Range<u64> {
-        &self.range
+    /// Makes huge pages of what the kernel will occupy, but not of far stretches between its segments.
+    pub fn collapse(&self, memory: &Memory) {
+        let mut parts: Vec<_> = self.segments.iter().map(|s| s.memory.clone()).collect();
+        parts.sort_by_key(|r| r.start);
+        parts.dedup_by(|next, last| {
+            let near = next.start - last.end < HUGE;
+            if near {
+                last.end = next.end;
+            }
+            near
+        });
+        parts.into_iter().for_each(|part| memory.collapse(part));
     }
 
     /// Takes the piece of the image that starts at `offset`.
     pub fn feed(&mut self, memory: &Memory, offset: u64, piece: &[u8]) -> Result<()> {
         for segment in &self.segments {
             if let Some((at, part)) = overlap(&segment.image, offset, piece) {
-                write(memory, segment.address + at, part)?;
+                write_sparse(memory, segment.memory.start + at, part)?;
             }
         }
         for note in &mut self.notes {
@@ -132,17 +155,39 @@ impl Loader {
         Ok(())
     }
 
-    /// After the last piece: the kernel's PVH entry.
-    pub fn finish(self, source: &Source) -> Result<Image> {
-        let entry = self.notes.iter().find_map(|note| pvh_entry(&note.bytes)).ok_or_else(|| {
-            source.bad("has no PVH entry (a Xen note of type 18): build the kernel with CONFIG_PVH")
-        })?;
-        if !self.range.contains(&entry) {
-            let why = format!("PVH entry {entry:#x} is outside of its segments {:#x?}", self.range);
-            return Err(source.bad(why));
+    /// After the last piece: the kernel's PVH entry. A kernel without one, out of a bzImage with this
+    /// `header`, is entered as its own decompressor would: at its start, with a zero page.
+    pub fn finish(self, source: &Source, header: Option<&setup_header>) -> Result<Image> {
+        let pvh = self.notes.iter().find_map(|note| pvh_entry(&note.bytes));
+        let (what, entry, header) = match (pvh, header) {
+            (Some(entry), _) => ("PVH entry", entry, None),
+            (None, Some(header)) => ("entry (e_entry)", self.start, Some(*header)),
+            (None, None) => {
+                let why = "has no PVH entry (a Xen note of type 18): build the kernel with CONFIG_PVH";
+                return Err(source.bad(why));
+            }
+        };
+        if !self.segments.iter().any(|s| s.memory.contains(&entry)) {
+            return Err(source.bad(format!("{what} {entry:#x} is outside of its segments")));
         }
-        Ok(Image { entry, range: self.range, header: None, cmdline_max: MAX_CMDLINE, initrd_max: INITRD_MAX })
+        let start = self.segments.iter().map(|s| s.memory.start).min().unwrap_or(0);
+        let end = self.segments.iter().map(|s| s.memory.end).max().unwrap_or(0);
+        Ok(Image { entry, range: start..end, header, cmdline_max: MAX_CMDLINE, initrd_max: INITRD_MAX })
     }
+}
+
+/// Writes to memory that holds zeroes so far, and leaves out pages of zeroes: half of a kernel's image may
+/// be that, and the guest may never touch them.
+fn write_sparse(memory: &Memory, address: u64, bytes: &[u8]) -> Result<()> {
+    let zero = |page: &[u8]| page.chunks(64).all(|c| c.iter().fold(0, |all, byte| all | byte) == 0);
+    // A page at a time: that much the C library copies with vector instructions, more with `rep movsb`,
+    // which emulated processors count by the byte.
+    for (page, at) in bytes.chunks(PAGE).zip((address..).step_by(PAGE)) {
+        if !zero(page) {
+            write(memory, at, page)?;
+        }
+    }
+    Ok(())
 }
 
 /// Loads an ELF file, reading only what its segments and notes hold.
@@ -150,24 +195,15 @@ pub(super) fn load_file(memory: &Memory, source: &Source) -> Result<Image> {
     let mut head = vec![0; source.size.min(MAX_HEADERS as u64) as usize];
     source.read(0, &mut head)?;
     let mut loader = Loader::new(memory, source, &head, source.size)?;
-    memory.collapse(loader.range.clone());
-    let parts: Vec<_> = loader
-        .segments
-        .iter()
-        .map(|s| s.image.clone())
-        .chain(loader.notes.iter().map(|n| n.image.clone()))
-        .collect();
-    let mut piece = vec![0; 256 << 10];
-    for part in parts {
-        let mut at = part.start;
-        while at < part.end {
-            let want = (part.end - at).min(piece.len() as u64) as usize;
-            source.read(at, &mut piece[..want])?;
-            loader.feed(memory, at, &piece[..want])?;
-            at += want as u64;
-        }
+    loader.collapse(memory);
+    for segment in &loader.segments {
+        let length = segment.image.end - segment.image.start;
+        source.copy(memory, segment.image.start, length, segment.memory.start)?;
     }
-    loader.finish(source)
+    for note in &mut loader.notes {
+        source.read(note.image.start, &mut note.bytes)?;
+    }
+    loader.finish(source, None)
 }
 
 /// The program header table within `head`, after the ELF header was found to be ours.

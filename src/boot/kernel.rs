@@ -1,23 +1,26 @@
 #![forbid(unsafe_code)]
 //! Kernel and initrd files: read, recognized, and put into guest memory.
 
-use std::fs::File;
-use std::io::Read;
+use std::fs::{File, OpenOptions};
+use std::io::{Seek, SeekFrom};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use linux_loader::loader::bootparam::setup_header;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use super::{bzimage, elf, write};
+use super::{bzimage, elf};
 use crate::config::LinuxBoot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::{Memory, layout};
 
 /// Where a kernel may begin.
 pub(super) const KERNEL_START: u64 = 0x10_0000;
-/// No kernel or initrd is larger than this.
-const MAX_FILE: u64 = 2 << 30;
+/// No kernel is larger than this: Debian's have 14 MiB packed, a few hundred with debug information.
+const MAX_KERNEL: u64 = 1 << 30;
+/// Nor an initrd than this, since it must lie below 2 GiB.
+const MAX_INITRD: u64 = 2 << 30;
 /// What an initrd is aligned to, so that its huge pages hold nothing else.
 const INITRD_ALIGN: u64 = 2 << 20;
 
@@ -26,9 +29,8 @@ pub(super) struct Image {
     pub entry: u64,
     /// Everything that it occupies, including what it clears for itself.
     pub range: Range<u64>,
-    /// The setup header of a bzImage that unpacks itself: then the entry follows Linux' 64-bit protocol,
-    /// else it is a PVH entry.
-    pub header: Option<Vec<u8>>,
+    /// For the zero page, where the entry follows Linux' 64-bit protocol; else it is a PVH entry.
+    pub header: Option<setup_header>,
     /// The longest command line that it takes.
     pub cmdline_max: usize,
     /// The highest address that its initrd may occupy.
@@ -43,44 +45,60 @@ pub(super) struct Source {
 }
 
 impl Source {
-    /// Opens a regular file that is neither empty nor absurdly large.
-    pub fn open(path: &Path, what: &str) -> Result<Self> {
+    /// Opens a regular file that is neither empty nor larger than `max`.
+    pub fn open(path: &Path, what: &str, max: u64) -> Result<Self> {
         let named = |why: &str| format!("{what} '{}' {why}", path.display());
-        let file = File::open(path).map_err(|e| Error::os(named("cannot be opened"), e))?;
+        // Opening a pipe that nobody writes to would wait for ever; a regular file does not care.
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+        let file = file.map_err(|e| Error::os(named("cannot be opened"), e))?;
         let meta = file.metadata().map_err(|e| Error::os(named("cannot be examined"), e))?;
         let bad = |why: &str| Err(Error::new(ErrorKind::BadImage, named(why)));
         match meta.len() {
             _ if meta.is_dir() => bad("is a directory"),
             _ if !meta.is_file() => bad("is not a regular file"),
             0 => bad("is empty"),
-            size if size > MAX_FILE => bad("is larger than 2 GiB"),
+            size if size > max => bad(&format!("has {size} bytes, more than the {max} that are taken")),
             size => Ok(Self { path: path.to_owned(), size, file }),
         }
     }
 
     /// Reads exactly `bytes.len()` bytes at `offset`.
     pub fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
-        self.file.read_exact_at(bytes, offset).map_err(|e| match e.kind() {
-            std::io::ErrorKind::UnexpectedEof => {
-                let end = offset.saturating_add(bytes.len() as u64);
-                self.bad(format!("is truncated: it has {} bytes, but {end} are needed", self.size))
-            }
-            _ => Error::os(format!("reading '{}' at {offset}", self.path.display()), e),
+        self.check(offset, bytes.len() as u64)?;
+        self.file.read_exact_at(bytes, offset).map_err(|e| self.failed(offset, e))
+    }
+
+    /// Copies `length` bytes at `offset` into guest memory at `address`; they pass through no buffer of ours.
+    pub fn copy(&self, memory: &Memory, offset: u64, length: u64, address: u64) -> Result<()> {
+        self.check(offset, length)?;
+        if length == 0 {
+            return Ok(());
+        }
+        let mut file = &self.file;
+        file.seek(SeekFrom::Start(offset)).map_err(|e| self.failed(offset, e))?;
+        memory.read_exact_volatile_from(GuestAddress(address), &mut file, length as usize).map_err(|e| {
+            let why = format!("'{}' cannot be read at {offset}: did it change?", self.path.display());
+            Error::new(ErrorKind::BadImage, why).with_source(e)
         })
     }
 
-    /// Reads `length` bytes at `offset`.
-    pub fn read_vec(&self, offset: u64, length: u64) -> Result<Vec<u8>> {
-        if offset.checked_add(length).is_none_or(|end| end > self.size) {
-            let end = offset.saturating_add(length);
+    /// The file had these bytes when it was opened.
+    fn check(&self, offset: u64, length: u64) -> Result<()> {
+        let end = offset.saturating_add(length);
+        if end > self.size {
             return Err(self.bad(format!("is truncated: it has {} bytes, but {end} are needed", self.size)));
         }
-        let mut bytes = Vec::new();
-        let at = std::os::unix::fs::FileExt::read_exact_at;
-        bytes.resize(length as usize, 0);
-        at(&self.file, &mut bytes, offset)
-            .map_err(|e| Error::os(format!("reading '{}' at {offset}", self.path.display()), e))?;
-        Ok(bytes)
+        Ok(())
+    }
+
+    /// Reading failed, though the file was long enough when it was opened.
+    fn failed(&self, offset: u64, error: std::io::Error) -> Error {
+        match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => {
+                self.bad(format!("became shorter than {} bytes while it was read", self.size))
+            }
+            _ => Error::os(format!("reading '{}' at {offset}", self.path.display()), error),
+        }
     }
 
     /// This file's content is wrong.
@@ -91,14 +109,14 @@ impl Source {
 
 /// Loads the kernel, whichever of the formats it has.
 pub(super) fn load(memory: &Memory, linux: &LinuxBoot) -> Result<Image> {
-    let source = Source::open(&linux.kernel, "the kernel")?;
+    let source = Source::open(&linux.kernel, "the kernel", MAX_KERNEL)?;
     let mut magic = [0; 4];
     source.read(0, &mut magic)?;
     if magic == elf::MAGIC {
         return elf::load_file(memory, &source);
     }
-    if bzimage::recognize(&source)? {
-        return bzimage::load(memory, &source, linux.kaslr);
+    if let Some(image) = bzimage::load(memory, &source, linux.kaslr)? {
+        return Ok(image);
     }
     let hint = match magic {
         [0x1f, 0x8b, ..] => "it is a gzip file: unpack it first",
@@ -110,7 +128,7 @@ pub(super) fn load(memory: &Memory, linux: &LinuxBoot) -> Result<Image> {
 
 /// Puts the initrd as high as the kernel allows. Returns where it lies.
 pub(super) fn load_initrd(memory: &Memory, path: &Path, image: &Image) -> Result<Range<u64>> {
-    let mut source = Source::open(path, "the initrd")?;
+    let source = Source::open(path, "the initrd", MAX_INITRD)?;
     let low_end = layout::ram(memory.size()).first().map_or(0, |r| r.end);
     let limit = low_end.min(image.initrd_max.saturating_add(1));
     // Where alignment costs too much of a small memory, a page must do.
@@ -128,27 +146,8 @@ pub(super) fn load_initrd(memory: &Memory, path: &Path, image: &Image) -> Result
     };
     let range = start..start + source.size;
     memory.collapse(start / INITRD_ALIGN * INITRD_ALIGN..range.end);
-    copy(memory, &mut source, start)?;
+    source.copy(memory, 0, source.size, start)?;
     Ok(range)
-}
-
-/// Copies a whole file to `start`, a piece at a time.
-fn copy(memory: &Memory, source: &mut Source, start: u64) -> Result<()> {
-    let mut piece = vec![0; 256 << 10];
-    let mut done = 0;
-    while done < source.size {
-        let want = (source.size - done).min(piece.len() as u64) as usize;
-        let bytes = &mut piece[..want];
-        source.file.read_exact(bytes).map_err(|e| {
-            Error::os(
-                format!("reading '{}' at {done}: it changed while it was read", source.path.display()),
-                e,
-            )
-        })?;
-        write(memory, start + done, bytes)?;
-        done += want as u64;
-    }
-    Ok(())
 }
 
 /// Whether `range` is all guest memory above the first MiB and outside the device window.

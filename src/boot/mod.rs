@@ -17,6 +17,7 @@ pub(crate) mod acpi;
 mod bzimage;
 mod elf;
 mod kernel;
+mod lz4;
 mod params;
 mod smbios;
 mod tests;
@@ -78,7 +79,7 @@ pub(crate) fn linux(
     filled.extend(initrd.clone());
     let (protocol, page_tables) = match &image.header {
         Some(header) => {
-            params::write_zero_page(memory, header, initrd, linux.cmdline.len())?;
+            params::write_zero_page(memory, header, initrd)?;
             identity_map(memory, place::PAGE_TABLES)?;
             (Protocol::Linux64 { zero_page: place::ZERO_PAGE }, place::PAGE_TABLES)
         }

@@ -74,10 +74,12 @@ fn elf() -> Vec<u8> {
 fn bzimage(payload: &[u8], lz4: bool) -> Vec<u8> {
     let mut packed = Vec::new();
     if lz4 {
-        let block = lz4_flex::block::compress(payload);
         packed.extend(0x184c_2102u32.to_le_bytes());
-        packed.extend((block.len() as u32).to_le_bytes());
-        packed.extend(block);
+        for part in payload.chunks(8 << 20) {
+            let block = lz4_flex::block::compress(part);
+            packed.extend((block.len() as u32).to_le_bytes());
+            packed.extend(block);
+        }
         packed.extend((payload.len() as u32).to_le_bytes());
     } else {
         packed.extend(payload);
@@ -132,7 +134,68 @@ fn an_elf_kernel_and_the_same_in_an_lz4_bzimage_load_alike() {
     for image in [elf(), bzimage(&elf(), true)] {
         let (entry, memory) = load_bytes(&image).unwrap();
         check_elf(&entry, &memory);
-        assert_eq!(entry.filled, [0x100_0000..0x100_1000]);
+        assert_eq!(entry.filled, vec![0x100_0000..0x100_1000; 1]);
+    }
+}
+
+#[test]
+fn the_zero_page_holds_the_kernels_own_header_and_zeroes_behind_it() {
+    let mut image = bzimage(b"packed otherwise", false);
+    // The header ends at 0x268 by its jump; what follows in the file is code.
+    put(&mut image, 0x268, &[0xcc; 0x80]);
+    let (_, memory) = load_bytes(&image).unwrap();
+    let mut page = [0; 4096];
+    memory.read_slice(&mut page, GuestAddress(place::ZERO_PAGE)).unwrap();
+    let mut header = image[0x1f1..0x268].to_vec();
+    header[0x210 - 0x1f1] = 0xff;
+    put(&mut header, 0x228 - 0x1f1, &(place::CMDLINE as u32).to_le_bytes());
+    assert_eq!(page[0x1f1..0x268], header);
+    assert!(page[0x268..0x2d0].iter().all(|b| *b == 0), "no code behind the header");
+    assert_eq!(page[0x70..0x78], acpi::RSDP.to_le_bytes());
+    // RAM, what is kept for firmware, RAM, ECAM.
+    assert_eq!(page[0x1e8], 4);
+    let word = |at: usize| u64::from_le_bytes(page[at..at + 8].try_into().unwrap());
+    let map = [
+        (0, layout::FIRMWARE_AREA.start, 1),
+        (layout::FIRMWARE_AREA.start, 0x10_0000 - layout::FIRMWARE_AREA.start, 2),
+        (0x10_0000, 63 << 20, 1),
+        (layout::ECAM.start, 1 << 20, 2),
+    ];
+    for (at, (start, size, kind)) in (0x2d0..).step_by(20).zip(map) {
+        assert_eq!((word(at), word(at + 8), page[at + 16]), (start, size, kind));
+    }
+}
+
+#[test]
+fn a_kernel_without_pvh_out_of_a_bzimage_starts_as_its_decompressor_would_start_it() {
+    let mut kernel = elf();
+    put(&mut kernel, 0x11c, b"Foo");
+    put(&mut kernel, 24, &0x100_0040u64.to_le_bytes());
+    let (entry, memory) = load_bytes(&bzimage(&kernel, true)).unwrap();
+    assert_eq!(entry.rip, 0x100_0040);
+    assert_eq!(entry.protocol, Protocol::Linux64 { zero_page: place::ZERO_PAGE });
+    assert_eq!(memory.read_obj::<u8>(GuestAddress(0x100_0000)).unwrap(), 0xaa);
+    put(&mut kernel, 24, &0x200_0040u64.to_le_bytes());
+    refused(bzimage(&kernel, true), &[], &["e_entry", "0x2000040", "outside"]);
+}
+
+/// As a real kernel: several blocks, a segment across their border, stretches of zeroes.
+#[test]
+fn an_image_of_several_blocks_arrives_whole() {
+    let mut kernel = elf();
+    kernel.resize(20 << 20, 0);
+    let (start, length) = (0x1000usize, (19u64 << 20) + 123);
+    for at in (start..20 << 20).step_by(3 * 4096 + 5) {
+        kernel[at] = at as u8 | 1;
+    }
+    put(&mut kernel, 64 + 8, &(start as u64).to_le_bytes());
+    put(&mut kernel, 64 + 32, &length.to_le_bytes());
+    put(&mut kernel, 64 + 40, &(length + 4096).to_le_bytes());
+    for image in [bzimage(&kernel, true), kernel.clone()] {
+        let (_, memory) = load_bytes(&image).unwrap();
+        let mut loaded = vec![0; length as usize];
+        memory.read_slice(&mut loaded, GuestAddress(0x100_0000)).unwrap();
+        assert!(loaded == kernel[start..start + length as usize]);
     }
 }
 
@@ -191,6 +254,15 @@ fn every_lie_in_an_elf_header_is_named() {
     refused(elf(), &[(0x11c, b"Foo")], &["PVH"]);
     refused(elf(), &[(0x114, huge)], &["PVH"]);
     refused(elf(), &[(0x120, &0x200_0000u32.to_le_bytes())], &["PVH entry", "outside"]);
+    // A second segment over the first.
+    let second = |address: u64| {
+        let mut segment = elf()[64..120].to_vec();
+        put(&mut segment, 24, &address.to_le_bytes());
+        segment
+    };
+    refused(elf(), &[(120, &second(0x100_0fff))], &["program header 1", "overlaps", "0x1000000-0x1001000"]);
+    refused(elf(), &[(120, &second(0x0ff_f001))], &["program header 1", "overlaps"]);
+    refused(elf(), &[(120, &second(0x100_1000))], &["PVH"]);
     refused(elf()[..40].to_vec(), &[], &["ends within its ELF header"]);
     refused(elf()[..0x210].to_vec(), &[], &["its bytes end"]);
 }
@@ -206,7 +278,16 @@ fn every_lie_in_a_bzimage_header_is_named() {
     refused(good(), &[(0x248, &[0xff; 4])], &["truncated"]);
     refused(good(), &[(0x24c, &[0xff; 4])], &["truncated"]);
     let length = good().len();
-    refused(good(), &[(length - 4, &[0xff; 4])], &["unpacks to"]);
+    refused(good(), &[(length - 4, &[0xff; 4])], &["unpacks to at most"]);
+    refused(
+        good(),
+        &[(length - 4, &0x241u32.to_le_bytes())],
+        &["unpacks to 576 by the block at 0", "says 577"],
+    );
+    refused(good(), &[(length - 4, &0x100u32.to_le_bytes())], &["by the block at 0", "says 256"]);
+    refused(good(), &[(length - 4, &[0; 4])], &["empty payload"]);
+    refused(good(), &[(1024 + 0x404, &[0; 4])], &["block at", "has 0 of"]);
+    refused(good(), &[(1024 + 0x404, &[0xff; 4])], &["block at", "has 4294967295 of"]);
     refused(good(), &[(1024 + 0x400 + 10, &[0xff; 40])], &["LZ4"]);
     refused(packed(), &[(0x258, &0xffff_f000u64.to_le_bytes())], &["not all guest memory"]);
     refused(packed(), &[(0x258, &u64::MAX.to_le_bytes())], &["not all guest memory"]);
@@ -227,6 +308,17 @@ fn files_that_cannot_be_are_named() {
     assert!(error("/no/such/kernel").to_string().contains("the kernel '/no/such/kernel'"));
     assert!(error("/tmp").to_string().contains("is a directory"));
     assert!(error("/dev/null").to_string().contains("not a regular file"));
+    let (kernel, pipe) = (TempFile::new(&elf()), TempFile::new(&[]));
+    std::fs::remove_file(&pipe.0).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(&pipe.0).status().unwrap().success());
+    assert!(error(pipe.0.to_str().unwrap()).to_string().contains("not a regular file"), "and does not wait");
+    let initrd = |path: &str| load(&LinuxBoot::new(&kernel.0).initrd(path), &memory()).unwrap_err();
+    assert!(initrd("/tmp").to_string().contains("the initrd '/tmp' is a directory"));
+    let empty = TempFile::new(&[]);
+    assert!(initrd(empty.0.to_str().unwrap()).to_string().contains("is empty"));
+    std::fs::File::options().write(true).open(&empty.0).unwrap().set_len(3 << 30).unwrap();
+    assert!(initrd(empty.0.to_str().unwrap()).to_string().contains("3221225472 bytes, more than"));
+    assert!(error(empty.0.to_str().unwrap()).to_string().contains("3221225472 bytes, more than"));
 }
 
 #[test]
