@@ -53,6 +53,14 @@ pub(super) struct Unpacker<F> {
     take: F,
 }
 
+/// Copies `N` bytes through registers: a call costs more than the copy.
+#[inline(always)]
+fn copy<const N: usize>(window: &mut [u8; WINDOW], from: usize, to: usize) {
+    if let Some(bytes) = window[from..].first_chunk::<N>().copied() {
+        window[to..to + N].copy_from_slice(&bytes);
+    }
+}
+
 impl<F: FnMut(&[u8]) -> Result<()>> Unpacker<F> {
     pub fn new(take: F) -> Self {
         let window = vec![0; WINDOW].into_boxed_slice();
@@ -126,11 +134,9 @@ impl<F: FnMut(&[u8]) -> Result<()>> Unpacker<F> {
             }
             end = start + length + MIN_MATCH;
             if offset >= SHORT_MATCH {
-                window.copy_within(from..from + SHORT_MATCH, start);
+                copy::<SHORT_MATCH>(window, from, start);
             } else if offset >= 8 {
-                for at in [0, 8, 16] {
-                    window.copy_within(from + at..from + at + 8, start + at);
-                }
+                [0, 8, 16].iter().for_each(|at| copy::<8>(window, from + at, start + at));
             } else {
                 (0..length + MIN_MATCH).for_each(|at| window[start + at] = window[from + at]);
             }

@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::sys::memory::{Advice, advise, map_inside, reserve, sealed_memfd};
 
 /// The size of a huge page, and so the alignment of guest memory in the process.
-pub(super) const HUGE: u64 = 2 << 20;
+pub(crate) const HUGE: u64 = 2 << 20;
 
 /// A memfd of its own for a range of guest memory, mapped shared: its blocks are exactly what the guest
 /// has touched. Children do not inherit it, core dumps do not hold it.

@@ -12,6 +12,8 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion}
 
 use crate::error::{Error, ErrorKind, Result};
 
+pub(crate) use backing::HUGE;
+
 mod backing;
 pub(crate) mod layout;
 pub(crate) mod slots;
