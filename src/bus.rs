@@ -103,6 +103,7 @@ impl Bus {
     }
 
     /// Reads through the bus: all-ones where nothing answers. For callers without a vCPU's own cache.
+    #[cfg(any(test, feature = "internals"))]
     pub fn read(&self, addr: u64, vcpu: u32, data: &mut [u8]) -> Result<()> {
         data.fill(0xff);
         match self.find(addr, data.len()).and_then(|i| self.range(i)) {
@@ -112,6 +113,7 @@ impl Bus {
     }
 
     /// Writes through the bus: nowhere where nothing answers.
+    #[cfg(any(test, feature = "internals"))]
     pub fn write(&self, addr: u64, vcpu: u32, data: &[u8]) -> Result<()> {
         match self.find(addr, data.len()).and_then(|i| self.range(i)) {
             Some(r) => r.device.write(Access { offset: addr - r.base, vcpu }, data),

@@ -296,10 +296,6 @@ pub(crate) struct DeviceReporter {
 const ERROR_INTERVAL: Duration = Duration::from_secs(1);
 
 impl DeviceReporter {
-    pub fn device(&self) -> &str {
-        &self.device
-    }
-
     pub fn needs_reset(&self, why: impl fmt::Display) {
         let device = self.device.to_string();
         self.reporter.report(EventKind::DeviceNeedsReset { device, why: why.to_string() });

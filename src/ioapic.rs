@@ -95,11 +95,13 @@ impl Ioapic {
         }
     }
 
+    #[cfg(test)]
     pub fn state(&self) -> State {
         lock(&self.state).clone()
     }
 
     /// Takes over another's state. Nothing is sent: what was under way is in the local APICs' state.
+    #[cfg(test)]
     pub fn restore(&self, saved: State) -> Result<()> {
         let mut state = lock(&self.state);
         *state = saved;
@@ -238,6 +240,7 @@ impl IrqLine {
     }
 
     /// Drives the line high or low.
+    #[cfg(test)]
     pub fn set_level(&self, high: bool) {
         self.ioapic.drive(&mut lock(&self.ioapic.state), self.pin, high);
     }

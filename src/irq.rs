@@ -218,6 +218,7 @@ impl Vector {
 
     /// How often it was raised since the last call; for drivers without a KVM.
     #[doc(hidden)]
+    #[cfg(any(test, feature = "internals"))]
     pub fn take_raised(&self) -> u64 {
         self.event.read().unwrap_or(0)
     }

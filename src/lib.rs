@@ -32,6 +32,20 @@
 //! vm                                                         one machine: its parts and its life
 //! host                                                       /dev/kvm and the VMs made from it
 //! ```
+// Product code neither panics nor prints. Tests, benches and examples may.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::todo,
+        clippy::unimplemented,
+        clippy::unreachable,
+        clippy::print_stdout,
+        clippy::print_stderr
+    )
+)]
 
 mod block;
 mod boot;

@@ -98,6 +98,10 @@ pub(crate) enum Place {
     Loop(Arc<EventLoop>, StopLine),
     /// Nowhere by themselves: the caller drives them through [`Attached::with`] (fuzzing, benches and
     /// in-process drivers, which want no threads).
+    #[cfg_attr(
+        not(any(test, feature = "internals")),
+        allow(dead_code, reason = "drivers without threads use it")
+    )]
     Caller,
 }
 
@@ -135,6 +139,7 @@ impl<W: Worker> Attached<W> {
     }
 
     /// Runs `f` on the worker between two calls of the loop.
+    #[cfg(any(test, feature = "internals"))]
     pub fn with<R>(&self, f: impl FnOnce(&mut W) -> R) -> R {
         f(&mut lock(&self.worker))
     }

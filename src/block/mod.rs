@@ -68,8 +68,10 @@ pub(crate) struct IoRequest<'a> {
     pub offset: u64,
     /// Guest memory, to be filled or written out in order. Lives as long as `memory` does.
     pub buffers: IoList<'a>,
+    #[allow(dead_code, reason = "it keeps the buffers alive")]
     /// A request that ends after `submit` holds a clone of this for as long.
     pub memory: &'a Memory,
+    #[cfg_attr(not(test), allow(dead_code, reason = "the synchronous engine answers at once"))]
     /// The caller's name for it.
     pub tag: u64,
 }
@@ -79,6 +81,7 @@ pub(crate) struct IoRequest<'a> {
 pub(crate) enum Submitted {
     /// It has ended. An error carries the host's errno.
     Done(io::Result<()>),
+    #[cfg_attr(not(test), allow(dead_code, reason = "the synchronous engine answers at once"))]
     /// `completions` will report it.
     Pending,
 }

@@ -44,10 +44,9 @@ const PCI_MMIO64_SIZE: u64 = 16 << 30;
 
 /// The RAM ranges of a guest with `size` bytes of memory.
 pub(crate) fn ram(size: u64) -> Vec<Range<u64>> {
-    if size <= LOW_RAM_END {
-        return vec![0..size];
-    }
-    vec![0..LOW_RAM_END, HIGH_RAM_START..HIGH_RAM_START + (size - LOW_RAM_END)]
+    let low = 0..size.min(LOW_RAM_END);
+    let high = HIGH_RAM_START..HIGH_RAM_START + size.saturating_sub(LOW_RAM_END);
+    [low, high].into_iter().filter(|range| !range.is_empty()).collect()
 }
 
 /// The 64-bit PCI memory window above that RAM.

@@ -57,6 +57,7 @@ impl Memory {
     }
 
     /// What device code and loaders read and write through.
+    #[cfg(any(test, feature = "internals"))]
     pub fn guest(&self) -> &GuestMemoryMmap {
         &self.0.guest
     }

@@ -3,7 +3,9 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+#[cfg(test)]
+use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use super::{HEADER_LEN, NetBackend};
@@ -42,6 +44,7 @@ impl Tap {
     ///
     /// # Errors
     /// It is not one of a TAP interface without packet information and with vnet headers.
+    #[cfg(test)]
     pub fn adopt(id: &str, fd: OwnedFd) -> Result<Self> {
         let invalid = |why| Error::new(ErrorKind::InvalidArgument, format!("{id}: the tap descriptor {why}"));
         let attached = tap::attached(fd.as_fd())

@@ -90,6 +90,7 @@ pub(crate) fn wait_readable(fd: BorrowedFd<'_>, timeout: std::time::Duration) ->
 }
 
 /// Makes reads and writes return at once. Of an adopted descriptor: its owner shares that setting.
+#[cfg(test)]
 pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>) -> std::io::Result<()> {
     // SAFETY: F_GETFL and F_SETFL pass integers only.
     let done = unsafe {

@@ -42,6 +42,7 @@ impl Chain {
         Self { head: 0, readable: spans(), writable: spans(), ordered: true }
     }
 
+    #[cfg(any(test, feature = "internals"))]
     pub fn readable_len(&self) -> u64 {
         length(&self.readable)
     }
@@ -177,6 +178,7 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
+    #[cfg(any(test, feature = "internals"))]
     pub fn remaining(&self) -> u64 {
         self.0.remaining()
     }

@@ -39,6 +39,7 @@ impl ConsolePort {
     }
 
     /// Serves both queues on the caller's thread: for drivers in this process ([`Place::Caller`]).
+    #[cfg(any(test, feature = "internals"))]
     pub fn process_queues(&self) {
         if let Some(worker) = &self.worker {
             worker.with(Worker::process_queues);

@@ -144,6 +144,7 @@ impl Signals {
     }
 
     /// Tells the driver that the configuration space reads differently now.
+    #[cfg(test)]
     pub fn config_changed(&self) {
         self.0.generation.fetch_add(1, Ordering::SeqCst);
         self.interrupt();

@@ -19,7 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::irq::Vector;
 use crate::memory::Memory;
 
-pub(crate) use super::chain::{BadBuffer, Chain, Cursor, Span, length};
+pub(crate) use super::chain::{BadBuffer, Chain, Cursor, Span};
 
 /// How a driver broke the rules of its ring. The queue is of no use until the driver resets the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -115,6 +115,7 @@ impl Queue {
     }
 
     /// Everything to build it again from. Call it when no chain is in use.
+    #[cfg(test)]
     pub fn into_setup(self) -> QueueSetup {
         QueueSetup {
             max_size: self.ring.max_size(),
@@ -131,6 +132,7 @@ impl Queue {
     }
 
     /// Where it stands in the two rings: the next available and the next used index.
+    #[cfg(test)]
     pub fn position(&self) -> (u16, u16) {
         (self.ring.next_avail(), self.ring.next_used())
     }

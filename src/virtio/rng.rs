@@ -33,6 +33,7 @@ impl Rng {
     }
 
     /// Serves the queue on the caller's thread: for drivers in this process ([`Place::Caller`]).
+    #[cfg(any(test, feature = "internals"))]
     pub fn process_queue(&self) {
         if let Some(worker) = &self.worker {
             worker.with(Worker::process_queue);

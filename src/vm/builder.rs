@@ -238,7 +238,7 @@ impl VmBuilder {
             vcpus,
             vm,
             memory,
-            reservation,
+            _reservation: reservation,
             control: Mutex::new(Control::default()),
             state: Mutex::new(VmState::Built),
             state_changed: Condvar::new(),

@@ -99,28 +99,6 @@ fn stable_mac(uuid: Option<Uuid>, index: usize) -> MacAddress {
     MacAddress([0x02, a, b, c, d, e])
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_mac_is_stable_local_and_its_own() {
-        let uuid = |n| Some(Uuid([n; 16]));
-        let mac = stable_mac(uuid(1), 0);
-        assert_eq!(mac, stable_mac(uuid(1), 0));
-        assert_ne!(mac, stable_mac(uuid(1), 1));
-        assert_ne!(mac, stable_mac(uuid(2), 0));
-        assert_eq!(mac.0[0] & 3, 2, "locally administered, unicast");
-    }
-
-    #[test]
-    fn explicit_places_are_kept_and_the_others_fill_the_gaps() {
-        let mut places = Places { taken: vec![1, 3] };
-        assert_eq!(places.take(Some(PciAddress { device: 3 })).device, 3);
-        assert_eq!((places.take(None).device, places.take(None).device), (2, 4));
-    }
-}
-
 /// A raw image on its own loop.
 fn disk_device(
     index: usize,
@@ -144,4 +122,26 @@ fn net_device(
     let id = format!("net{index}");
     let backend = Tap::open(&id, &net.tap)?;
     Ok(Box::new(Net::new(&id, mac, Box::new(backend), Place::Loop(shared, plan.stop.clone()))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mac_is_stable_local_and_its_own() {
+        let uuid = |n| Some(Uuid([n; 16]));
+        let mac = stable_mac(uuid(1), 0);
+        assert_eq!(mac, stable_mac(uuid(1), 0));
+        assert_ne!(mac, stable_mac(uuid(1), 1));
+        assert_ne!(mac, stable_mac(uuid(2), 0));
+        assert_eq!(mac.0[0] & 3, 2, "locally administered, unicast");
+    }
+
+    #[test]
+    fn explicit_places_are_kept_and_the_others_fill_the_gaps() {
+        let mut places = Places { taken: vec![1, 3] };
+        assert_eq!(places.take(Some(PciAddress { device: 3 })).device, 3);
+        assert_eq!((places.take(None).device, places.take(None).device), (2, 4));
+    }
 }

@@ -81,7 +81,8 @@ pub(super) struct Machine {
     pub vcpus: Vec<Vcpu>,
     pub vm: Arc<VmFd>,
     pub memory: Memory,
-    pub reservation: Reservation,
+    /// Gives back what was booked, when it is dropped.
+    pub _reservation: Reservation,
     /// Serializes start, pause and resume. Never taken by the threads of the VM itself.
     pub control: Mutex<Control>,
     pub state: Mutex<VmState>,

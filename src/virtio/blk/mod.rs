@@ -61,6 +61,7 @@ impl Blk {
     }
 
     /// Serves the queue on the caller's thread: for drivers in this process ([`Place::Caller`]).
+    #[cfg(any(test, feature = "internals"))]
     pub fn process_queue(&self) {
         if let State::Active(worker) = &self.state {
             worker.with(Worker::process_queue);

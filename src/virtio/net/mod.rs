@@ -54,6 +54,7 @@ impl Net {
     }
 
     /// Serves both queues on the caller's thread: for drivers in this process ([`Place::Caller`]).
+    #[cfg(any(test, feature = "internals"))]
     pub fn process_queues(&self) {
         if let State::Active(worker) = &self.state {
             worker.with(Worker::process_queues);
