@@ -168,7 +168,8 @@ impl EventStream {
 
     /// The oldest unread event, waiting at most `timeout` for one; `None` when none has come by then.
     pub fn wait_event(&self, timeout: Duration) -> Option<Event> {
-        let deadline = Instant::now() + timeout;
+        // A deadline beyond the clock's range is none.
+        let deadline = Instant::now().checked_add(timeout);
         loop {
             if let Some(event) = self.next_event() {
                 return Some(event);
@@ -177,7 +178,7 @@ impl EventStream {
             if !queue.is_empty() {
                 continue;
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.map_or(timeout, |d| d.saturating_duration_since(Instant::now()));
             if left.is_zero() {
                 return None;
             }
@@ -399,7 +400,7 @@ mod tests {
     fn waiting_ends_at_the_deadline_and_at_an_event() {
         let (stream, reporter) = stream();
         assert_eq!(stream.wait_event(Duration::from_millis(5)), None);
-        let waiter = std::thread::spawn(move || stream.wait_event(Duration::from_secs(30)));
+        let waiter = std::thread::spawn(move || stream.wait_event(Duration::MAX));
         reporter.report(EventKind::Started);
         assert_eq!(waiter.join().unwrap().unwrap().kind, EventKind::Started);
     }

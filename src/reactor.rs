@@ -1,12 +1,17 @@
 #![forbid(unsafe_code)]
 //! Event loops: one thread each, on which devices handle their doorbells and fds.
 
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId};
+use event_manager::{
+    EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
+};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{StopCause, StopLine};
@@ -22,10 +27,57 @@ impl<T: MutEventSubscriber + Send + 'static> Worker for T {}
 
 /// One thread that waits for events and calls the workers attached to it.
 pub(crate) struct EventLoop {
-    endpoint: RemoteEndpoint<Guarded>,
+    calls: Arc<Calls>,
     ending: Arc<AtomicBool>,
     thread: Mutex<Option<JoinHandle<()>>>,
     name: String,
+}
+
+type Manager = EventManager<Guarded>;
+type Call = Box<dyn FnOnce(&mut Manager) + Send>;
+
+/// What other threads want done on the loop's thread. (event-manager has the like, but the children of a
+/// fork inherit its eventfd.)
+struct Calls {
+    /// `None` once the loop has ended.
+    queue: Mutex<Option<Vec<Call>>>,
+    bell: EventFd,
+}
+
+impl Calls {
+    /// Does `f` on the loop's thread and waits for what it returns; `None` when the loop has ended.
+    fn call<R: Send + 'static>(&self, f: impl FnOnce(&mut Manager) -> R + Send + 'static) -> Option<R> {
+        let (answer, answered) = channel();
+        let call: Call = Box::new(move |manager| drop(answer.send(f(manager))));
+        lock(&self.queue).as_mut()?.push(call);
+        // Full only when it rings anyway.
+        let _ = self.bell.write(1);
+        // An error means that the call was dropped with the queue.
+        answered.recv().ok()
+    }
+
+    fn take(&self) -> Vec<Call> {
+        lock(&self.queue).as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    fn close(&self) {
+        *lock(&self.queue) = None;
+    }
+}
+
+/// Wakes the loop for its calls.
+struct Waker(EventFd);
+
+impl MutEventSubscriber for Waker {
+    fn process(&mut self, _: Events, _: &mut EventOps) {
+        let _ = self.0.read();
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        if let Err(error) = ops.add(Events::new(&self.0, EventSet::IN)) {
+            log::error!("an event loop cannot be woken: {error}");
+        }
+    }
 }
 
 impl EventLoop {
@@ -34,21 +86,30 @@ impl EventLoop {
         name: &str,
         spawn: impl FnOnce(Box<dyn FnOnce() + Send>) -> Result<JoinHandle<()>>,
     ) -> Result<Arc<Self>> {
-        let failed =
-            |e| Error::new(ErrorKind::Exhausted, format!("creating event loop '{name}'")).with_source(e);
-        let mut manager = EventManager::<Guarded>::new().map_err(|e| failed(to_io(e)))?;
-        let endpoint = manager.remote_endpoint();
+        let failed = |e: io::Error| Error::os(format!("creating event loop '{name}'"), e);
+        let bell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed)?;
+        let waker = Waker(bell.try_clone().map_err(failed)?);
+        let mut manager = Manager::new().map_err(|e| failed(to_io(e)))?;
+        manager.add_subscriber(Guarded {
+            worker: Arc::new(Mutex::new(waker)),
+            device: "event loop".into(),
+            stop: StopLine::new(|_| ()),
+            failed: false,
+        });
+        let calls = Arc::new(Calls { queue: Mutex::new(Some(Vec::new())), bell });
         let ending = Arc::new(AtomicBool::new(false));
-        let seen = ending.clone();
+        let (own, seen) = (calls.clone(), ending.clone());
         let thread = spawn(Box::new(move || {
             while !seen.load(Ordering::Acquire) {
                 // EINTR cannot be told from worse here; the flag above ends the loop either way.
                 if manager.run().is_err() {
                     std::thread::yield_now();
                 }
+                own.take().into_iter().for_each(|call| call(&mut manager));
             }
+            own.close();
         }))?;
-        Ok(Arc::new(Self { endpoint, ending, thread: Mutex::new(Some(thread)), name: name.to_owned() }))
+        Ok(Arc::new(Self { calls, ending, thread: Mutex::new(Some(thread)), name: name.to_owned() }))
     }
 
     /// Hands `worker` to the loop's thread; returns when it is being served.
@@ -62,26 +123,23 @@ impl EventLoop {
         let subscriber: Arc<Mutex<dyn MutEventSubscriber + Send>> = worker.clone();
         let guarded =
             Guarded { worker: subscriber, device: device.into(), stop: stop.clone(), failed: false };
-        let id = self
-            .endpoint
-            .call_blocking(move |ops| Ok::<_, event_manager::Error>(ops.add_subscriber(guarded)))
-            .map_err(|e| self.gone(e))?;
+        let id = self.calls.call(move |manager| manager.add_subscriber(guarded));
+        let id = id.ok_or_else(|| self.gone())?;
         Ok(Attached { home: Some((self.clone(), id)), worker })
     }
 
     /// Ends the thread and waits for it. What was attached is dropped.
     pub fn stop(&self) {
         self.ending.store(true, Ordering::Release);
-        let _ = self.endpoint.kick();
+        let _ = self.calls.bell.write(1);
         if let Some(thread) = lock(&self.thread).take() {
             // A panic was caught inside; joining cannot report anything new.
             let _ = thread.join();
         }
     }
 
-    fn gone(&self, error: event_manager::Error) -> Error {
-        Error::new(ErrorKind::Internal, format!("event loop '{}' does not answer", self.name))
-            .with_source(to_io(error))
+    fn gone(&self) -> Error {
+        Error::new(ErrorKind::Internal, format!("event loop '{}' has ended", self.name))
     }
 }
 
@@ -127,11 +185,8 @@ impl<W: Worker> Attached<W> {
     /// Waits for the call in progress, so never call it from the loop's own thread.
     pub fn detach(self) -> Result<W> {
         if let Some((event_loop, id)) = self.home {
-            match event_loop.endpoint.call_blocking(move |ops| ops.remove_subscriber(id)) {
-                Ok(guarded) => drop(guarded),
-                // The loop has ended and dropped its half: the worker is ours alone all the same.
-                Err(error) => log::debug!("{}", event_loop.gone(error)),
-            }
+            // `None`: the loop has ended and dropped its half, and the worker is ours alone all the same.
+            drop(event_loop.calls.call(move |manager| manager.remove_subscriber(id)));
         }
         let lost = || Error::new(ErrorKind::Internal, "a worker is still in use after it was detached");
         let mutex = Arc::into_inner(self.worker).ok_or_else(lost)?;
@@ -189,22 +244,17 @@ pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
         .unwrap_or("no message")
 }
 
-fn to_io(error: event_manager::Error) -> std::io::Error {
+fn to_io(error: event_manager::Error) -> io::Error {
     match error {
-        event_manager::Error::Epoll(errno) | event_manager::Error::EventFd(errno) => {
-            std::io::Error::from_raw_os_error(errno.errno())
-        }
-        other => std::io::Error::other(other.to_string()),
+        event_manager::Error::Epoll(errno) => io::Error::from_raw_os_error(errno.errno()),
+        other => io::Error::other(other.to_string()),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::{Sender, channel};
+    use std::sync::mpsc::Sender;
     use std::time::Duration;
-
-    use event_manager::EventSet;
-    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     use super::*;
 

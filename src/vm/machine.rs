@@ -194,7 +194,8 @@ impl Machine {
     /// Waits for the end.
     pub fn wait(&self, timeout: Option<Duration>) -> Result<Option<StopCause>> {
         self.not_from_within("wait")?;
-        let deadline = timeout.map(|t| Instant::now() + t);
+        // A deadline beyond the clock's range is none.
+        let deadline = timeout.and_then(|t| Instant::now().checked_add(t));
         let mut state = lock(&self.state);
         loop {
             if let VmState::Stopped(cause) = &*state {
