@@ -45,7 +45,7 @@ const PCI_MMIO64_SIZE: u64 = 16 << 30;
 /// The RAM ranges of a guest with `size` bytes of memory.
 pub(crate) fn ram(size: u64) -> Vec<Range<u64>> {
     if size <= LOW_RAM_END {
-        return vec![0..size];
+        return Vec::from([0..size]);
     }
     vec![0..LOW_RAM_END, HIGH_RAM_START..HIGH_RAM_START + (size - LOW_RAM_END)]
 }
