@@ -65,7 +65,8 @@ pub enum Part {
     Net,
     /// A source of random numbers.
     Rng,
-    /// A console port; [`Board::output`] and [`Board::input`] are its other end.
+    /// A console port; [`Board::output`] and [`Board::input`] are its other end, and without it the
+    /// serial port's.
     Console,
 }
 
@@ -79,6 +80,8 @@ pub struct Board {
     bells: Arc<Bells>,
     events: EventStream,
     console: Console,
+    /// The console is behind a virtio device, not behind the serial port.
+    port: bool,
     network: Option<Arc<UnixDatagram>>,
     stops: Arc<Mutex<Vec<String>>>,
 }
@@ -102,6 +105,7 @@ impl Board {
             bells,
             events,
             console: Console::new(),
+            port: false,
             network: None,
             stops: Arc::default(),
         };
@@ -138,6 +142,7 @@ impl Board {
             }
             Part::Rng => ("rng", Device::Rng(Rng::new("rng", Place::Caller))),
             Part::Console => {
+                self.port = true;
                 let port = ConsolePort::new("console", self.console.clone(), Place::Caller);
                 ("console", Device::Console(port))
             }
@@ -160,8 +165,9 @@ impl Board {
         self.mmio.insert("ioapic", at.start, at.end - at.start, ioapic.clone())?;
         let stops = self.stops.clone();
         let stop = StopLine::new(move |cause| lock(&stops).push(format!("{cause:?}")));
-        // A console of its own: with a virtio-console on the board both would want the input.
-        let serial = Serial::new(Console::new(), ioapic.line(ports::COM1_GSI as u8));
+        // As in a VM, one of the two has the console.
+        let console = if self.port { Console::new() } else { self.console.clone() };
+        let serial = Serial::new(console, ioapic.line(ports::COM1_GSI as u8));
         let power = Arc::new(Power::new(stop.clone(), ioapic.line(ports::GED_GSI as u8)));
         let pio = &mut self.pio;
         pio.insert("serial", ports::COM1.into(), ports::COM1_LEN.into(), serial)?;
@@ -278,12 +284,12 @@ impl Board {
         self.network.as_deref()
     }
 
-    /// What the guest has said on its console port, the last 64 KiB.
+    /// What the guest has said on its console, the last 64 KiB.
     pub fn output(&self) -> Vec<u8> {
         self.console.tail()
     }
 
-    /// Types on the console port; how much of it there was room for.
+    /// Types on the console; how much of it there was room for.
     pub fn input(&self, bytes: &[u8]) -> usize {
         self.console.push_input(bytes)
     }

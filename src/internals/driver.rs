@@ -279,8 +279,7 @@ impl Rings {
         if u16::from_le_bytes(bytes(board, self.used + 2)) == self.taken {
             return None;
         }
-        let [a, b, _, _, len @ ..] =
-            bytes::<8>(board, self.used + 4 + 8 * u64::from(self.taken % self.size));
+        let [a, b, _, _, len @ ..] = bytes::<8>(board, self.used + 4 + 8 * u64::from(self.taken % self.size));
         self.taken = self.taken.wrapping_add(1);
         // used_event, which means something with EVENT_IDX only: interrupt at the next one.
         let event = self.avail + 4 + 2 * u64::from(self.size);
