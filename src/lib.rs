@@ -31,6 +31,7 @@
 //! vcpu  boot                                                 the run loop; what runs first
 //! vm                                                         one machine: its parts and its life
 //! host                                                       /dev/kvm and the VMs made from it
+//! internals                                                  the project's own tests; behind a feature
 //! ```
 // Product code neither panics nor prints. Tests, benches and examples may.
 #![cfg_attr(
@@ -56,6 +57,9 @@ mod console;
 mod error;
 mod events;
 mod host;
+#[doc(hidden)]
+#[cfg(feature = "internals")]
+pub mod internals;
 mod ioapic;
 mod irq;
 mod legacy;

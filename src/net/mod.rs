@@ -7,7 +7,7 @@ use std::os::fd::BorrowedFd;
 use crate::error::Result;
 use crate::sys::io::IoList;
 
-#[cfg(test)]
+#[cfg(any(test, feature = "internals"))]
 pub(crate) mod pair;
 mod tap;
 

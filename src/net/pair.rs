@@ -29,12 +29,17 @@ pub(crate) struct Control {
 }
 
 impl Pair {
+    #[cfg(test)]
     pub fn new() -> (Self, Control) {
-        let (near, far) = UnixDatagram::pair().unwrap();
-        near.set_nonblocking(true).unwrap();
-        far.set_nonblocking(true).unwrap();
+        Self::open().unwrap()
+    }
+
+    pub fn open() -> io::Result<(Self, Control)> {
+        let (near, far) = UnixDatagram::pair()?;
+        near.set_nonblocking(true)?;
+        far.set_nonblocking(true)?;
         let control = Control { far: Arc::new(far), errno: Arc::default(), next: Arc::default() };
-        (Self { socket: near, control: control.clone() }, control)
+        Ok((Self { socket: near, control: control.clone() }, control))
     }
 
     fn check(&self) -> io::Result<()> {
@@ -45,6 +50,7 @@ impl Pair {
     }
 }
 
+#[cfg(test)]
 impl Control {
     /// A frame of the far end's: a header of zeroes and these bytes.
     pub fn put(&self, frame: &[u8]) {
@@ -82,7 +88,8 @@ impl NetBackend for Pair {
     fn reopen(&mut self) -> Result<()> {
         match lock(&self.control.next).take() {
             Some(socket) => {
-                socket.set_nonblocking(true).unwrap();
+                let ready = socket.set_nonblocking(true);
+                ready.map_err(|e| Error::os("opening the pair again", e))?;
                 self.socket = socket;
                 self.control.errno.store(0, Ordering::SeqCst);
                 Ok(())

@@ -182,7 +182,7 @@ fn legacy(plan: &Plan<'_>, ioapic: &Arc<Ioapic>, console: &Console, buses: &mut 
 }
 
 /// The board as its tables tell it.
-pub(super) fn describe(config: &VmConfig, memory: &Memory) -> boot::Machine {
+pub(crate) fn describe(config: &VmConfig, memory: &Memory) -> boot::Machine {
     let topology = Topology::new(&config.cpus);
     boot::Machine {
         // At most 254: the configuration was validated.

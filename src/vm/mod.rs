@@ -12,6 +12,8 @@ mod devices;
 mod machine;
 mod registers;
 
+#[cfg(feature = "internals")]
+pub(crate) use board::describe;
 pub(crate) use builder::HostParts;
 pub use builder::{ThreadInfo, ThreadRole, VmBuilder};
 pub use machine::VmState;

@@ -105,13 +105,13 @@ pub(crate) mod memory {
         }
 
         /// What KVM does when the guest writes to `address`: whether that was all.
-        #[cfg(test)]
+        #[cfg(any(test, feature = "internals"))]
         pub fn ring(&self, address: u64) -> bool {
             lock(&self.0).get(&address).is_some_and(|(_, bell)| bell.write(1).is_ok())
         }
 
         /// Every armed address.
-        #[cfg(test)]
+        #[cfg(any(test, feature = "internals"))]
         pub fn armed(&self) -> Vec<u64> {
             lock(&self.0).keys().copied().collect()
         }

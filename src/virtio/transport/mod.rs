@@ -6,6 +6,6 @@ mod doorbells;
 pub(crate) mod pci;
 
 pub(crate) use doorbells::Doorbells;
-#[cfg(test)]
+#[cfg(any(test, feature = "internals"))]
 pub(crate) use doorbells::memory::Bells;
 pub(crate) use pci::VirtioPci;

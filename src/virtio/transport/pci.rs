@@ -90,7 +90,7 @@ impl VirtioPci {
     }
 
     /// The vector of MSI-X entry `index`.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "internals"))]
     pub fn vector(&self, index: u16) -> Option<Arc<crate::irq::Vector>> {
         lock(&self.0).msix.vector(index)
     }

@@ -1,0 +1,95 @@
+//! The fuzz targets over their committed inputs, without a fuzzer: nothing panics, and the inputs go as
+//! deep as they are kept for. `cargo +nightly fuzz run blk` goes on from them.
+
+use std::fs;
+use std::path::Path;
+
+#[path = "../fuzz/bodies/blk.rs"]
+mod blk;
+#[path = "../fuzz/bodies/kernel.rs"]
+mod kernel;
+#[path = "../fuzz/bodies/pci.rs"]
+mod pci;
+
+/// The committed inputs of a target, and as many made up on the way (the same at each run).
+fn inputs(target: &str) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+    let at = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
+    let mut paths: Vec<_> = fs::read_dir(&at).unwrap().map(|e| e.unwrap().path()).collect();
+    paths.sort();
+    let kept: Vec<_> = paths.iter().map(|p| fs::read(p).unwrap()).collect();
+    assert!(kept.len() >= 5, "the corpus of {target} is missing");
+    (kept, (1..=300).map(made_up).collect())
+}
+
+/// Pseudo-random bytes (xorshift).
+fn made_up(seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mut byte = move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 24) as u8
+    };
+    (0..1 + seed * 7 % 1500).map(|_| byte()).collect()
+}
+
+#[test]
+fn blk_completes_requests() {
+    let (kept, more) = inputs("blk");
+    for input in &kept {
+        let depth = blk::run(input);
+        assert!(depth.completed >= 10 && depth.succeeded >= 3, "{depth:?}");
+    }
+    let all: Vec<_> = kept.iter().chain(&more).map(|i| blk::run(i)).collect();
+    assert!(all.iter().map(|d| d.resets).sum::<u32>() > 100, "rings were broken");
+    assert!(all.iter().map(|d| d.completed).sum::<u32>() > 2000);
+}
+
+#[test]
+fn pci_starts_devices_and_moves_bars() {
+    let (kept, more) = inputs("pci");
+    for input in &kept {
+        let depth = pci::run(input);
+        assert!(depth.accesses >= 40 && depth.started >= 1 && depth.served >= 1, "{depth:?}");
+        assert!(depth.moved >= 1, "{depth:?}");
+    }
+    for input in &more {
+        pci::run(input);
+    }
+}
+
+#[test]
+fn kernel_loads_and_refuses() {
+    let (kept, more) = inputs("kernel");
+    let kept: Vec<_> = kept.iter().map(|i| kernel::run(i)).collect();
+    assert!(kept.iter().filter(|d| d.loaded && !d.pvh).count() >= 2, "{kept:?}");
+    assert!(kept.iter().filter(|d| d.loaded && d.pvh).count() >= 2, "{kept:?}");
+    assert!(kept.iter().filter(|d| d.refused).count() >= 1, "{kept:?}");
+    assert!(kept.iter().filter(|d| d.unpacked).count() >= 2, "{kept:?}");
+    let refused = more.iter().map(|i| kernel::run(i)).filter(|d| d.refused).count();
+    assert!(refused > 50, "{refused}");
+}
+
+/// Chooses the inputs to keep: `cargo test --features internals --test fuzz_corpus -- --ignored`.
+#[test]
+#[ignore = "writes the corpus"]
+fn choose_inputs() {
+    let keep = |target: &str, good: &dyn Fn(&[u8]) -> bool| {
+        let at = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
+        let chosen = (1..5000).map(|seed| (seed, made_up(seed))).filter(|(_, i)| good(i)).take(5);
+        chosen.for_each(|(seed, input)| fs::write(at.join(format!("seed-{seed:04}")), input).unwrap());
+    };
+    keep("blk", &|i| {
+        let d = blk::run(i);
+        d.completed >= 10 && d.succeeded >= 5 && d.resets > 0
+    });
+    keep("pci", &|i| {
+        let d = pci::run(i);
+        d.accesses >= 60 && d.started >= 2 && d.served >= 2 && d.moved >= 2
+    });
+    let kernels: [&dyn Fn(kernel::Depth) -> bool; 4] =
+        [&|d| d.loaded && !d.pvh && !d.unpacked, &|d| d.pvh, &|d| d.unpacked, &|d| d.refused];
+    for good in kernels {
+        keep("kernel", &|i| good(kernel::run(i)));
+    }
+}
