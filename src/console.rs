@@ -137,13 +137,13 @@ impl Console {
     }
 
     /// How many bytes the guest has ever written.
-    #[cfg(any(test, feature = "internals"))]
+    #[cfg(test)]
     pub fn written(&self) -> u64 {
         lock(&self.0.state).written
     }
 
     /// How many bytes never reached the output because it was too slow.
-    #[cfg(any(test, feature = "internals"))]
+    #[cfg(test)]
     pub fn lost(&self) -> u64 {
         let state = lock(&self.0.state);
         state.lost + if state.output { state.floor().saturating_sub(state.delivered) } else { 0 }

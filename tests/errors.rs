@@ -133,7 +133,7 @@ fn no_permission() {
     use std::os::unix::fs::PermissionsExt;
     let scratch = Scratch::new();
     let device = scratch.file("kvm", 0);
-    fs::set_permissions(&device, fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(&device, fs::Permissions::from_mode(0o000)).unwrap();
     let output = Command::new("setpriv")
         .args(["--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"])
         .arg(std::env::current_exe().unwrap())

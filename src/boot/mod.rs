@@ -60,7 +60,7 @@ pub(crate) struct Entry {
     /// Address and limit of the descriptor table; 0 for none.
     pub gdt: (u64, u16),
     /// What the loader filled.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "internals"))]
     pub filled: Vec<Range<u64>>,
 }
 
@@ -77,7 +77,7 @@ pub(crate) fn linux(
     acpi::write(memory, machine)?;
     smbios::write_tables(memory, identity)?;
     boot_window(memory, &image.range).into_iter().for_each(|window| memory.collapse(window));
-    #[cfg(test)]
+    #[cfg(any(test, feature = "internals"))]
     let filled = std::iter::once(image.range.clone()).chain(initrd.clone()).collect();
     let (protocol, page_tables) = match &image.header {
         Some(header) => {
@@ -96,7 +96,7 @@ pub(crate) fn linux(
         protocol,
         page_tables,
         gdt,
-        #[cfg(test)]
+        #[cfg(any(test, feature = "internals"))]
         filled,
     })
 }
@@ -138,7 +138,7 @@ pub(crate) fn bare(memory: &Memory, bare: &BareBoot) -> Result<Entry> {
         protocol,
         page_tables,
         gdt: (0, 0),
-        #[cfg(test)]
+        #[cfg(any(test, feature = "internals"))]
         filled: Vec::new(),
     })
 }

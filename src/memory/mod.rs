@@ -57,7 +57,7 @@ impl Memory {
     }
 
     /// What device code and loaders read and write through.
-    #[cfg(any(test, feature = "internals"))]
+    #[cfg(test)]
     pub fn guest(&self) -> &GuestMemoryMmap {
         &self.0.guest
     }

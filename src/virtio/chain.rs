@@ -42,7 +42,7 @@ impl Chain {
         Self { head: 0, readable: spans(), writable: spans(), ordered: true }
     }
 
-    #[cfg(any(test, feature = "internals"))]
+    #[cfg(test)]
     pub fn readable_len(&self) -> u64 {
         length(&self.readable)
     }
@@ -178,7 +178,7 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    #[cfg(any(test, feature = "internals"))]
+    #[cfg(test)]
     pub fn remaining(&self) -> u64 {
         self.0.remaining()
     }

@@ -130,9 +130,9 @@ fn rings_that_cannot_be_break_the_device_only() {
     for kind in KINDS {
         attack(kind, |rig| {
             let size = rig.rings[0].size;
-            for (part, address) in [(0, 0x1008), (1, 0x1001), (2, 0x1002), (0, u64::MAX & !15), (0, 0xf_fff0)]
+            for (part, address) in [(0, 0x1008), (1, 0x1001), (2, 0x1002), (0, !15), (0, 0xf_fff0)]
                 .into_iter()
-                .chain([(1, u64::MAX - 1), (2, u64::MAX & !3), (2, 0xc000_0000), (1, 0xf_fffe)])
+                .chain([(1, u64::MAX - 1), (2, !3), (2, 0xc000_0000), (1, 0xf_fffe)])
             {
                 assert!(rig.regs.negotiate(&rig.board, VERSION_1));
                 for queue in 0..rig.rings.len() {

@@ -57,8 +57,11 @@ fn row_07_an_available_index_too_far_ahead_breaks_the_queue() {
     }
 }
 
+/// What is wrong, and how to do it.
+type Malformation = (&'static str, Box<dyn Fn(&Rig)>);
+
 /// Writes each of these malformed chains into the rings, with its name; each head is 0.
-fn malformed(rig: &Rig, rings: &Rings) -> Vec<(&'static str, Box<dyn Fn(&Rig)>)> {
+fn malformed(rig: &Rig, rings: &Rings) -> Vec<Malformation> {
     let (own, size) = (rings.clone(), rings.size);
     let put = move |table: u64, index: u16, d: Buffer, next: u16| {
         let rings = own.clone();
@@ -77,7 +80,7 @@ fn malformed(rig: &Rig, rings: &Rings) -> Vec<(&'static str, Box<dyn Fn(&Rig)>)>
     let wraps = put(desc, 0, (u64::MAX - 15, 32, INDIRECT), 0);
     let (two, many) = (indirect(32), indirect(16 * (u32::from(size) + 1)));
     let (two_again, one) = (indirect(32), indirect(16));
-    let mut all: Vec<(&'static str, Box<dyn Fn(&Rig)>)> = vec![
+    let mut all: Vec<Malformation> = vec![
         ("itself", Box::new(put(desc, 0, (DATA, 16, NEXT), 0))),
         ("a loop of two", Box::new(move |r| (a(r), b(r)).0)),
         ("next beyond the table", Box::new(put(desc, 0, (DATA, 16, NEXT), size))),
@@ -264,7 +267,9 @@ fn reset_in_the_middle_of_requests_forgets_them() {
         attack(kind, |rig| {
             let flags = if kind == Kind::Rng { WRITE } else { 0 };
             for round in 0..20 {
-                (0..30).for_each(|_| drop(rig.send(&[(DATA, 16, flags)])));
+                (0..30).for_each(|_| {
+                    rig.send(&[(DATA, 16, flags)]);
+                });
                 if round % 2 == 0 {
                     rig.regs.ring(&rig.board, rig.victim());
                 }
