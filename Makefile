@@ -21,20 +21,20 @@ lab: ## run one command on a real KVM with nested paging: make lab CMD='...'
 
 lint: ## formatting, clippy with warnings denied, shellcheck
 	cargo fmt --check
-	cargo clippy --all-targets --features serde -- -D warnings
+	cargo clippy --all-targets --features serde,internals -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
 
 test: setup lint ## everything that must pass, about 10 minutes on 2 cores
-	cargo test --features serde --lib --bins --examples --tests
-	cargo test --features serde --doc
+	cargo test --features serde,internals --lib --bins --examples --tests
+	cargo test --features serde,internals --doc
 	tests/stranger/run
 	cargo package --quiet --allow-dirty --no-verify
 
 test-all: test ## and the long forms
-	VMBED_TEST_ALL=1 cargo test --features serde --test cycles --test linux
+	VMBED_TEST_ALL=1 cargo test --features serde,internals --test cycles --test linux
 
 bench: setup ## measure, print each figure with its limit, fail beyond one
-	cargo bench
+	cargo bench --features internals
 	benches/figures/run
 
 .PHONY: help setup build demo lab lint test test-all bench
