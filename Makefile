@@ -29,7 +29,7 @@ lint: ## formatting, clippy with warnings denied, shellcheck
 
 test: setup lint ## everything that must pass, about 10 minutes on 2 cores
 	cargo test --features serde,internals --lib --examples --tests
-	cargo test --features serde --doc
+	cargo test --features serde,internals --doc
 	tests/stranger/run
 
 test-all: test ## and the long forms

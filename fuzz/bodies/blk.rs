@@ -18,7 +18,8 @@ const DATA: u64 = 0x1_0000;
 const STATUS: u64 = 0x7000;
 const STEPS: usize = 64;
 
-/// How deep an input went.
+/// How deep an input went, for the replay of the corpus.
+#[allow(dead_code, reason = "a fuzzer measures depth by itself")]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Depth {
     /// Requests that the device has answered.

@@ -7,7 +7,8 @@ use vmbed::internals::{Board, Part, memory_file};
 const RINGS: u64 = 0x8_0000;
 const STEPS: usize = 256;
 
-/// How deep an input went.
+/// How deep an input went, for the replay of the corpus.
+#[allow(dead_code, reason = "a fuzzer measures depth by itself")]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Depth {
     /// Accesses made.
