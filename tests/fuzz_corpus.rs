@@ -69,27 +69,3 @@ fn kernel_loads_and_refuses() {
     let refused = more.iter().map(|i| kernel::run(i)).filter(|d| d.refused).count();
     assert!(refused > 50, "{refused}");
 }
-
-/// Chooses the inputs to keep: `cargo test --features internals --test fuzz_corpus -- --ignored`.
-#[test]
-#[ignore = "writes the corpus"]
-fn choose_inputs() {
-    let keep = |target: &str, good: &dyn Fn(&[u8]) -> bool| {
-        let at = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
-        let chosen = (1..5000).map(|seed| (seed, made_up(seed))).filter(|(_, i)| good(i)).take(5);
-        chosen.for_each(|(seed, input)| fs::write(at.join(format!("seed-{seed:04}")), input).unwrap());
-    };
-    keep("blk", &|i| {
-        let d = blk::run(i);
-        d.completed >= 10 && d.succeeded >= 5 && d.resets > 0
-    });
-    keep("pci", &|i| {
-        let d = pci::run(i);
-        d.accesses >= 60 && d.started >= 2 && d.served >= 2 && d.moved >= 2
-    });
-    let kernels: [&dyn Fn(kernel::Depth) -> bool; 4] =
-        [&|d| d.loaded && !d.pvh && !d.unpacked, &|d| d.pvh, &|d| d.unpacked, &|d| d.refused];
-    for good in kernels {
-        keep("kernel", &|i| good(kernel::run(i)));
-    }
-}
