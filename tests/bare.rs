@@ -237,3 +237,23 @@ fn wait_until(what: &str, done: impl Fn() -> bool) {
         std::thread::yield_now();
     }
 }
+
+#[test]
+fn a_long_mode_guest_copies_from_a_device_through_pauses() {
+    let port = Arc::new(Port::default());
+    // mov edi, 0x2000; mov esi, 0xd0000000; mov ecx, 2; rep movsq; jmp $-19
+    let code = [0xbf, 0, 0x20, 0, 0, 0xbe, 0, 0, 0, 0xd0, 0xb9, 2, 0, 0, 0, 0xf3, 0x48, 0xa5, 0xeb, 0xec];
+    let boot = BareBoot::new(CpuMode::Long, 0x1000, code);
+    let vm =
+        host().builder(VmConfig::bare(boot)).mmio_device("mmio", 0xd000_0000, 0x10, port).build().unwrap();
+    vm.start().unwrap();
+    for _ in 0..50 {
+        std::thread::sleep(Duration::from_millis(1));
+        vm.pause().unwrap();
+        vm.resume().unwrap();
+    }
+    vm.pause().unwrap();
+    let mut copied = [0; 16];
+    vm.read_memory(0x2000, &mut copied).unwrap();
+    assert_eq!(copied, [0x5a; 16]);
+}

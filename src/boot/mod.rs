@@ -159,7 +159,7 @@ fn identity_map(memory: &Memory, at: u64) -> Result<()> {
     let mut tables = Vec::with_capacity(6 << 12);
     let table = |entries: &mut dyn Iterator<Item = u64>| -> Vec<u8> {
         let mut bytes: Vec<u8> = entries.flat_map(u64::to_le_bytes).collect();
-        bytes.resize(4096, 0);
+        bytes.resize(bytes.len().next_multiple_of(4096), 0);
         bytes
     };
     tables.extend(table(&mut std::iter::once(page(1) | PRESENT_WRITABLE)));

@@ -355,6 +355,11 @@ fn a_bare_long_mode_guest_gets_its_map_at_the_end_of_low_memory() {
     let entry = bare(&memory, &crate::config::BareBoot::new(CpuMode::Long, 0x1000, [0xf4])).unwrap();
     assert_eq!(entry.page_tables, (64 << 20) - (6 << 12));
     assert_eq!(memory.read_obj::<u8>(GuestAddress(0x1000)).unwrap(), 0xf4);
+    // Every 2 MiB of the 4 GiB, and nothing behind the memory's end.
+    for page in [0u64, 511, 512, 1023, 2047] {
+        let entry: u64 = memory.read_obj(GuestAddress(entry.page_tables + (2 << 12) + page * 8)).unwrap();
+        assert_eq!(entry, page << 21 | 0x83);
+    }
 }
 
 /// Thousands of bent images neither panic nor load outside of memory.

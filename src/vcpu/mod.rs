@@ -56,7 +56,12 @@ impl Vcpu {
             while gate.pass() {
                 let mut fd = lock(&self.fd);
                 match exit::run(&mut fd, self.index, around, gate) {
-                    exit::Pause::Attention => exit::complete_instruction(&mut fd),
+                    exit::Pause::Attention => {
+                        if let Some(cause) = exit::complete_instruction(&mut fd, self.index, around) {
+                            stop.pull(cause);
+                            return;
+                        }
+                    }
                     exit::Pause::Halted => return,
                     exit::Pause::Ended(cause) => {
                         stop.pull(cause);
