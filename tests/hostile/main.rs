@@ -168,11 +168,12 @@ impl Rig {
     }
 
     /// The device has asked for a reset, told the embedder, interrupted the driver, and stopped serving.
-    fn broken(&mut self, why: &str) {
+    /// What it told.
+    fn broken(&mut self, why: &str) -> String {
         assert_eq!(self.status() & (NEEDS_RESET | DRIVER_OK), NEEDS_RESET | DRIVER_OK, "{why}");
         assert_eq!(self.board.raised(1, 0), 1, "{why}: the configuration interrupt");
         let event = self.board.events().next_event().unwrap();
-        assert!(matches!(event.kind, EventKind::DeviceNeedsReset { .. }), "{why}: {event:?}");
+        let EventKind::DeviceNeedsReset { why: told, .. } = event.kind else { panic!("{why}: {event:?}") };
         while self.take_used().is_some() {}
         let victim = usize::from(self.victim());
         let good = Rings::new(&self.board, self.rings[victim].desc, self.rings[victim].size);
@@ -186,6 +187,7 @@ impl Rig {
         assert_eq!(self.status() & NEEDS_RESET, NEEDS_RESET, "{why}");
         self.restart();
         self.good();
+        told
     }
 }
 

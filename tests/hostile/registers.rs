@@ -32,6 +32,18 @@ fn row_02_queue_registers_written_after_driver_ok_stay() {
                 assert_eq!(queue_registers(rig), before);
                 rig.good();
             }
+            // From its enabling on, too, and a queue that never was enabled.
+            for (enabled, status) in [(true, 0xb), (false, 0xf)] {
+                assert!(rig.regs.negotiate(&rig.board, VERSION_1));
+                rig.regs.set(&rig.board, 0x16, 2, 0);
+                rig.regs.set(&rig.board, 0x1c, 2, enabled.into());
+                rig.regs.set_status(&rig.board, status);
+                let before = queue_registers(rig);
+                scribble(rig);
+                assert_eq!(queue_registers(rig), before, "enabled: {enabled}");
+            }
+            assert!(rig.board.events().next_event().is_some(), "without queues it cannot serve");
+            rig.restart();
         });
     }
 }

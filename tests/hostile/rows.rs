@@ -128,7 +128,7 @@ fn row_10_an_address_that_wraps_is_refused() {
                     rig.ring();
                     match rig.take_used() {
                         Some(used) => assert_eq!(used, (head, 0), "{kind:?} {addr:#x} {len}"),
-                        None => rig.broken(&format!("{kind:?} {addr:#x} {len}")),
+                        None => drop(rig.broken(&format!("{kind:?} {addr:#x} {len}"))),
                     }
                 }
             }
@@ -157,7 +157,8 @@ fn row_11_a_head_that_is_in_flight_is_not_taken_again() {
             board.network().unwrap().send(&[0; 12 + 1400]).unwrap();
             board.process_all();
             assert_eq!(rings[0].take_used(board), None, "no half frame is handed over");
-            rig.broken(&format!("{heads:?}"));
+            let told = rig.broken(&format!("{heads:?}"));
+            assert!(told.contains("while it is in use"), "it is not taken at all: {told}");
         }
     });
 }
