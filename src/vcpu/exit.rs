@@ -35,15 +35,7 @@ pub(crate) enum Pause {
 
 /// Runs vCPU `index` until it must pause.
 pub(crate) fn run(vcpu: &mut VcpuFd, index: u32, around: &Surroundings, gate: &Gate) -> Pause {
-    let mut devices = Devices::new(around, index);
-    while !gate.wants_attention() {
-        match devices.step(vcpu) {
-            Step::Again => {}
-            Step::Interrupted => signal::consume_kick(),
-            Step::Leave(pause) => return pause,
-        }
-    }
-    Pause::Attention
+    enter::<false>(vcpu, index, around, gate)
 }
 
 /// Finishes the instruction whose exit was answered last, so that the registers are those after it. It may
@@ -52,81 +44,51 @@ pub(crate) fn complete_instruction(
     vcpu: &mut VcpuFd,
     index: u32,
     around: &Surroundings,
+    gate: &Gate,
 ) -> Option<StopCause> {
-    let mut devices = Devices::new(around, index);
     vcpu.set_kvm_immediate_exit(1);
-    let end = loop {
-        match devices.step(vcpu) {
-            Step::Again => {}
-            Step::Interrupted => break None,
-            Step::Leave(Pause::Ended(cause)) => break Some(cause),
-            Step::Leave(_) => break None,
-        }
-    };
+    let pause = enter::<true>(vcpu, index, around, gate);
     vcpu.set_kvm_immediate_exit(0);
-    end
-}
-
-/// What came of one stay in the guest.
-enum Step {
-    Again,
-    Interrupted,
-    Leave(Pause),
-}
-
-/// A vCPU's ways to the devices.
-struct Devices<'a> {
-    ports: Nearby<'a>,
-    mmio: Nearby<'a>,
-    ioapic: Option<&'a Ioapic>,
-    index: u32,
-}
-
-impl<'a> Devices<'a> {
-    fn new(around: &'a Surroundings, index: u32) -> Self {
-        Self {
-            ports: Nearby::new(&around.pio, &around.first_exit),
-            mmio: Nearby::new(&around.mmio, &around.first_exit),
-            ioapic: around.ioapic.as_deref(),
-            index,
-        }
+    match pause {
+        Pause::Ended(cause) => Some(cause),
+        Pause::Attention | Pause::Halted => None,
     }
+}
 
-    /// Enters the guest and answers the exit that it makes.
-    #[inline(always)]
-    fn step(&mut self, vcpu: &mut VcpuFd) -> Step {
+/// Enters the guest and answers its exits, until the gate wants the vCPU; or, `COMPLETING`, until KVM says
+/// that the guest would run again. One body, so that both know the same exits.
+#[inline(always)]
+fn enter<const COMPLETING: bool>(vcpu: &mut VcpuFd, index: u32, around: &Surroundings, gate: &Gate) -> Pause {
+    let mut ports = Nearby::new(&around.pio, &around.first_exit);
+    let mut mmio = Nearby::new(&around.mmio, &around.first_exit);
+    while COMPLETING || !gate.wants_attention() {
         match kvm::run(vcpu) {
             Ok(Exit::Pio { port, size, write, data }) => {
-                if let Err(error) = self.ports.access_all(u64::from(port), size, write, data, self.index) {
-                    return device_fault(self.ports.bus, u64::from(port), &error);
+                if let Err(error) = ports.access_all(u64::from(port), size, write, data, index) {
+                    return device_fault(ports.bus, u64::from(port), &error);
                 }
             }
             Ok(Exit::Mmio { address, write, data }) => {
-                if let Err(error) = self.mmio.access(address, write, data, self.index) {
-                    return device_fault(self.mmio.bus, address, &error);
+                if let Err(error) = mmio.access(address, write, data, index) {
+                    return device_fault(mmio.bus, address, &error);
                 }
             }
             Ok(Exit::IoapicEoi(vector)) => {
-                if let Some(ioapic) = self.ioapic {
+                if let Some(ioapic) = &around.ioapic {
                     ioapic.end_of_interrupt(vector);
                 }
             }
-            Ok(Exit::Interrupted) => return Step::Interrupted,
-            Ok(Exit::Hlt) => return Step::Leave(Pause::Halted),
-            Ok(Exit::Shutdown) => return ended(StopCause::TripleFault),
+            Ok(Exit::Interrupted) if COMPLETING => break,
+            Ok(Exit::Interrupted) => signal::consume_kick(),
+            Ok(Exit::Hlt) => return Pause::Halted,
+            Ok(Exit::Shutdown) => return Pause::Ended(StopCause::TripleFault),
             Ok(Exit::Other(reason)) => {
-                let why = kvm::describe(vcpu, reason);
-                return ended(StopCause::VcpuFault { vcpu: self.index, why });
+                return Pause::Ended(StopCause::VcpuFault { vcpu: index, why: kvm::describe(vcpu, reason) });
             }
-            Err(error) => return ended(run_failed(self.index, &error)),
+            Err(error) => return Pause::Ended(run_failed(index, &error)),
         }
-        Step::Again
     }
-}
-
-#[cold]
-fn ended(cause: StopCause) -> Step {
-    Step::Leave(Pause::Ended(cause))
+    Pause::Attention
 }
 
 /// A bus, and the device that answered last: most guests talk to one device many times in a row.
@@ -211,9 +173,9 @@ impl Device for Nobody {
 }
 
 #[cold]
-fn device_fault(bus: &Bus, addr: u64, error: &Error) -> Step {
+fn device_fault(bus: &Bus, addr: u64, error: &Error) -> Pause {
     let device = bus.name_at(addr, 1).unwrap_or_default();
-    ended(StopCause::DeviceFault { device, why: error.to_string() })
+    Pause::Ended(StopCause::DeviceFault { device, why: error.to_string() })
 }
 
 #[cold]

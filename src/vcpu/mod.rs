@@ -57,7 +57,7 @@ impl Vcpu {
                 let mut fd = lock(&self.fd);
                 match exit::run(&mut fd, self.index, around, gate) {
                     exit::Pause::Attention => {
-                        if let Some(cause) = exit::complete_instruction(&mut fd, self.index, around) {
+                        if let Some(cause) = exit::complete_instruction(&mut fd, self.index, around, gate) {
                             stop.pull(cause);
                             return;
                         }
