@@ -1,5 +1,5 @@
 //! Runs a bare guest through a given number of port-I/O exits to an embedder's device, so that user
-//! instructions per exit can be read off as a slope: `perf stat -e instructions:u exits N`.
+//! instructions per exit can be read off as a slope over two numbers: `figure-exits N out|in`.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,22 +8,32 @@ use vmbed::{Access, BareBoot, CpuMode, Device, Error, ErrorKind, Host, Result, V
 
 struct Countdown(AtomicU64);
 
-impl Device for Countdown {
-    fn read(&self, _: Access, _: &mut [u8]) -> Result<()> {
-        Ok(())
-    }
-
-    fn write(&self, _: Access, _: &[u8]) -> Result<()> {
+impl Countdown {
+    fn tick(&self) -> Result<()> {
         let left = self.0.load(Ordering::Relaxed);
         self.0.store(left.wrapping_sub(1), Ordering::Relaxed);
         if left == 0 { Err(Error::new(ErrorKind::Os, "done")) } else { Ok(()) }
     }
 }
 
+impl Device for Countdown {
+    fn read(&self, _: Access, data: &mut [u8]) -> Result<()> {
+        if let [byte] = data {
+            *byte = 0x5a;
+        }
+        self.tick()
+    }
+
+    fn write(&self, _: Access, _: &[u8]) -> Result<()> {
+        self.tick()
+    }
+}
+
 fn main() -> Result<()> {
     let exits = std::env::args().nth(1).and_then(|n| n.parse().ok()).unwrap_or(100_000);
-    // out 0x10, al; jmp $-2
-    let config = VmConfig::bare(BareBoot::new(CpuMode::Real, 0x1000, [0xe6, 0x10, 0xeb, 0xfc]));
+    // out 0x10, al (or in al, 0x10); jmp $-2
+    let opcode = if std::env::args().nth(2).as_deref() == Some("in") { 0xe4 } else { 0xe6 };
+    let config = VmConfig::bare(BareBoot::new(CpuMode::Real, 0x1000, [opcode, 0x10, 0xeb, 0xfc]));
     let device = Arc::new(Countdown(AtomicU64::new(exits)));
     let vm = Host::open()?.builder(config).pio_device("countdown", 0x10, 1, device).build()?;
     vm.start()?;
