@@ -24,7 +24,7 @@ lint: ## formatting, clippy with warnings denied, shellcheck
 	cargo clippy --all-targets --features serde,internals -- -D warnings
 	cargo clippy --lib -- -D warnings
 	shellcheck -x tests/setup tests/lab/run tests/lab/place tests/lab/here-or-lab tests/lab/selftest tests/assets/fetch \
-		tests/assets/busybox-initrd tests/assets/debian-root tests/demo/run tests/demo/inside tests/stranger/run benches/figures/run .ci/run
+		tests/assets/busybox-initrd tests/assets/debian-root tests/demo/run tests/demo/inside tests/stranger/run benches/figures/run benches/figures/inside .ci/run
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
 
 test: setup lint ## everything that must pass, about 10 minutes on 2 cores
