@@ -2,7 +2,7 @@
 //! Interrupts into the guest: message-signalled vectors over irqfds, and the one owner of the VM's
 //! interrupt routing table.
 //!
-//! KVM replaces the whole table at each change, so all of it lives here, the IOAPIC's 24 pins first
+//! KVM replaces the whole table at each change, so all of it lives here, the IOAPIC's pins first
 //! (KVM looks for end-of-interrupt exits among the first pins only).
 //! Without a KVM (tests, fuzzing, in-process drivers) the same types work in memory: a vector's eventfd
 //! then simply counts what was raised.
@@ -17,8 +17,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::sys::lock;
 use crate::units::Gsi;
 
-/// Pins of the IOAPIC, and so the first GSI of a message-signalled vector.
-pub(crate) const IOAPIC_PINS: u32 = 24;
+/// Pins of the IOAPIC, and so the first GSI of a message-signalled vector: one for each interrupt of the ISA
+/// bus. All else is MSI-X, and a kernel touches every pin many times while it boots.
+pub(crate) const IOAPIC_PINS: u32 = 16;
 
 /// KVM's limit of routes (`KVM_MAX_IRQ_ROUTES`).
 const MAX_ROUTES: usize = 4096;
@@ -258,9 +259,9 @@ mod tests {
         let routes = Routes::new(None);
         let a = routes.vector().unwrap();
         let b = routes.vector().unwrap();
-        assert_eq!((a.gsi, b.gsi), (Gsi(24), Gsi(25)));
+        assert_eq!((a.gsi, b.gsi), (Gsi(IOAPIC_PINS), Gsi(IOAPIC_PINS + 1)));
         drop(a);
-        assert_eq!(routes.vector().unwrap().gsi, Gsi(24));
+        assert_eq!(routes.vector().unwrap().gsi, Gsi(IOAPIC_PINS));
     }
 
     #[test]

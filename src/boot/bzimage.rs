@@ -9,7 +9,7 @@ use vm_memory::ByteValued;
 
 use super::elf;
 use super::kernel::{Image, Source, fits};
-use super::lz4::{Fault, Unpacker};
+use super::lz4::{Fault, Packed, Unpacker};
 use crate::error::Result;
 use crate::memory::Memory;
 
@@ -32,14 +32,8 @@ const ENTRY_64: u64 = 0x200;
 const LZ4_LEGACY: [u8; 4] = 0x184c_2102u32.to_le_bytes();
 const LZ4_BLOCK: u64 = 8 << 20;
 
-/// What a block of that size may have grown to when it would not shrink (`LZ4_COMPRESSBOUND`).
-const LZ4_PACKED: usize = (LZ4_BLOCK + LZ4_BLOCK / 255) as usize + 16;
 /// No kernel unpacks to more than this.
 const MAX_UNPACKED: u64 = 1 << 30;
-/// Larger than what malloc ever keeps for itself (glibc: 32 MiB), so that all of it returns to the host at
-/// once; what is not touched costs nothing.
-const WORKSPACE: usize = 33 << 20;
-
 /// A setup header, and what follows from it.
 struct Header {
     setup: setup_header,
@@ -134,21 +128,20 @@ fn unpack(memory: &Memory, source: &Source, header: &Header) -> Result<Image> {
         Ok(())
     });
     let fault = |fault, done| match fault {
-        Fault::Taker(error) => error,
+        Fault::Caller(error) => error,
         Fault::Damaged(why) => source
             .bad(format!("has a damaged LZ4 payload, in the block at {done} of the unpacked image: {why}")),
     };
-    let mut packed = vec![0; WORKSPACE];
+    let mut packed = Packed::new(|offset, buffer: &mut [u8]| source.read(offset, buffer));
     while unpacker.done() < size {
         let start = unpacker.done();
-        let block = blocks.next(&mut packed[..LZ4_PACKED], start)?;
-        unpacker.block(block, LZ4_BLOCK).map_err(|f| fault(f, start))?;
+        packed.begin(blocks.next(start)?);
+        unpacker.block(&mut packed, LZ4_BLOCK.min(size - start)).map_err(|f| fault(f, start))?;
         // All but the last are full: a few bytes each would keep us busy for ever.
         if unpacker.done() != size.min(start + LZ4_BLOCK) {
             return Err(blocks.wrong_size(&format!("{} by the block at {start}", unpacker.done())));
         }
     }
-    unpacker.finish().map_err(|f| fault(f, size))?;
     loader.ok_or_else(|| source.bad("has an empty payload"))?.finish(source, Some(&header.setup))
 }
 
@@ -174,26 +167,24 @@ impl<'a> Blocks<'a> {
         Ok(blocks)
     }
 
-    /// Reads the next block into `buffer`; `done` is what those before it unpacked to.
-    fn next<'b>(&mut self, buffer: &'b mut [u8], done: u64) -> Result<&'b [u8]> {
+    /// Where in the file the next block is; `done` is what those before it unpacked to.
+    fn next(&mut self, done: u64) -> Result<std::ops::Range<u64>> {
         let mut length = [0; 4];
         if self.rest.end - self.rest.start < 4 {
             return Err(self.wrong_size(&done.to_string()));
         }
         self.source.read(self.rest.start, &mut length)?;
         let length = u64::from(u32::from_le_bytes(length));
-        self.rest.start += 4;
-        let left = self.rest.end - self.rest.start;
-        if length == 0 || length > left || length > buffer.len() as u64 {
+        let block = self.rest.start + 4..self.rest.start + 4 + length;
+        if length == 0 || block.end > self.rest.end {
+            let left = self.rest.end - block.start;
             let why = format!(
                 "has a damaged LZ4 payload: the block at {} of the file has {length} of the {left} bytes left",
-                self.rest.start
+                block.start
             );
             return Err(self.source.bad(why));
         }
-        let block = &mut buffer[..length as usize];
-        self.source.read(self.rest.start, block)?;
-        self.rest.start += length;
+        self.rest.start = block.end;
         Ok(block)
     }
 

@@ -184,7 +184,9 @@ fn write_sparse(memory: &Memory, address: u64, bytes: &[u8]) -> Result<()> {
     // which emulated processors count by the byte.
     for (page, at) in bytes.chunks(PAGE).zip((address..).step_by(PAGE)) {
         if !zero(page) {
-            write(memory, at, page)?;
+            for (half, at) in page.chunks(PAGE / 2).zip((at..).step_by(PAGE / 2)) {
+                write(memory, at, half)?;
+            }
         }
     }
     Ok(())

@@ -1,5 +1,5 @@
 #![forbid(unsafe_code)]
-//! LZ4 blocks, unpacked through a small window.
+//! LZ4 blocks, unpacked through a small window (LZ4 Block Format Description, in lz4's doc/).
 //!
 //! The window holds what a match can reach back to, and a piece on its way out: a kernel of 50 MiB passes
 //! through memory that stays in the processor's cache, and half of it, stretches of zeroes, through nothing
@@ -15,39 +15,141 @@ const PIECE: usize = 448 << 10;
 /// How much is copied at once: enough, and vector instructions do it; for more the C library takes `rep
 /// movsb`, which emulated processors count by the byte.
 const COPY: usize = 2 << 10;
-/// What the fast path may write past the end: 14 literals, and three times 8 bytes.
-const SLACK: usize = 48;
-const WINDOW: usize = HISTORY + PIECE + SLACK;
+/// Up to here the window is filled, so that the fast path may write past the end of what it unpacks.
+const LIMIT: usize = HISTORY + PIECE;
+const WINDOW: usize = LIMIT + 2 * (MORE + 255) + 64;
+/// How much of what is packed is here at a time. Small, so that it stays in the processor's cache, and
+/// costs the host few pages.
+const INPUT: usize = 64 << 10;
 /// A length's four bits all set: more bytes follow.
 const MORE: usize = 15;
 /// The shortest match.
 const MIN_MATCH: usize = 4;
 /// The longest match that a token holds without further bytes.
 const SHORT_MATCH: usize = MIN_MATCH + MORE - 1;
+/// The most that a sequence without a second byte of length may read: literals are copied by 32.
+const LONGER_SEQUENCE: usize = 1 + 1 + MORE + 255 + 32 + 2 + 1;
+
+/// How many bytes the sequence with this token unpacks to; 0 where the token does not say all.
+static SHORT: [u8; 256] = {
+    let mut table = [0; 256];
+    let mut token = 0;
+    while token < 256 {
+        let (literals, length) = (token >> 4, token & 15);
+        if literals != MORE && length != MORE {
+            table[token] = (literals + length + MIN_MATCH) as u8;
+        }
+        token += 1;
+    }
+    table
+};
 
 /// Why a block was not unpacked.
 #[derive(Debug)]
 pub(super) enum Fault {
     Damaged(&'static str),
-    /// Whoever takes the pieces failed.
-    Taker(Error),
+    /// Whoever gives what is packed, or takes what comes out, failed.
+    Caller(Error),
 }
 
 impl From<Error> for Fault {
     fn from(error: Error) -> Self {
-        Self::Taker(error)
+        Self::Caller(error)
+    }
+}
+
+/// A packed block on its way in.
+pub(super) struct Packed<R> {
+    buffer: Box<[u8]>,
+    /// What is here and not unpacked yet.
+    here: std::ops::Range<usize>,
+    /// Where the rest of it is.
+    left: std::ops::Range<u64>,
+    read: R,
+}
+
+impl<R: FnMut(u64, &mut [u8]) -> Result<()>> Packed<R> {
+    /// `read` fills a buffer with what is at an offset.
+    pub fn new(read: R) -> Self {
+        Self { buffer: vec![0; INPUT].into_boxed_slice(), here: 0..0, left: 0..0, read }
+    }
+
+    /// The next block is there.
+    pub fn begin(&mut self, block: std::ops::Range<u64>) {
+        (self.here, self.left) = (0..0, block);
+    }
+
+    fn is_empty(&self) -> bool {
+        self.here.is_empty() && self.left.is_empty()
+    }
+
+    /// Reads on where less is here than the fast path wants.
+    #[inline(always)]
+    fn refill(&mut self) -> Result<()> {
+        if self.here.len() < LONGER_SEQUENCE && !self.left.is_empty() { self.read_on() } else { Ok(()) }
+    }
+
+    #[cold]
+    fn read_on(&mut self) -> Result<()> {
+        let kept = self.here.len();
+        self.buffer.copy_within(self.here.clone(), 0);
+        let more = (self.left.end - self.left.start).min((INPUT - kept) as u64);
+        self.here = 0..kept + more as usize;
+        (self.read)(self.left.start, &mut self.buffer[kept..self.here.end])?;
+        self.left.start += more;
+        Ok(())
+    }
+
+    /// The next bytes: at most `wanted`, at least one.
+    fn some(&mut self, wanted: usize, otherwise: &'static str) -> Result<&[u8], Fault> {
+        self.refill()?;
+        let start = self.here.start;
+        let count = wanted.min(self.here.len());
+        self.here.start += count;
+        match self.buffer.get(start..start + count) {
+            Some(bytes) if !bytes.is_empty() => Ok(bytes),
+            _ => Err(Fault::Damaged(otherwise)),
+        }
+    }
+
+    #[inline(always)]
+    fn byte(&mut self, otherwise: &'static str) -> Result<u8, Fault> {
+        if self.here.is_empty() {
+            self.refill()?;
+        }
+        match self.buffer.get(self.here.start) {
+            Some(byte) if !self.here.is_empty() => {
+                self.here.start += 1;
+                Ok(*byte)
+            }
+            _ => Err(Fault::Damaged(otherwise)),
+        }
+    }
+
+    /// A token's half, and what follows where that is not all.
+    fn length(&mut self, token: u8) -> Result<usize, Fault> {
+        let mut length = usize::from(token);
+        if length == MORE {
+            loop {
+                let byte = self.byte("it ends within a length")?;
+                length += usize::from(byte);
+                if byte != 255 {
+                    break;
+                }
+            }
+        }
+        Ok(length)
     }
 }
 
 /// Unpacks blocks one after another and hands pieces of what comes out to `take`.
 pub(super) struct Unpacker<F> {
+    /// What this block unpacked to, as far back as a match may reach.
     window: Box<[u8]>,
     /// What follows is free.
     end: usize,
     /// What precedes was handed on.
     taken: usize,
-    /// Where this block began, as far as it is still here: nothing reaches further back.
-    floor: usize,
     /// What has left the window.
     gone: u64,
     take: F,
@@ -55,16 +157,71 @@ pub(super) struct Unpacker<F> {
 
 /// Copies `N` bytes through registers: a call costs more than the copy.
 #[inline(always)]
-fn copy<const N: usize>(window: &mut [u8; WINDOW], from: usize, to: usize) {
+fn copy<const N: usize>(input: &[u8; INPUT], from: usize, window: &mut [u8; WINDOW], to: usize) {
+    window[to..to + N].copy_from_slice(&input[from..from + N]);
+}
+
+/// Copies `N` bytes within the window.
+#[inline(always)]
+fn repeat<const N: usize>(window: &mut [u8; WINDOW], from: usize, to: usize) {
     if let Some(bytes) = window[from..].first_chunk::<N>().copied() {
         window[to..to + N].copy_from_slice(&bytes);
     }
 }
 
+/// The two bytes of an offset.
+#[inline(always)]
+fn offset(input: &[u8; INPUT], at: usize) -> usize {
+    input[at..].first_chunk().map_or(0, |bytes| u16::from_le_bytes(*bytes).into())
+}
+
+/// A sequence of the second kind: its lengths have a further byte each at most. Returns where it ends in
+/// both; `None` where it is of the third kind, or damaged.
+#[inline(never)]
+fn longer_sequence(
+    input: &[u8; INPUT],
+    mut at: usize,
+    window: &mut [u8; WINDOW],
+    mut end: usize,
+) -> Option<(usize, usize)> {
+    let token = input[at];
+    let (mut literals, mut length) = (usize::from(token >> 4), usize::from(token & 15));
+    at += 1;
+    if literals == MORE {
+        literals += usize::from(input[at]);
+        at += 1;
+    }
+    if literals == MORE + 255 {
+        return None;
+    }
+    for i in (0..literals).step_by(32) {
+        copy::<32>(input, at + i, window, end + i);
+    }
+    at += literals;
+    let offset = offset(input, at);
+    at += 2;
+    if length == MORE {
+        length += usize::from(input[at]);
+        at += 1;
+    }
+    end += literals;
+    let from = end.checked_sub(offset)?;
+    if length == MORE + 255 || offset < 8 {
+        return None;
+    }
+    length += MIN_MATCH;
+    if offset >= 32 {
+        (0..length).step_by(32).for_each(|i| repeat::<32>(window, from + i, end + i));
+    } else {
+        (0..length).step_by(8).for_each(|i| repeat::<8>(window, from + i, end + i));
+    }
+    Some((at, end + length))
+}
+
 impl<F: FnMut(&[u8]) -> Result<()>> Unpacker<F> {
     pub fn new(take: F) -> Self {
         let window = vec![0; WINDOW].into_boxed_slice();
-        Self { window, end: 0, taken: 0, floor: 0, gone: 0, take }
+        Self { window, end: 0, taken: 0, gone: 0, take }
     }
 
     /// How much was unpacked so far.
@@ -72,82 +229,75 @@ impl<F: FnMut(&[u8]) -> Result<()>> Unpacker<F> {
         self.gone + self.end as u64
     }
 
-    /// Unpacks a block, to at most `max` bytes.
-    pub fn block(&mut self, block: &[u8], max: u64) -> Result<(), Fault> {
-        self.floor = self.end;
+    /// Unpacks a block, to at most `max` bytes, and hands on the last of it.
+    pub fn block<R>(&mut self, packed: &mut Packed<R>, max: u64) -> Result<(), Fault>
+    where
+        R: FnMut(u64, &mut [u8]) -> Result<()>,
+    {
         let max = self.done() + max;
-        let mut rest = block;
+        let room = |done: u64, wanted: usize| match max.checked_sub(done) {
+            Some(room) if room >= wanted as u64 => Ok(()),
+            _ => Err(Fault::Damaged("it unpacks to too much")),
+        };
         loop {
-            rest = self.short_sequences(rest)?;
-            if self.done() > max {
-                return Err(Fault::Damaged("it unpacks to too much"));
+            packed.refill()?;
+            self.short_sequences(packed);
+            let token = packed.byte("it ends within a sequence")?;
+            let mut literals = packed.length(token >> 4)?;
+            room(self.done(), literals)?;
+            while literals > 0 {
+                let bytes = packed.some(literals, "it ends within literals")?;
+                literals -= bytes.len();
+                self.put(bytes)?;
             }
-            let (token, tail) = rest.split_first().ok_or(Fault::Damaged("it ends within a sequence"))?;
-            rest = tail;
-            let literals = length(usize::from(token >> 4), &mut rest)?;
-            let (bytes, tail) =
-                rest.split_at_checked(literals).ok_or(Fault::Damaged("it ends within literals"))?;
-            self.put(bytes)?;
             // A block ends with literals.
-            if tail.is_empty() {
-                return if self.done() > max {
-                    Err(Fault::Damaged("it unpacks to too much"))
-                } else {
-                    Ok(())
-                };
+            if packed.is_empty() {
+                return Ok(self.hand_on(0)?);
             }
-            let (offset, tail) =
-                tail.split_first_chunk::<2>().ok_or(Fault::Damaged("it ends within an offset"))?;
-            rest = tail;
-            let length = length(usize::from(token & 15), &mut rest)? + MIN_MATCH;
-            self.repeat(usize::from(u16::from_le_bytes(*offset)), length)?;
+            let offset = [packed.byte("it ends within an offset")?, packed.byte("it ends within an offset")?];
+            let length = packed.length(token & 15)? + MIN_MATCH;
+            room(self.done(), length)?;
+            self.repeat(usize::from(u16::from_le_bytes(offset)), length)?;
         }
     }
 
-    /// Hands on what is left, after the last block.
-    pub fn finish(mut self) -> Result<(), Fault> {
-        if self.taken < self.end {
-            (self.take)(&self.window[self.taken..self.end])?;
-        }
-        Ok(())
-    }
-
-    /// The common case, nine of ten: few literals, then a short match. Copies of fixed lengths, the excess of
-    /// which is overwritten by what follows. Returns what is left.
-    #[inline]
-    fn short_sequences<'a>(&mut self, mut rest: &'a [u8]) -> Result<&'a [u8], Fault> {
-        // Of known length, so that one comparison serves for all accesses.
-        let Some(window) = self.window.first_chunk_mut::<WINDOW>() else { return Ok(rest) };
-        let (mut end, floor) = (self.end, self.floor);
-        while let Some(head) = rest.first_chunk::<{ 1 + 16 + 2 }>() {
-            let (literals, length) = (usize::from(head[0] >> 4), usize::from(head[0] & 15));
-            if literals == MORE || length == MORE || end >= WINDOW - SLACK {
-                break;
-            }
-            window[end..end + 16].copy_from_slice(&head[1..17]);
-            let Some(offset) = head[1 + literals..].first_chunk() else { break };
-            let offset = usize::from(u16::from_le_bytes(*offset));
+    /// The common case, 97 of 100. Copies of fixed lengths, the excess of which is overwritten by what
+    /// follows.
+    fn short_sequences<R>(&mut self, packed: &mut Packed<R>) {
+        // Of known lengths, so that two comparisons serve for all accesses.
+        let Some(window) = self.window.first_chunk_mut::<WINDOW>() else { return };
+        let Some(input) = packed.buffer.first_chunk::<INPUT>() else { return };
+        let Some(last) = packed.here.end.min(INPUT).checked_sub(LONGER_SEQUENCE) else { return };
+        let (mut at, mut end) = (packed.here.start, self.end);
+        while at <= last && end < LIMIT {
+            let token = input[at];
+            let made = usize::from(SHORT[usize::from(token)]);
+            let literals = usize::from(token >> 4);
+            copy::<16>(input, at + 1, window, end);
+            let offset = offset(input, at + 1 + literals);
             let start = end + literals;
             let Some(from) = start.checked_sub(offset) else { break };
-            if from < floor || offset == 0 {
+            if made != 0 && offset >= SHORT_MATCH {
+                repeat::<16>(window, from, start);
+                repeat::<{ SHORT_MATCH - 16 }>(window, from + 16, start + 16);
+                end += made;
+                at += 3 + literals;
+            } else if made != 0 && offset >= 8 {
+                [0, 8, 16].iter().for_each(|i| repeat::<8>(window, from + i, start + i));
+                end += made;
+                at += 3 + literals;
+            } else if let Some(next) = longer_sequence(input, at, window, end) {
+                (at, end) = next;
+            } else {
                 break;
             }
-            end = start + length + MIN_MATCH;
-            if offset >= SHORT_MATCH {
-                copy::<SHORT_MATCH>(window, from, start);
-            } else if offset >= 8 {
-                [0, 8, 16].iter().for_each(|at| copy::<8>(window, from + at, start + at));
-            } else {
-                (0..length + MIN_MATCH).for_each(|at| window[start + at] = window[from + at]);
-            }
-            rest = &rest[3 + literals..];
         }
         self.end = end;
-        Ok(rest)
+        packed.here.start = at;
     }
 
     /// Appends literals.
-    fn put(&mut self, mut bytes: &[u8]) -> Result<(), Fault> {
+    fn put(&mut self, mut bytes: &[u8]) -> Result<()> {
         while !bytes.is_empty() {
             let room = self.room(bytes.len())?;
             let (now, later) = bytes.split_at(room);
@@ -160,7 +310,7 @@ impl<F: FnMut(&[u8]) -> Result<()>> Unpacker<F> {
 
     /// Appends `length` bytes from `offset` back; they overlap what they make where the offset is shorter.
     fn repeat(&mut self, offset: usize, mut length: usize) -> Result<(), Fault> {
-        if offset == 0 || offset > self.end - self.floor {
+        if offset == 0 || offset > self.end {
             return Err(Fault::Damaged("an offset reaches before its start"));
         }
         while length > 0 {
@@ -181,37 +331,26 @@ impl<F: FnMut(&[u8]) -> Result<()>> Unpacker<F> {
     }
 
     /// How many of `wanted` bytes fit, at least one; hands on a piece to make room.
-    fn room(&mut self, wanted: usize) -> Result<usize, Fault> {
-        let limit = WINDOW - SLACK;
-        if self.end >= limit {
-            (self.take)(&self.window[self.taken..self.end])?;
-            let gone = self.end - HISTORY;
-            for at in (0..HISTORY).step_by(COPY) {
-                self.window.copy_within(gone + at..gone + at + COPY, at);
-            }
-            self.gone += gone as u64;
-            self.end = HISTORY;
-            self.taken = HISTORY;
-            self.floor = self.floor.saturating_sub(gone);
+    fn room(&mut self, wanted: usize) -> Result<usize> {
+        if self.end >= LIMIT {
+            self.hand_on(HISTORY)?;
         }
-        Ok(wanted.min(limit - self.end))
+        Ok(wanted.min(LIMIT - self.end))
     }
-}
 
-/// A token's half, and what follows where that is not all.
-fn length(token: usize, rest: &mut &[u8]) -> Result<usize, Fault> {
-    let mut length = token;
-    if token == MORE {
-        loop {
-            let (byte, tail) = rest.split_first().ok_or(Fault::Damaged("it ends within a length"))?;
-            *rest = tail;
-            length += usize::from(*byte);
-            if *byte != 255 {
-                break;
-            }
+    /// Hands on what is there, and keeps the last `kept` bytes for matches to come.
+    fn hand_on(&mut self, kept: usize) -> Result<()> {
+        if self.taken < self.end {
+            (self.take)(&self.window[self.taken..self.end])?;
         }
+        let gone = self.end - kept;
+        for at in (0..kept).step_by(COPY) {
+            self.window.copy_within(gone + at..gone + at + COPY, at);
+        }
+        self.gone += gone as u64;
+        (self.end, self.taken) = (kept, kept);
+        Ok(())
     }
-    Ok(length)
 }
 
 #[cfg(test)]
@@ -224,9 +363,32 @@ mod tests {
             out.extend_from_slice(piece);
             Ok(())
         });
-        blocks.iter().try_for_each(|block| unpacker.block(block, 1 << 30))?;
-        unpacker.finish()?;
+        let input = blocks.concat();
+        let mut packed = Packed::new(from(&input));
+        let mut at = 0;
+        for block in blocks {
+            packed.begin(at..at + block.len() as u64);
+            unpacker.block(&mut packed, 1 << 30)?;
+            at += block.len() as u64;
+        }
+        assert_eq!(unpacker.done(), out.len() as u64);
         Ok(out)
+    }
+
+    /// Reads from `input`.
+    fn from(input: &[u8]) -> impl FnMut(u64, &mut [u8]) -> Result<()> {
+        |at, buffer| {
+            buffer.copy_from_slice(&input[at as usize..at as usize + buffer.len()]);
+            Ok(())
+        }
+    }
+
+    /// Unpacks a MiB of zeroes to at most `max` bytes, with this taker.
+    fn zeroes(max: u64, take: impl FnMut(&[u8]) -> Result<()>) -> Result<(), Fault> {
+        let block = lz4_flex::block::compress(&vec![0; 1 << 20]);
+        let mut packed = Packed::new(from(&block));
+        packed.begin(0..block.len() as u64);
+        Unpacker::new(take).block(&mut packed, max)
     }
 
     fn random(seed: &mut u64) -> u64 {
@@ -307,16 +469,16 @@ mod tests {
 
     #[test]
     fn a_block_that_grows_past_its_limit_is_an_error() {
-        let packed = lz4_flex::block::compress(&vec![0; 1 << 20]);
-        let mut unpacker = Unpacker::new(|_: &[u8]| Ok(()));
-        unpacker.block(&packed, 1 << 20).unwrap();
-        assert!(matches!(unpacker.block(&packed, (1 << 20) - 1), Err(Fault::Damaged(_))));
+        zeroes(1 << 20, |_| Ok(())).unwrap();
+        assert!(matches!(zeroes((1 << 20) - 1, |_| Ok(())), Err(Fault::Damaged(_))));
     }
 
     #[test]
-    fn an_error_of_the_taker_ends_it() {
-        let packed = lz4_flex::block::compress(&vec![0; 1 << 20]);
-        let mut unpacker = Unpacker::new(|_: &[u8]| Err(Error::new(crate::ErrorKind::Os, "full")));
-        assert!(matches!(unpacker.block(&packed, 1 << 30), Err(Fault::Taker(_))));
+    fn an_error_of_whoever_gives_or_takes_ends_it() {
+        let full = || Err(Error::new(crate::ErrorKind::Os, "full"));
+        assert!(matches!(zeroes(1 << 30, |_| full()), Err(Fault::Caller(_))));
+        let mut packed = Packed::new(|_: u64, _: &mut [u8]| full());
+        packed.begin(0..1);
+        assert!(matches!(Unpacker::new(|_: &[u8]| Ok(())).block(&mut packed, 9), Err(Fault::Caller(_))));
     }
 }

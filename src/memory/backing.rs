@@ -39,8 +39,9 @@ pub(super) fn memfd_region(range: &Range<u64>) -> Result<(GuestRegionMmap, MmapR
 
 /// Makes huge pages of the pieces that lie wholly within `offsets` of the region, before the guest runs.
 ///
-/// A piece must have a page already (else the kernel answers EINVAL), so one is touched. Where the kernel
-/// will not (before Linux 6.1, no free huge page), small pages do.
+/// A piece must have a page already (else the kernel answers EINVAL), so one of each is touched. All in one
+/// call, since each call waits until every processor has given up its cached pages. Where the kernel will
+/// not (before Linux 6.1, no free huge page), small pages do.
 pub(super) fn collapse(region: &GuestRegionMmap, offsets: Range<u64>) {
     let start = offsets.start.next_multiple_of(HUGE);
     let end = offsets.end.min(region.len()) / HUGE * HUGE;
@@ -50,12 +51,10 @@ pub(super) fn collapse(region: &GuestRegionMmap, offsets: Range<u64>) {
         if touched.is_err() {
             return;
         }
-        if let Err(error) = advise(region, piece as usize, HUGE as usize, Advice::Collapse) {
-            log::debug!("no huge page at {piece:#x} of a guest's memory: {error}");
-            // EAGAIN and the like may pass; a kernel that does not know the advice stays ignorant.
-            if error.raw_os_error() == Some(libc::EINVAL) {
-                return;
-            }
-        }
+    }
+    if start < end
+        && let Err(error) = advise(region, start as usize, (end - start) as usize, Advice::Collapse)
+    {
+        log::debug!("not all of {start:#x}-{end:#x} of a guest's memory in huge pages: {error}");
     }
 }

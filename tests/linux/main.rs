@@ -1,10 +1,9 @@
 //! Stock Debian kernels, unmodified, as guests.
 //!
-//! These need a KVM that can run them. Where this machine's cannot, the whole program moves into the lab
+//! These need a KVM that can run them. Where this machine's cannot, the whole program moves into two labs
 //! (`tests/lab/README.md`), says so, and answers with what came of it there; it never passes by skipping.
 //! `cargo test --test linux -- FILTER` works as ever.
 
-use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
@@ -19,21 +18,15 @@ mod many;
 mod net;
 mod time;
 
+/// Says which half of the trials, of two, a process runs: `0` or `1`. Absent where all are wanted.
+const HALF: &str = "VMBED_LINUX_TESTS_HALF";
+const HERE: &str = "VMBED_LINUX_TESTS_HERE";
+
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
-    if !arguments.list && std::env::var_os("VMBED_LINUX_TESTS_HERE").is_none() {
+    if !arguments.list && std::env::var_os(HERE).is_none() {
         assets::prepare();
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let program = std::env::current_exe().expect("this program's own path");
-        let error = Command::new(root.join("tests/lab/here-or-lab"))
-            .env("LAB_OPTIONS", "--memory 9G --timeout 1500")
-            .env("VMBED_LINUX_TESTS_HERE", "1")
-            .arg("env")
-            .arg("VMBED_LINUX_TESTS_HERE=1")
-            .arg(program)
-            .args(std::env::args_os().skip(1))
-            .exec();
-        panic!("tests/lab/here-or-lab cannot be started: {error}");
+        return elsewhere(&arguments);
     }
     let mut trials = Vec::new();
     boot::add(&mut trials);
@@ -42,8 +35,46 @@ fn main() -> ExitCode {
     net::add(&mut trials);
     time::add(&mut trials);
     many::add(&mut trials);
-    let arguments = Arguments { test_threads: arguments.test_threads.or(Some(2)), ..arguments };
+    if let Some(half) = std::env::var(HALF).ok().and_then(|h| h.parse::<usize>().ok()) {
+        let mut index = half;
+        trials.retain(|_| {
+            index += 1;
+            index % 2 == 1
+        });
+    }
+    let arguments = Arguments { test_threads: arguments.test_threads.or(Some(1)), ..arguments };
     libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// Runs this program again where stock kernels boot: all at once on this machine, or half of the trials in
+/// each of two labs, which have one CPU each.
+fn elsewhere(arguments: &Arguments) -> ExitCode {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let place =
+        Command::new(root.join("tests/lab/place")).output().expect("tests/lab/place cannot be started");
+    eprint!("{}", String::from_utf8_lossy(&place.stderr));
+    let halves: &[&str] = match &place.stdout[..] {
+        b"lab\n" if arguments.filter.is_none() => &["0", "1"],
+        _ => &[""],
+    };
+    let started: Vec<_> = halves.iter().map(|half| start(root, half)).collect();
+    let mut failed = false;
+    for mut child in started {
+        let status = child.wait().expect("waiting for what was started");
+        failed |= !status.success();
+    }
+    if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+fn start(root: &Path, half: &str) -> std::process::Child {
+    let program = std::env::current_exe().expect("this program's own path");
+    Command::new(root.join("tests/lab/here-or-lab"))
+        .env("LAB_OPTIONS", "--memory 9G --timeout 1500")
+        .args(["env", &format!("{HERE}=1"), &format!("{HALF}={half}")])
+        .arg(program)
+        .args(std::env::args_os().skip(1))
+        .spawn()
+        .expect("tests/lab/here-or-lab cannot be started")
 }
 
 /// A trial by the name of its function's module and what it shows.
