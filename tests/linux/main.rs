@@ -4,8 +4,9 @@
 //! (`tests/lab/README.md`), says so, and answers with what came of it there; it never passes by skipping.
 //! `cargo test --test linux -- FILTER` works as ever.
 
+use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::{Child, Command, ExitCode, Stdio};
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -58,21 +59,27 @@ fn elsewhere(arguments: &Arguments) -> ExitCode {
         _ => &[""],
     };
     let started: Vec<_> = halves.iter().map(|half| start(root, half)).collect();
-    let mut failed = false;
-    for mut child in started {
-        let status = child.wait().expect("waiting for what was started");
-        failed |= !status.success();
-    }
-    if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+    let ended: Vec<_> = started.into_iter().map(|child| std::thread::spawn(|| succeeds(child))).collect();
+    // All of them, also after one has failed.
+    let failed = ended.into_iter().map(|e| e.join().unwrap()).filter(|ok| !ok).count();
+    if failed > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
-fn start(root: &Path, half: &str) -> std::process::Child {
+/// Passes on what a half says, in whole lines, and waits for its end.
+fn succeeds(mut half: Child) -> bool {
+    let lines = BufReader::new(half.stdout.take().expect("it is piped")).lines();
+    lines.map_while(Result::ok).for_each(|line| println!("{line}"));
+    half.wait().expect("waiting for what was started").success()
+}
+
+fn start(root: &Path, half: &str) -> Child {
     let program = std::env::current_exe().expect("this program's own path");
     Command::new(root.join("tests/lab/here-or-lab"))
         .env("LAB_OPTIONS", "--memory 9G --timeout 1500")
         .args(["env", &format!("{HERE}=1"), &format!("{HALF}={half}")])
         .arg(program)
         .args(std::env::args_os().skip(1))
+        .stdout(Stdio::piped())
         .spawn()
         .expect("tests/lab/here-or-lab cannot be started")
 }
