@@ -12,6 +12,29 @@ setup: ## install what tests and demo need (apt-get), as far as it is missing
 build: ## build the library
 	cargo build --release
 
+header: ## make include/vmbed.h anew from src/capi
+	VMBED_UPDATE_HEADER=1 cargo test --quiet --test header the_header_is_up_to_date
+
+PREFIX ?= /usr/local
+# Where the libraries were built: `make install PROFILE=debug` installs what `cargo build` made, for tests.
+PROFILE ?= release
+version := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+built := $(or $(CARGO_TARGET_DIR),target)/$(PROFILE)
+stage := $(DESTDIR)$(PREFIX)
+
+install: ## header, libvmbed.so, libvmbed.a and vmbed.pc into $(DESTDIR)$(PREFIX)
+ifeq ($(PROFILE),release)
+	cargo rustc --release --lib --crate-type staticlib
+	cargo rustc --release --lib --crate-type cdylib
+endif
+	install -d "$(stage)/include" "$(stage)/lib/pkgconfig"
+	install -m 644 include/vmbed.h "$(stage)/include/vmbed.h"
+	install -m 755 $(if $(filter release,$(PROFILE)),-s) "$(built)/libvmbed.so" "$(stage)/lib/libvmbed.so.$(version)"
+	ln -sf libvmbed.so.$(version) "$(stage)/lib/libvmbed.so.0"
+	ln -sf libvmbed.so.0 "$(stage)/lib/libvmbed.so"
+	install -m 644 "$(built)/libvmbed.a" "$(stage)/lib/libvmbed.a"
+	sed 's|@PREFIX@|$(PREFIX)|; s|@VERSION@|$(version)|' vmbed.pc.in >"$(stage)/lib/pkgconfig/vmbed.pc"
+
 demo: ## boot a stock Debian with disk and network, and show what it does
 	tests/demo/run
 
@@ -39,4 +62,4 @@ bench: setup ## measure, print each figure with its limit, fail beyond one
 	cargo bench --features internals
 	benches/figures/run
 
-.PHONY: help setup build demo lab lint test test-all bench
+.PHONY: help setup build header install demo lab lint test test-all bench

@@ -31,6 +31,7 @@
 //! vcpu  boot                                                 the run loop; what runs first
 //! vm                                                         one machine: its parts and its life
 //! host                                                       /dev/kvm and the VMs made from it
+//! capi                                                       the same for C: include/vmbed.h
 //! internals                                                  the project's own tests; behind a feature
 //! ```
 // Product code neither panics nor prints. Tests, benches and examples may.
@@ -52,6 +53,8 @@ mod block;
 mod boot;
 mod budget;
 mod bus;
+#[allow(dead_code, reason = "C calls it, by name")]
+mod capi;
 mod config;
 mod console;
 mod error;

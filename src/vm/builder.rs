@@ -111,8 +111,41 @@ impl VmBuilder {
         len: u16,
         device: Arc<dyn Device>,
     ) -> Self {
-        self.pio.push(Attached { name: name.into(), base: port.into(), len: len.into(), device });
+        self.add_pio(name.into(), port, len, device);
         self
+    }
+
+    /// What the chained methods do, for those who hold the builder by reference.
+    pub(crate) fn add_pio(&mut self, name: String, port: u16, len: u16, device: Arc<dyn Device>) {
+        self.pio.push(Attached { name, base: port.into(), len: len.into(), device });
+    }
+
+    pub(crate) fn add_mmio(&mut self, name: String, address: u64, len: u64, device: Arc<dyn Device>) {
+        self.mmio.push(Attached { name, base: address, len, device });
+    }
+
+    pub(crate) fn set_events(&mut self, stream: &EventStream) {
+        self.events = Some(stream.clone());
+    }
+
+    pub(crate) fn set_console_output(&mut self, fd: impl AsFd) -> Result<()> {
+        let fd = sys::fd::duplicate(fd).map_err(|e| Error::os("duplicating the console's output fd", e))?;
+        self.wiring.output = Some(Output::Fd(fd));
+        Ok(())
+    }
+
+    pub(crate) fn set_console_callback(&mut self, callback: impl FnMut(&[u8]) + Send + 'static) {
+        self.wiring.output = Some(Output::Callback(Box::new(callback)));
+    }
+
+    pub(crate) fn set_console_input(&mut self, fd: impl AsFd) -> Result<()> {
+        let fd = sys::fd::duplicate(fd).map_err(|e| Error::os("duplicating the console's input fd", e))?;
+        self.wiring.input = Some(fd);
+        Ok(())
+    }
+
+    pub(crate) fn set_thread_hook(&mut self, hook: impl Fn(&ThreadInfo) + Send + Sync + 'static) {
+        self.hook = Some(Arc::new(hook));
     }
 
     /// Attaches a device of your own to `len` bytes of guest-physical addresses from `address`, where
@@ -127,13 +160,13 @@ impl VmBuilder {
         len: u64,
         device: Arc<dyn Device>,
     ) -> Self {
-        self.mmio.push(Attached { name: name.into(), base: address, len, device });
+        self.add_mmio(name.into(), address, len, device);
         self
     }
 
     /// Sends this VM's events to a stream that it may share with others, instead of one of its own.
     pub fn events(mut self, stream: &EventStream) -> Self {
-        self.events = Some(stream.clone());
+        self.set_events(stream);
         self
     }
 
@@ -143,15 +176,14 @@ impl VmBuilder {
     /// # Errors
     /// `Exhausted` when the process has no file descriptor left.
     pub fn console_output(mut self, fd: impl AsFd) -> Result<Self> {
-        let fd = sys::fd::duplicate(fd).map_err(|e| Error::os("duplicating the console's output fd", e))?;
-        self.wiring.output = Some(Output::Fd(fd));
+        self.set_console_output(fd)?;
         Ok(self)
     }
 
     /// Hands the guest's console output to `callback` instead, on a device thread of the VM's. It must not
     /// wait for this VM; a panic in it stops the VM.
     pub fn console_callback(mut self, callback: impl FnMut(&[u8]) + Send + 'static) -> Self {
-        self.wiring.output = Some(Output::Callback(Box::new(callback)));
+        self.set_console_callback(callback);
         self
     }
 
@@ -161,15 +193,14 @@ impl VmBuilder {
     /// # Errors
     /// `Exhausted` when the process has no file descriptor left.
     pub fn console_input(mut self, fd: impl AsFd) -> Result<Self> {
-        let fd = sys::fd::duplicate(fd).map_err(|e| Error::os("duplicating the console's input fd", e))?;
-        self.wiring.input = Some(fd);
+        self.set_console_input(fd)?;
         Ok(self)
     }
 
     /// Calls `hook` on each thread of the library before it does anything else: the place to set its
     /// affinity, cgroup or scheduler. A panic in it ends that VM.
     pub fn on_thread_start(mut self, hook: impl Fn(&ThreadInfo) + Send + Sync + 'static) -> Self {
-        self.hook = Some(Arc::new(hook));
+        self.set_thread_hook(hook);
         self
     }
 

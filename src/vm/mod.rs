@@ -192,8 +192,14 @@ impl Vm {
     }
 }
 
-impl Drop for Vm {
-    fn drop(&mut self) {
+impl Vm {
+    /// Whether this thread is one of the VM's own, in a callback.
+    pub(crate) fn is_own_thread(&self) -> bool {
+        self.machine.is_own_thread()
+    }
+
+    /// Ends everything but what a call in progress holds, as dropping does.
+    pub(crate) fn end(&self) {
         let machine = &self.machine;
         machine.request_stop();
         if !machine.is_own_thread() {
@@ -206,6 +212,12 @@ impl Drop for Vm {
         if let Err(error) = reaper {
             log::error!("no thread to end a VM that was dropped in its own callback: {error}");
         }
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

@@ -1,0 +1,51 @@
+//! The library itself: its version, and what it can do.
+
+use std::ffi::{CStr, c_char};
+
+use super::arguments::bytes;
+use super::answer;
+
+/// The header's version: major, minor and patch. A library of the same major (while that is 0: minor) version
+/// does all that it says.
+pub const VMBED_VERSION_MAJOR: u32 = 0;
+/// See VMBED_VERSION_MAJOR.
+pub const VMBED_VERSION_MINOR: u32 = 1;
+/// See VMBED_VERSION_MAJOR.
+pub const VMBED_VERSION_PATCH: u32 = 0;
+
+/// What this library can do. Names stay; a missing one means that the calls for it answer VMBED_ERR_UNSUPPORTED.
+const FEATURES: [&CStr; 7] =
+    [c"linux", c"bare", c"blk-raw", c"net-tap", c"rng", c"console-serial", c"console-virtio"];
+
+/// The library's version, `major << 16 | minor << 8 | patch`.
+#[unsafe(no_mangle)]
+pub extern "C" fn vmbed_version() -> u32 {
+    VMBED_VERSION_MAJOR << 16 | VMBED_VERSION_MINOR << 8 | VMBED_VERSION_PATCH
+}
+
+/// The `index`th thing that this library can do, from 0: `linux`, `bare`, `blk-raw`, `net-tap`, ... NULL past the
+/// last. Static.
+#[unsafe(no_mangle)]
+pub extern "C" fn vmbed_feature(index: usize) -> *const c_char {
+    FEATURES.get(index).map_or(std::ptr::null(), |name| name.as_ptr())
+}
+
+/// Whether vmbed_feature() lists `name`. Not for NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_has_feature(name: *const c_char) -> bool {
+    answer(false, || bytes(name, "name").is_ok_and(|name| FEATURES.iter().any(|f| f.to_bytes() == name)))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_version_is_the_package_s() {
+        let text = format!(
+            "{}.{}.{}",
+            super::VMBED_VERSION_MAJOR,
+            super::VMBED_VERSION_MINOR,
+            super::VMBED_VERSION_PATCH
+        );
+        assert_eq!(text, env!("CARGO_PKG_VERSION"));
+    }
+}

@@ -1,0 +1,532 @@
+/*
+ * Cases of the C API that need no stock kernel. `api` runs all, `api --list` names them, `api NAME` runs one.
+ * The same names are in tests/c.rs.
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+#include <vmbed.h>
+
+#define CHECK(condition)                                                                       \
+    do {                                                                                       \
+        if (!(condition)) {                                                                    \
+            fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition);            \
+            abort();                                                                           \
+        }                                                                                      \
+    } while (0)
+
+/* The call works. */
+#define OK(call)                                                                               \
+    do {                                                                                       \
+        vmbed_error *error = (vmbed_error *)-1;                                                \
+        int32_t status_ = (call);                                                              \
+        if (status_ != VMBED_OK) {                                                             \
+            fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, vmbed_error_message(error)); \
+            abort();                                                                           \
+        }                                                                                      \
+        CHECK(error == NULL);                                                                  \
+    } while (0)
+
+/* The call fails with this status, and its error says `text`. */
+#define FAILS(status, text, call)                                                              \
+    do {                                                                                       \
+        vmbed_error *error = NULL;                                                             \
+        CHECK((call) == (status));                                                             \
+        CHECK(error && vmbed_error_status(error) == (status));                                 \
+        if (!strstr(vmbed_error_message(error), text)) {                                       \
+            fprintf(stderr, "%s:%d: '%s' is not in: %s\n", __FILE__, __LINE__, text, vmbed_error_message(error)); \
+            abort();                                                                           \
+        }                                                                                      \
+        vmbed_error_free(error);                                                               \
+    } while (0)
+
+/* A VM from nothing, with one device at port 0x10. */
+struct guest {
+    vmbed_host *host;
+    vmbed_config *config;
+    vmbed_builder *builder;
+    vmbed_vm *vm;
+};
+
+struct port {
+    atomic_int reads, writes, destroyed;
+    uint8_t last;
+    int32_t answer;
+    vmbed_vm *stop, *free;
+};
+
+static int32_t port_read(void *user, uint32_t vcpu, uint64_t offset, uint8_t *data, size_t length)
+{
+    struct port *port = user;
+    CHECK(vcpu == 0 && offset < 8 && length >= 1 && length <= 4 && data[0] == 0xff);
+    memset(data, 0x5a, length);
+    port->reads++;
+    return port->answer;
+}
+
+static int32_t port_write(void *user, uint32_t vcpu, uint64_t offset, const uint8_t *data, size_t length)
+{
+    struct port *port = user;
+    CHECK(vcpu == 0 && offset < 8 && length >= 1 && length <= 4);
+    port->last = data[0];
+    port->writes++;
+    if (port->stop)
+        vmbed_vm_request_stop(port->stop, NULL);
+    if (port->free) {
+        int32_t cause;
+        FAILS(VMBED_ERR_INVALID_STATE, "callback", vmbed_vm_wait(port->free, -1, &cause, &error));
+        vmbed_vm_free(port->free);
+    }
+    return port->answer;
+}
+
+static void port_destroy(void *user)
+{
+    ((struct port *)user)->destroyed++;
+}
+
+static const vmbed_device_ops port_ops = {sizeof port_ops, port_read, port_write, port_destroy};
+
+static struct guest make(const uint8_t *code, size_t length, struct port *port)
+{
+    struct guest g = {0};
+    OK(vmbed_host_open(NULL, &g.host, &error));
+    OK(vmbed_config_new_bare(VMBED_MODE_REAL, 0x1000, code, length, &g.config, &error));
+    OK(vmbed_builder_new(g.host, g.config, &g.builder, &error));
+    if (port)
+        OK(vmbed_builder_add_pio(g.builder, "port", 0x10, 8, &port_ops, port, &error));
+    OK(vmbed_builder_build(g.builder, &g.vm, &error));
+    return g;
+}
+
+static void drop(struct guest *g)
+{
+    vmbed_host_free(g->host);
+    vmbed_builder_free(g->builder);
+    vmbed_vm_free(g->vm);
+    vmbed_config_free(g->config);
+}
+
+/* in al, 0x10; out 0x11, al; hlt */
+static const uint8_t talks[] = {0xe4, 0x10, 0xe6, 0x11, 0xf4};
+/* cli; jmp $ */
+static const uint8_t spins[] = {0xfa, 0xeb, 0xfe};
+/* out 0x10, al; jmp $-2 */
+static const uint8_t writes[] = {0xe6, 0x10, 0xeb, 0xfc};
+
+static int32_t next_cause(const vmbed_events *events)
+{
+    for (;;) {
+        vmbed_event *event;
+        OK(vmbed_events_next(events, 60000, &event, &error));
+        CHECK(event);
+        int32_t cause = vmbed_event_cause(event);
+        vmbed_event_free(event);
+        if (cause != VMBED_CAUSE_NONE)
+            return cause;
+    }
+}
+
+static void guest_and_device(void)
+{
+    struct port port = {0};
+    struct guest g = make(talks, sizeof talks, &port);
+    int32_t cause;
+    CHECK(vmbed_vm_state(g.vm) == VMBED_STATE_BUILT && vmbed_vm_id(g.vm) > 0);
+    CHECK(vmbed_vm_memory_size(g.vm) == 2 << 20);
+    FAILS(VMBED_ERR_TIMED_OUT, "10 ms", vmbed_vm_wait(g.vm, 10, &cause, &error));
+    OK(vmbed_vm_start(g.vm, &error));
+    OK(vmbed_vm_wait(g.vm, 60000, &cause, &error));
+    CHECK(cause == VMBED_CAUSE_GUEST_HALT && vmbed_vm_state(g.vm) == VMBED_STATE_STOPPED);
+    CHECK(port.reads == 1 && port.writes == 1 && port.last == 0x5a && port.destroyed == 0);
+    FAILS(VMBED_ERR_INVALID_STATE, "ended", vmbed_vm_start(g.vm, &error));
+    drop(&g);
+    CHECK(port.destroyed == 1);
+}
+
+static void events_in_order(void)
+{
+    struct guest g = make(spins, sizeof spins, NULL);
+    vmbed_events *events;
+    int32_t cause, kinds[] = {VMBED_EVENT_STARTED, VMBED_EVENT_PAUSED, VMBED_EVENT_RESUMED, VMBED_EVENT_STOPPED};
+    uint64_t id = vmbed_vm_id(g.vm);
+    OK(vmbed_vm_events(g.vm, &events, &error));
+    struct pollfd fd = {vmbed_events_fd(events), POLLIN, 0};
+    CHECK(fd.fd >= 0 && poll(&fd, 1, 0) == 0);
+    OK(vmbed_vm_start(g.vm, &error));
+    OK(vmbed_vm_pause(g.vm, &error));
+    FAILS(VMBED_ERR_INVALID_STATE, "running", vmbed_vm_pause(g.vm, &error));
+    OK(vmbed_vm_resume(g.vm, &error));
+    OK(vmbed_vm_stop(g.vm, &cause, &error));
+    CHECK(cause == VMBED_CAUSE_HOST_STOP && poll(&fd, 1, 0) == 1);
+    drop(&g); /* the stream outlives its VM */
+    for (uint64_t i = 0; i < 4; i++) {
+        vmbed_event *event;
+        OK(vmbed_events_next(events, 0, &event, &error));
+        CHECK(vmbed_event_kind(event) == kinds[i] && vmbed_event_seq(event) == i && vmbed_event_vm_id(event) == id);
+        CHECK(vmbed_event_count(event) == 1 && vmbed_event_time(event) > 1600000000ull * 1000000000);
+        CHECK(!vmbed_event_device(event) && !vmbed_event_errno(event) && !vmbed_event_offset(event));
+        CHECK(i < 3 || !strcmp(vmbed_event_text(event), "stopped by the host"));
+        vmbed_event_free(event);
+    }
+    vmbed_event *none = (vmbed_event *)-1;
+    OK(vmbed_events_next(events, 0, &none, &error));
+    CHECK(none == NULL && poll(&fd, 1, 0) == 0);
+    vmbed_events_free(events);
+}
+
+static void registers_and_memory(void)
+{
+    struct guest g = make(spins, sizeof spins, NULL);
+    vmbed_registers r = {.size = sizeof r};
+    uint8_t bytes[sizeof spins], past[4];
+    OK(vmbed_vm_get_registers(g.vm, 0, &r, &error));
+    CHECK(r.rip == 0x1000 && r.size == sizeof r);
+    r.rbx = 0x1234;
+    OK(vmbed_vm_set_registers(g.vm, 0, &r, &error));
+    memset(&r, 0, sizeof r), r.size = sizeof r;
+    OK(vmbed_vm_get_registers(g.vm, 0, &r, &error));
+    CHECK(r.rbx == 0x1234);
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "no vCPU 1", vmbed_vm_get_registers(g.vm, 1, &r, &error));
+    OK(vmbed_vm_read_memory(g.vm, 0x1000, bytes, sizeof bytes, &error));
+    CHECK(!memcmp(bytes, spins, sizeof spins));
+    OK(vmbed_vm_write_memory(g.vm, 0x2000, talks, sizeof talks, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "", vmbed_vm_read_memory(g.vm, (2 << 20) - 3, past, 4, &error));
+    OK(vmbed_vm_read_memory(g.vm, 0, NULL, 0, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "data is NULL", vmbed_vm_read_memory(g.vm, 0, NULL, 1, &error));
+    OK(vmbed_vm_start(g.vm, &error));
+    FAILS(VMBED_ERR_INVALID_STATE, "pause", vmbed_vm_get_registers(g.vm, 0, &r, &error));
+    drop(&g);
+}
+
+static void structure_sizes(void)
+{
+    struct guest g = make(spins, sizeof spins, NULL);
+    struct {
+        vmbed_registers r;
+        uint64_t later;
+    } big = {.r = {.size = sizeof big}, .later = 7};
+    OK(vmbed_vm_get_registers(g.vm, 0, &big.r, &error));
+    CHECK(big.later == 0 && big.r.rip == 0x1000 && big.r.size == sizeof big);
+    OK(vmbed_vm_set_registers(g.vm, 0, &big.r, &error));
+    big.later = 1;
+    FAILS(VMBED_ERR_UNSUPPORTED, "does not know", vmbed_vm_set_registers(g.vm, 0, &big.r, &error));
+    for (size_t size = 0; size < sizeof big.r; size++) {
+        big.r.size = size;
+        FAILS(VMBED_ERR_INVALID_ARGUMENT, "its size is", vmbed_vm_set_registers(g.vm, 0, &big.r, &error));
+    }
+    vmbed_usage usage = {.size = sizeof usage};
+    OK(vmbed_host_usage(g.host, &usage, &error));
+    CHECK(usage.memory == 2 << 20 && usage.vcpus == 1 && usage.vcpu_capacity == UINT64_MAX && usage.memory_capacity);
+    drop(&g);
+}
+
+static void every_bad_field_at_once(void)
+{
+    vmbed_config *config;
+    vmbed_error *error = NULL;
+    OK(vmbed_config_new_linux("/nonexistent", &config, &error));
+    OK(vmbed_config_set_memory(config, 12345, &error));
+    OK(vmbed_config_set_cpus(config, 0, 1, 1, &error));
+    CHECK(vmbed_config_validate(config, &error) == VMBED_ERR_INVALID_ARGUMENT);
+    int memory = 0, count = 0;
+    for (size_t i = 0; vmbed_error_field(error, i); i++) {
+        memory += !strcmp(vmbed_error_field(error, i), "memory");
+        count += !strcmp(vmbed_error_field(error, i), "cpus.count");
+        CHECK(vmbed_error_problem(error, i)[0] && vmbed_error_remedy(error, i));
+    }
+    CHECK(memory == 1 && count == 1 && !vmbed_error_source(error, 99) && !vmbed_error_problem(error, 99));
+    vmbed_error_free(error);
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "not one of", vmbed_config_set_console(config, 7, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "bare guests", vmbed_config_set_stack(config, 1, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "UTF-8", vmbed_config_set_name(config, "\xff", &error));
+    vmbed_config_free(config);
+    vmbed_host *host;
+    vmbed_host_options nowhere = {.size = sizeof nowhere, .kvm = "/nonexistent/kvm"};
+    FAILS(VMBED_ERR_NOT_FOUND, "/nonexistent/kvm", vmbed_host_open(&nowhere, &host, &error));
+    vmbed_host_options never = {.size = sizeof never, .memory_ratio = -1};
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "memory_ratio", vmbed_host_open(&never, &host, &error));
+}
+
+static void data_are_destroyed_once(void)
+{
+    struct port port = {0};
+    struct guest g = make(talks, sizeof talks, NULL);
+    /* The builder has built: the device's data end at once. */
+    FAILS(VMBED_ERR_INVALID_STATE, "has built", vmbed_builder_add_pio(g.builder, "p", 1, 1, &port_ops, &port, &error));
+    CHECK(port.destroyed == 1);
+    vmbed_builder *builder;
+    OK(vmbed_builder_new(g.host, g.config, &builder, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "name is NULL",
+          vmbed_builder_add_pio(builder, NULL, 1, 1, &port_ops, &port, &error));
+    CHECK(port.destroyed == 2);
+    const vmbed_device_ops half = {sizeof half, port_read, NULL, port_destroy};
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "write is NULL",
+          vmbed_builder_add_pio(builder, "p", 1, 1, &half, &port, &error));
+    CHECK(port.destroyed == 3);
+    /* One whose place is taken makes the build fail, which ends both. */
+    OK(vmbed_builder_add_pio(builder, "one", 0x20, 8, &port_ops, &port, &error));
+    OK(vmbed_builder_add_pio(builder, "two", 0x27, 1, &port_ops, &port, &error));
+    CHECK(port.destroyed == 3);
+    vmbed_vm *vm;
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "overlaps", vmbed_builder_build(builder, &vm, &error));
+    CHECK(port.destroyed == 5);
+    FAILS(VMBED_ERR_INVALID_STATE, "has built", vmbed_builder_build(builder, &vm, &error));
+    vmbed_builder_free(builder);
+    drop(&g);
+}
+
+static void a_device_that_fails_is_the_cause(void)
+{
+    struct port port = {.answer = VMBED_ERR_BUSY};
+    struct guest g = make(writes, sizeof writes, &port);
+    vmbed_events *events;
+    OK(vmbed_vm_events(g.vm, &events, &error));
+    OK(vmbed_vm_start(g.vm, &error));
+    for (vmbed_event *event;; vmbed_event_free(event)) {
+        OK(vmbed_events_next(events, 60000, &event, &error));
+        CHECK(event);
+        if (vmbed_event_kind(event) != VMBED_EVENT_STOPPED)
+            continue;
+        CHECK(vmbed_event_cause(event) == VMBED_CAUSE_DEVICE_FAULT && !strcmp(vmbed_event_device(event), "port"));
+        CHECK(strstr(vmbed_event_text(event), "-5"));
+        vmbed_event_free(event);
+        break;
+    }
+    vmbed_events_free(events);
+    drop(&g);
+    CHECK(port.destroyed == 1 && port.writes == 1);
+}
+
+static void a_callback_stops_its_vm(void)
+{
+    struct port port = {0};
+    struct guest g = make(writes, sizeof writes, &port);
+    int32_t cause;
+    port.stop = g.vm;
+    OK(vmbed_vm_start(g.vm, &error));
+    OK(vmbed_vm_wait(g.vm, 60000, &cause, &error));
+    CHECK(cause == VMBED_CAUSE_HOST_STOP);
+    drop(&g);
+}
+
+static void a_callback_frees_its_vm(void)
+{
+    struct port port = {0};
+    struct guest g = make(writes, sizeof writes, &port);
+    vmbed_events *events;
+    OK(vmbed_vm_events(g.vm, &events, &error));
+    port.free = g.vm;
+    OK(vmbed_vm_start(g.vm, &error));
+    CHECK(next_cause(events) == VMBED_CAUSE_HOST_STOP);
+    for (int i = 0; i < 60000 && !port.destroyed; i++)
+        usleep(1000);
+    CHECK(port.destroyed == 1 && port.writes == 1);
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "was freed", vmbed_vm_start(g.vm, &error));
+    vmbed_events_free(events);
+    drop(&g); /* a second time: a no-op */
+}
+
+static void *waits(void *vm)
+{
+    int32_t cause = -1, status = vmbed_vm_wait(vm, -1, &cause, NULL);
+    CHECK(status == VMBED_OK ? cause == VMBED_CAUSE_HOST_STOP : status == VMBED_ERR_INVALID_ARGUMENT);
+    return NULL;
+}
+
+static void *pauses(void *vm)
+{
+    for (int i = 0; i < 20; i++)
+        vmbed_vm_pause(vm, NULL), vmbed_vm_resume(vm, NULL);
+    return NULL;
+}
+
+static void free_races_with_everything(void)
+{
+    for (int round = 0; round < 30; round++) {
+        struct port port = {0};
+        struct guest g = make(writes, sizeof writes, &port);
+        pthread_t threads[4];
+        OK(vmbed_vm_start(g.vm, &error));
+        for (int i = 0; i < 4; i++)
+            CHECK(!pthread_create(&threads[i], NULL, i % 2 ? waits : pauses, g.vm));
+        usleep(round * 200);
+        vmbed_vm_free(g.vm);
+        CHECK(port.destroyed == 1);
+        for (int i = 0; i < 4; i++)
+            pthread_join(threads[i], NULL);
+        drop(&g);
+    }
+}
+
+static int console_bytes;
+
+static void console_ended(void *user)
+{
+    *(int *)user = 1;
+}
+
+static void console_takes(void *user, const uint8_t *data, size_t length)
+{
+    (void)user, (void)data;
+    console_bytes += (int)length;
+}
+
+static void callbacks_that_are_missing(void)
+{
+    struct guest g = make(talks, sizeof talks, NULL);
+    vmbed_builder *builder;
+    int ended = 0;
+    OK(vmbed_builder_new(g.host, g.config, &builder, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "function is NULL",
+          vmbed_builder_console_callback(builder, NULL, &ended, console_ended, &error));
+    CHECK(ended == 1);
+    ended = 0;
+    OK(vmbed_builder_console_callback(builder, console_takes, &ended, console_ended, &error));
+    CHECK(ended == 0);
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "no open file", vmbed_builder_console_output(builder, 9999, &error));
+    vmbed_builder_free(builder);
+    CHECK(ended == 1);
+    drop(&g);
+}
+
+static atomic_int lines, logs_ended;
+
+static void log_line(void *user, int32_t level, const char *target, const char *message)
+{
+    CHECK(user == &lines && level >= VMBED_LOG_ERROR && target[0] && message);
+    lines++;
+}
+
+static void log_end(void *user)
+{
+    CHECK(user == &lines);
+    logs_ended++;
+}
+
+static void log_lines_go_where_they_are_wanted(void)
+{
+    OK(vmbed_log_set(VMBED_LOG_TRACE, log_line, &lines, log_end, &error));
+    struct guest g = make(spins, sizeof spins, NULL);
+    OK(vmbed_vm_start(g.vm, &error));
+    drop(&g);
+    CHECK(lines > 0 && logs_ended == 0);
+    OK(vmbed_log_set(VMBED_LOG_OFF, NULL, NULL, NULL, &error));
+    CHECK(logs_ended == 1);
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "not one of", vmbed_log_set(99, log_line, &lines, log_end, &error));
+    CHECK(logs_ended == 2);
+}
+
+static void version_and_features(void)
+{
+    CHECK(vmbed_version() == (VMBED_VERSION_MAJOR << 16 | VMBED_VERSION_MINOR << 8 | VMBED_VERSION_PATCH));
+    size_t count = 0;
+    for (; vmbed_feature(count); count++)
+        CHECK(vmbed_has_feature(vmbed_feature(count)));
+    CHECK(count > 0 && vmbed_has_feature("bare") && !vmbed_has_feature("time-travel") && !vmbed_has_feature(NULL));
+    vmbed_probe *probe;
+    OK(vmbed_probe_new(NULL, &probe, &error));
+    CHECK(vmbed_probe_is_usable(probe) && vmbed_probe_what(probe, 0) && !vmbed_probe_problem(probe, 0));
+    vmbed_probe_free(probe);
+    OK(vmbed_probe_new("/nonexistent/kvm", &probe, &error));
+    CHECK(!vmbed_probe_is_usable(probe) && vmbed_probe_problem(probe, 0) && vmbed_probe_remedy(probe, 0)[0]);
+    vmbed_probe_free(probe);
+}
+
+static size_t entries(const char *path)
+{
+    DIR *directory = opendir(path);
+    size_t count = 0;
+    while (readdir(directory))
+        count++;
+    closedir(directory);
+    return count;
+}
+
+static size_t count_lines(const char *path)
+{
+    FILE *file = fopen(path, "r");
+    size_t count = 0;
+    for (int c; (c = getc(file)) != EOF;)
+        count += c == '\n';
+    fclose(file);
+    return count;
+}
+
+static size_t resident(void)
+{
+    size_t size = 0, pages = 0;
+    FILE *file = fopen("/proc/self/statm", "r");
+    CHECK(fscanf(file, "%zu %zu", &size, &pages) == 2);
+    fclose(file);
+    return pages * 4096;
+}
+
+static void cycle(void)
+{
+    struct port port = {0};
+    struct guest g = make(writes, sizeof writes, &port);
+    int32_t cause;
+    OK(vmbed_vm_start(g.vm, &error));
+    OK(vmbed_vm_stop(g.vm, &cause, &error));
+    drop(&g);
+}
+
+static void cycles_leave_nothing(void)
+{
+    const char *rounds = getenv("VMBED_CYCLES");
+    for (int i = 0; i < 50; i++)
+        cycle();
+    size_t fds = entries("/proc/self/fd"), tasks = entries("/proc/self/task");
+    size_t maps = count_lines("/proc/self/maps"), memory = resident();
+    for (int i = 0; i < (rounds ? atoi(rounds) : 1000); i++)
+        cycle();
+    CHECK(entries("/proc/self/fd") == fds && entries("/proc/self/task") == tasks);
+    CHECK(count_lines("/proc/self/maps") <= maps);
+    CHECK(resident() <= memory + (256 << 10));
+}
+
+static const struct {
+    const char *name;
+    void (*run)(void);
+} cases[] = {
+#define CASE(name) {#name, name}
+    CASE(guest_and_device),
+    CASE(events_in_order),
+    CASE(registers_and_memory),
+    CASE(structure_sizes),
+    CASE(every_bad_field_at_once),
+    CASE(data_are_destroyed_once),
+    CASE(a_device_that_fails_is_the_cause),
+    CASE(a_callback_stops_its_vm),
+    CASE(a_callback_frees_its_vm),
+    CASE(free_races_with_everything),
+    CASE(callbacks_that_are_missing),
+    CASE(log_lines_go_where_they_are_wanted),
+    CASE(version_and_features),
+    CASE(cycles_leave_nothing),
+};
+
+int main(int argc, char **argv)
+{
+    alarm(300); /* nothing here takes longer: better dead than hanging */
+    int found = 0;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        if (argc > 1 && !strcmp(argv[1], "--list")) {
+            puts(cases[i].name);
+            found = 1;
+        } else if (argc < 2 || !strcmp(argv[1], cases[i].name)) {
+            cases[i].run();
+            printf("ok %s\n", cases[i].name);
+            fflush(stdout);
+            found = 1;
+        }
+    }
+    return !found;
+}
