@@ -16,7 +16,7 @@ header: ## make include/vmbed.h anew from src/capi
 	VMBED_UPDATE_HEADER=1 cargo test --quiet --test header the_header_is_up_to_date
 
 PREFIX ?= /usr/local
-# Where the libraries were built: `make install PROFILE=debug` installs what `cargo build` made, for tests.
+# `make install PROFILE=debug` is for tests.
 PROFILE ?= release
 version := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 built := $(or $(CARGO_TARGET_DIR),target)/$(PROFILE)
@@ -26,6 +26,8 @@ install: ## header, libvmbed.so, libvmbed.a and vmbed.pc into $(DESTDIR)$(PREFIX
 ifeq ($(PROFILE),release)
 	cargo rustc --release --lib --crate-type staticlib
 	cargo rustc --release --lib --crate-type cdylib
+else
+	cargo build --lib
 endif
 	install -d "$(stage)/include" "$(stage)/lib/pkgconfig"
 	install -m 644 include/vmbed.h "$(stage)/include/vmbed.h"

@@ -73,12 +73,9 @@ impl Stage {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let directory = std::env::temp_dir().join(format!("vmbed-c-{}", std::process::id()));
         let stage = Self { directory };
-        // This program lies in TARGET/PROFILE/deps.
-        let program = std::env::current_exe().unwrap();
-        let profile = program.parent().and_then(Path::parent).unwrap();
         let mut make = Command::new("make");
         make.current_dir(root).args(["--silent", "install", "PREFIX=/usr", "PROFILE=debug"]);
-        make.arg(format!("DESTDIR={}", stage.directory.display())).arg(format!("built={}", profile.display()));
+        make.arg(format!("DESTDIR={}", stage.directory.display()));
         // Not the jobserver and flags of a make that runs these tests.
         run(make.env_remove("MAKEFLAGS").env_remove("MAKELEVEL"));
         let config = |options: &[&str]| {
@@ -140,7 +137,8 @@ fn valgrind(stage: &Stage) {
     for name in CASES.iter().filter(|name| **name != "cycles_leave_nothing") {
         let mut command = Command::new("valgrind");
         command.args(["-q", "--error-exitcode=99", "--leak-check=full", "--track-fds=yes"]);
-        command.args(["--errors-for-leak-kinds=definite,indirect,possible"]).arg(stage.directory.join("api"));
+        // Possible losses are thread-local storage of threads that end while the program does.
+        command.args(["--errors-for-leak-kinds=definite,indirect"]).arg(stage.directory.join("api"));
         let output = run(command.env("LD_LIBRARY_PATH", stage.directory.join("usr/lib")).arg(name));
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(!said.contains("Open file descriptor") || inherited(&said), "{name}: {said}");
