@@ -7,6 +7,9 @@ use std::process::{Command, Output};
 
 use libtest_mimic::{Arguments, Trial};
 
+#[path = "c/generate.rs"]
+mod generate;
+
 /// The cases of `tests/c/api.c`, which says them too: one that is missing there or here fails.
 const CASES: [&str; 14] = [
     "guest_and_device",
@@ -31,6 +34,7 @@ fn main() -> std::process::ExitCode {
     let stage = Stage::make();
     let mut trials = vec![trial("listed_here_and_there", listed)];
     trials.extend(CASES.map(|name| trial(name, move |stage| case(stage, name))));
+    trials.push(trial("wrong_arguments_of_every_function", wrong_arguments));
     trials.push(trial("valgrind", valgrind));
     trials.push(trial("example_bare", |stage| {
         assert_eq!(text(run(stage.program("bare", &[]).as_mut())), "hi\n");
@@ -40,7 +44,10 @@ fn main() -> std::process::ExitCode {
     }));
     trials.push(trial("example_many", |stage| {
         let said = text(run(stage.program("many", &[]).as_mut()));
-        assert!(said.contains("254 halted, 1 took a triple fault, 1 was refused, 0 ended otherwise"), "{said}");
+        assert!(
+            said.contains("254 halted, 1 took a triple fault, 1 was refused, 0 ended otherwise"),
+            "{said}"
+        );
     }));
     trials.push(trial("example_boot_says_what_is_wrong", boot_errors));
     trials.push(trial("nothing_else_is_exported", exported));
@@ -85,6 +92,14 @@ impl Stage {
             text(run(&mut command)).split_whitespace().map(str::to_owned).collect::<Vec<_>>()
         };
         let flags = config(&["--cflags", "--libs"]);
+        // The introduction's program, and README's, which is the same.
+        let program = introduction();
+        let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
+        assert!(readme.contains(&program), "README's C program is not the header's");
+        std::fs::write(stage.directory.join("introduction.c"), program).unwrap();
+        let mut cc = Command::new("cc");
+        cc.args(WARNINGS).arg(stage.directory.join("introduction.c")).arg("-o");
+        run(cc.arg(stage.directory.join("introduction")).args(&flags));
         for source in ["examples/c/bare", "examples/c/many", "examples/c/boot", "tests/c/api"] {
             let name = source.rsplit('/').next().unwrap();
             let mut cc = Command::new("cc");
@@ -132,6 +147,35 @@ fn case(stage: &Stage, name: &str) {
     assert_eq!(said, format!("ok {name}\n"));
 }
 
+/// Every function of the header with NULL in each place for a pointer, numbers beyond each enumeration, and
+/// structures that are too short or say more than is known: an error each time, and the program goes on.
+fn wrong_arguments(stage: &Stage) {
+    let (source, calls) = generate::wrong_arguments(&header());
+    std::fs::write(stage.directory.join("wrong.c"), source).unwrap();
+    let mut cc = Command::new("cc");
+    cc.args(["-std=gnu11", "-Wall", "-Wno-nonnull", "-O1", "-g"]).arg(stage.directory.join("wrong.c"));
+    cc.arg("-I").arg(stage.directory.join("usr/include")).arg("-o").arg(stage.directory.join("wrong"));
+    run(cc.arg(stage.directory.join("usr/lib/libvmbed.so")));
+    let said = text(run(stage.program("wrong", &[]).as_mut()));
+    assert_eq!(said, format!("{calls} calls\n"));
+    assert!(calls > 200, "{calls}");
+}
+
+/// The program on the header's first page.
+fn introduction() -> String {
+    let lines = include_str!("../src/capi/introduction.h").lines().filter_map(|l| {
+        let line = l.strip_prefix(" *").unwrap_or(l);
+        line.strip_prefix("     ").or(line.is_empty().then_some(line))
+    });
+    let text = lines.collect::<Vec<_>>().join("\n");
+    let start = text.find("#include").unwrap();
+    text[start..].trim_end().to_owned() + "\n"
+}
+
+fn header() -> String {
+    std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("include/vmbed.h")).unwrap()
+}
+
 /// No error, no leak, no fd left.
 fn valgrind(stage: &Stage) {
     for name in CASES.iter().filter(|name| **name != "cycles_leave_nothing") {
@@ -166,7 +210,7 @@ fn exported(stage: &Stage) {
     let symbols = text(run(&mut nm));
     let names: Vec<_> = symbols.lines().filter_map(|l| l.split_whitespace().last()).collect();
     assert!(names.iter().all(|name| name.starts_with("vmbed_")), "{names:?}");
-    let header = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("include/vmbed.h")).unwrap();
+    let header = header();
     for name in &names {
         assert!(header.contains(&format!("{name}(")), "{name} is not in the header");
     }

@@ -30,7 +30,8 @@ fn made() -> String {
     for (file, name) in SECTIONS {
         sections += &title(name);
         for item in section(file).split("\n\n").map(str::trim).filter(|item| !item.is_empty()) {
-            let handle = item.lines().last().is_some_and(|l| l.starts_with("typedef struct") && !l.contains('{'));
+            let handle =
+                item.lines().last().is_some_and(|l| l.starts_with("typedef struct") && !l.contains('{'));
             let target = if handle { &mut handles } else { &mut sections };
             *target += &format!("\n{}\n", short_comment(item));
         }
@@ -91,7 +92,8 @@ fn compilers_like_the_header() {
     for (compiler, standard, language) in
         [("cc", "c11", "c"), ("cc", "c17", "c"), ("c++", "c++17", "c++"), ("c++", "c++20", "c++")]
     {
-        std::fs::write(&source, "#include <vmbed.h>\n#include <vmbed.h>\nint main() { return 0; }\n").unwrap();
+        std::fs::write(&source, "#include <vmbed.h>\n#include <vmbed.h>\nint main() { return 0; }\n")
+            .unwrap();
         let output = Command::new(compiler)
             .args(["-x", language, &format!("-std={standard}"), "-Wall", "-Wextra", "-Wpedantic", "-Werror"])
             .args(["-fsyntax-only", "-I"])

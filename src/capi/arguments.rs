@@ -22,7 +22,8 @@ pub(super) fn bytes<'a>(text: *const c_char, name: &str) -> Result<&'a [u8]> {
 }
 
 pub(super) fn text<'a>(text: *const c_char, name: &str) -> Result<&'a str> {
-    std::str::from_utf8(bytes(text, name)?).map_err(|e| invalid(format!("{name} is not UTF-8")).with_source(e))
+    std::str::from_utf8(bytes(text, name)?)
+        .map_err(|e| invalid(format!("{name} is not UTF-8")).with_source(e))
 }
 
 /// A path is bytes, whatever they spell.

@@ -215,7 +215,9 @@ pub unsafe extern "C" fn vmbed_config_set_rng(
 fn linux<'a>(config: &'a mut VmConfig, what: &str) -> Result<&'a mut LinuxBoot> {
     match &mut config.boot {
         Boot::Linux(linux) => Ok(linux),
-        Boot::Bare(_) => Err(invalid(format!("{what} is for Linux guests; this configuration is a bare guest's"))),
+        Boot::Bare(_) => {
+            Err(invalid(format!("{what} is for Linux guests; this configuration is a bare guest's")))
+        }
     }
 }
 
@@ -522,8 +524,7 @@ pub unsafe extern "C" fn vmbed_builder_console_input(
 
 /// Takes a piece of a guest's console output, in order, on a device thread of that VM. The bytes are gone when it
 /// returns. It must not wait for this VM.
-pub type vmbed_console_fn =
-    Option<unsafe extern "C" fn(user: *mut c_void, data: *const u8, length: usize)>;
+pub type vmbed_console_fn = Option<unsafe extern "C" fn(user: *mut c_void, data: *const u8, length: usize)>;
 
 /// Hands the guest's console output to `function` instead of an fd. `destroy` as for every callback.
 #[unsafe(no_mangle)]

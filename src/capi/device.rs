@@ -60,7 +60,13 @@ pub struct vmbed_device_ops {
     >,
     /// The guest writes. Not NULL.
     pub write: Option<
-        unsafe extern "C" fn(user: *mut c_void, vcpu: u32, offset: u64, data: *const u8, length: usize) -> i32,
+        unsafe extern "C" fn(
+            user: *mut c_void,
+            vcpu: u32,
+            offset: u64,
+            data: *const u8,
+            length: usize,
+        ) -> i32,
     >,
     /// Ends the device's data, see vmbed_destroy_fn. May be NULL.
     pub destroy: vmbed_destroy_fn,

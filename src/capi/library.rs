@@ -2,8 +2,8 @@
 
 use std::ffi::{CStr, c_char};
 
-use super::arguments::bytes;
 use super::answer;
+use super::arguments::bytes;
 
 /// The header's version: major, minor and patch. A library of the same major (while that is 0: minor) version
 /// does all that it says.

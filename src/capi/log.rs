@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex};
 use ::log::{LevelFilter, Log, Metadata, Record};
 
 use super::arguments::invalid;
+use super::call;
 use super::device::UserData;
 use super::error::{c_text, vmbed_error};
-use super::call;
 use crate::error::{Error, ErrorKind};
 use crate::sys::lock;
 
@@ -27,8 +27,9 @@ pub const VMBED_LOG_TRACE: i32 = 5;
 
 /// Takes one log line without a line feed; `target` is the part of vmbed that says it. Both are gone when it
 /// returns. Called on any thread, also on several at once.
-pub type vmbed_log_fn =
-    Option<unsafe extern "C" fn(user: *mut c_void, level: i32, target: *const c_char, message: *const c_char)>;
+pub type vmbed_log_fn = Option<
+    unsafe extern "C" fn(user: *mut c_void, level: i32, target: *const c_char, message: *const c_char),
+>;
 
 struct Callback {
     function: unsafe extern "C" fn(*mut c_void, i32, *const c_char, *const c_char),

@@ -115,7 +115,10 @@ pub unsafe extern "C" fn vmbed_vm_stop(
 /// has ended.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_vm_request_stop(vm: *mut vmbed_vm, error: *mut *mut vmbed_error) -> i32 {
-    with(vm, error, |vm| Ok(vm.request_stop()), |()| ())
+    call(error, || {
+        handle::object(vm)?.0.request_stop();
+        Ok(())
+    })
 }
 
 /// Waits at most `timeout` milliseconds until the guest has ended; for ever where that is negative. `cause`, where it is

@@ -1,0 +1,236 @@
+//! A C program made from the header: every function called wrongly in every way.
+
+use std::fmt::Write;
+
+struct Function {
+    result: String,
+    name: String,
+    parameters: Vec<Parameter>,
+}
+
+struct Parameter {
+    kind: String,
+    name: String,
+}
+
+impl Parameter {
+    fn is_pointer(&self) -> bool {
+        self.kind.ends_with('*') || self.kind.ends_with("_fn")
+    }
+
+    /// The structure that begins with its size, where it points to one.
+    fn structure(&self) -> Option<&'static str> {
+        STRUCTURES.into_iter().find(|s| self.kind.trim_start_matches("const ") == format!("{s} *"))
+    }
+}
+
+const STRUCTURES: [&str; 6] =
+    ["vmbed_host_options", "vmbed_usage", "vmbed_disk", "vmbed_net", "vmbed_registers", "vmbed_device_ops"];
+
+/// Where the header says that NULL is good, for every function that has the parameter.
+const NULL_IS_GOOD: [&str; 9] =
+    ["error", "user", "destroy", "options", "kvm", "initrd", "uuid", "cause", "taken"];
+
+/// What the numbers of an enumeration are called.
+const ENUMERATIONS: [&str; 4] = ["mode", "register_", "console", "level"];
+
+/// What the program needs before `main`.
+const PROLOGUE: &str = r#"#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <vmbed.h>
+
+static vmbed_error *err, *some_error;
+static vmbed_host *some_host, *out_host;
+static vmbed_probe *some_probe, *out_probe;
+static vmbed_config *some_config, *some_linux, *out_config;
+static vmbed_builder *some_builder, *out_builder;
+static vmbed_vm *some_vm, *out_vm;
+static vmbed_events *some_events, *out_events;
+static vmbed_event *some_event, *out_event;
+static uint8_t bytes[4096];
+static size_t count;
+static int32_t number, calls;
+
+static int32_t f_read(void *u, uint32_t v, uint64_t o, uint8_t *d, size_t l) { (void)u, (void)v, (void)o, (void)d, (void)l; return 0; }
+static int32_t f_write(void *u, uint32_t v, uint64_t o, const uint8_t *d, size_t l) { (void)u, (void)v, (void)o, (void)d, (void)l; return 0; }
+static void f_log(void *u, int32_t l, const char *t, const char *m) { (void)u, (void)l, (void)t, (void)m; }
+static void f_console(void *u, const uint8_t *d, size_t l) { (void)u, (void)d, (void)l; }
+static void f_thread(void *u, uint64_t i, int32_t r, uint32_t n, int32_t t) { (void)u, (void)i, (void)r, (void)n, (void)t; }
+static void f_destroy(void *u) { (void)u; }
+
+/* One byte longer than needed lies behind each, so that a larger size has a tail to look at. */
+#define STRUCTURE(type) static union { type s; uint8_t room[sizeof(type) + 64]; } the_##type
+STRUCTURE(vmbed_host_options);
+STRUCTURE(vmbed_usage);
+STRUCTURE(vmbed_disk);
+STRUCTURE(vmbed_net);
+STRUCTURE(vmbed_registers);
+STRUCTURE(vmbed_device_ops);
+
+static void good(void)
+{
+    static const uint8_t code[] = {0xf4};
+    memset(&the_vmbed_host_options, 0, sizeof the_vmbed_host_options), the_vmbed_host_options.s.size = sizeof(vmbed_host_options);
+    memset(&the_vmbed_usage, 0, sizeof the_vmbed_usage), the_vmbed_usage.s.size = sizeof(vmbed_usage);
+    memset(&the_vmbed_disk, 0, sizeof the_vmbed_disk), the_vmbed_disk.s = (vmbed_disk){.size = sizeof(vmbed_disk), .path = "/d"};
+    memset(&the_vmbed_net, 0, sizeof the_vmbed_net), the_vmbed_net.s = (vmbed_net){.size = sizeof(vmbed_net), .tap = "t"};
+    memset(&the_vmbed_registers, 0, sizeof the_vmbed_registers), the_vmbed_registers.s.size = sizeof(vmbed_registers);
+    memset(&the_vmbed_device_ops, 0, sizeof the_vmbed_device_ops);
+    the_vmbed_device_ops.s = (vmbed_device_ops){sizeof(vmbed_device_ops), f_read, f_write, NULL};
+    vmbed_builder_free(some_builder), vmbed_config_free(some_config), vmbed_vm_free(some_vm);
+    vmbed_builder *builder;
+    if (vmbed_config_new_bare(VMBED_MODE_REAL, 0x1000, code, 1, &some_config, NULL) ||
+        vmbed_builder_new(some_host, some_config, &builder, NULL) || vmbed_builder_build(builder, &some_vm, NULL) ||
+        vmbed_builder_new(some_host, some_config, &some_builder, NULL))
+        abort();
+    vmbed_builder_free(builder);
+}
+
+static void must_fail(int32_t status, const char *call)
+{
+    calls++;
+    if (status >= 0 || status < VMBED_ERR_INTERNAL || status == VMBED_ERR_INTERNAL) {
+        fprintf(stderr, "%s: %d\n", call, status);
+        abort();
+    }
+    vmbed_error_free(err);
+    err = NULL;
+}
+
+static void must_live(void)
+{
+    calls++;
+    vmbed_error_free(err), err = NULL;
+    vmbed_host_free(out_host), vmbed_probe_free(out_probe), vmbed_config_free(out_config), vmbed_builder_free(out_builder);
+    vmbed_vm_free(out_vm), vmbed_events_free(out_events), vmbed_event_free(out_event);
+    out_host = NULL, out_probe = NULL, out_config = NULL, out_builder = NULL, out_vm = NULL, out_events = NULL, out_event = NULL;
+}
+
+int main(void)
+{
+    if (vmbed_host_open(NULL, &some_host, NULL) || vmbed_config_new_linux("/k", &some_linux, NULL) || vmbed_events_new(&some_events, NULL) ||
+        vmbed_probe_new(NULL, &some_probe, NULL))
+        abort();
+    vmbed_config_validate(NULL, &some_error);
+    (void)number, (void)count, (void)f_log, (void)f_console, (void)f_thread, (void)f_destroy, (void)some_event;
+"#;
+
+/// The program, and how many calls it will count.
+pub fn wrong_arguments(header: &str) -> (String, usize) {
+    let (mut program, mut calls) = (PROLOGUE.to_owned(), 0);
+    for function in functions(header) {
+        let mut good: Vec<_> = function.parameters.iter().map(value).collect();
+        if ["initrd", "cmdline", "kaslr"].iter().any(|what| function.name.ends_with(what)) {
+            good[0] = "some_linux".to_owned();
+        }
+        for (i, parameter) in function.parameters.iter().enumerate() {
+            let mut wrong = Vec::new();
+            if parameter.is_pointer() {
+                wrong.push((
+                    "NULL".to_owned(),
+                    !NULL_IS_GOOD.contains(&parameter.name.as_str()),
+                    String::new(),
+                ));
+            }
+            if ENUMERATIONS.contains(&parameter.name.as_str()) {
+                wrong.extend(
+                    ["-1", "99", "INT32_MAX", "INT32_MIN"].map(|n| (n.to_owned(), true, String::new())),
+                );
+            }
+            if let Some(name) = parameter.structure() {
+                let size = |size: &str| format!("the_{name}.s.size = {size};");
+                for short in ["0", "1", &format!("sizeof({name}) - 1"), "SIZE_MAX"] {
+                    wrong.push((good[i].clone(), true, size(short)));
+                }
+                if parameter.kind.starts_with("const") {
+                    let tail = format!("the_{name}.room[sizeof({name}) + 15] = 1;");
+                    wrong.push((good[i].clone(), true, size(&format!("sizeof({name}) + 16")) + &tail));
+                }
+            }
+            for (value, fails, before) in wrong {
+                let mut arguments = good.clone();
+                arguments[i] = value;
+                let call = format!("{}({})", function.name, arguments.join(", "));
+                // What a free function is given is gone, and log lines belong to nobody here.
+                let fails = fails && function.result == "int32_t" && function.name != "vmbed_log_set"
+                    || function.name == "vmbed_log_set" && parameter.name == "level";
+                writeln!(program, "    good(); {before}").unwrap();
+                if fails && function.result == "int32_t" && !is_getter(&function) {
+                    writeln!(program, "    must_fail({call}, \"{}: {}\");", function.name, parameter.name)
+                        .unwrap();
+                } else {
+                    writeln!(program, "    (void){call}; must_live();").unwrap();
+                }
+                calls += 1;
+            }
+        }
+    }
+    program += "    printf(\"%d calls\\n\", calls);\n    return 0;\n}\n";
+    (program, calls)
+}
+
+/// A function that answers a value, not a status: it has no `error`.
+fn is_getter(function: &Function) -> bool {
+    function.parameters.iter().all(|p| p.name != "error")
+}
+
+/// A good value for a parameter.
+fn value(parameter: &Parameter) -> String {
+    let (kind, name) = (parameter.kind.as_str(), parameter.name.as_str());
+    let object = kind.trim_start_matches("const ").trim_start_matches("vmbed_").trim_end_matches(['*', ' ']);
+    match kind {
+        _ if parameter.structure().is_some() => format!("&the_vmbed_{object}.s"),
+        "vmbed_error **" => "&err".to_owned(),
+        _ if kind.ends_with("**") => format!("&out_{object}"),
+        _ if kind.ends_with("_fn") => format!("f_{}", object.trim_end_matches("_fn")),
+        // A free function gets nothing to free: its NULL is what is called.
+        _ if kind.contains("vmbed_") => format!("some_{object}"),
+        "const char *" => "\"x\"".to_owned(),
+        "const uint8_t *" | "uint8_t *" => "bytes".to_owned(),
+        "size_t *" => "&count".to_owned(),
+        "int32_t *" => "&number".to_owned(),
+        "void *" => "NULL".to_owned(),
+        "int32_t" if name == "fd" => "1".to_owned(),
+        "size_t" if name == "length" || name == "room" => "1".to_owned(),
+        _ if name == "length" => "1".to_owned(),
+        _ => "0".to_owned(),
+    }
+}
+
+/// The functions that the header declares.
+fn functions(header: &str) -> Vec<Function> {
+    let mut code = String::new();
+    let mut rest = header;
+    while let Some((before, after)) = rest.split_once("/*") {
+        code += before;
+        rest = after.split_once("*/").map_or("", |(_, after)| after);
+    }
+    code += rest;
+    let code: String = code.lines().filter(|l| !l.starts_with('#')).flat_map(|l| [l, " "]).collect();
+    let statements = code.split([';', '}', '{']).map(str::trim);
+    statements
+        .filter(|s| s.ends_with(')') && !s.starts_with("typedef") && s.contains("vmbed_"))
+        .filter_map(|statement| {
+            let (head, parameters) = statement.split_once('(')?;
+            let (result, name) = split_name(head);
+            // Members of structures are functions with a pointer for a name.
+            if !name.starts_with("vmbed_") {
+                return None;
+            }
+            let parameters = parameters.trim_end_matches(')').split(',').map(str::trim);
+            let parameters = parameters.filter(|p| *p != "void").map(|p| {
+                let (kind, name) = split_name(p);
+                Parameter { kind, name }
+            });
+            Some(Function { result, name, parameters: parameters.collect() })
+        })
+        .collect()
+}
+
+/// `const char *name` as its type and its name.
+fn split_name(text: &str) -> (String, String) {
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let at = text.rfind(|c: char| !c.is_alphanumeric() && c != '_').map_or(0, |i| i + 1);
+    (text[..at].trim().to_owned(), text[at..].to_owned())
+}
