@@ -12,6 +12,7 @@ use libtest_mimic::{Arguments, Trial};
 
 mod assets;
 mod boot;
+mod c;
 mod devices;
 mod ends;
 mod guest;
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     if !arguments.list && std::env::var_os(HERE).is_none() {
         assets::prepare();
+        c::prepare();
         return elsewhere(&arguments);
     }
     let mut trials = Vec::new();
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
     devices::add(&mut trials);
     ends::add(&mut trials);
     net::add(&mut trials);
+    c::add(&mut trials);
     time::add(&mut trials);
     many::add(&mut trials);
     if let Some(half) = std::env::var(HALF).ok().and_then(|h| h.parse::<usize>().ok()) {
