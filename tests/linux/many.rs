@@ -32,7 +32,8 @@ fn sixteen() {
     for (i, member) in members.iter().enumerate().filter(|(i, _)| *i != CRASHES) {
         let sent = noise(100 + i as u64, 256 << 10);
         let mut stream = accept(&member.listener, &member.guest);
-        stream.write_all(&sent).unwrap();
+        let written = stream.write_all(&sent);
+        assert!(written.is_ok(), "guest {i} takes no data: {written:?}\n{}", member.guest.console());
         stream.shutdown(std::net::Shutdown::Write).unwrap();
         member.guest.power_off();
         assert_eq!(member.guest.value("net"), sha256(&sent), "guest {i}");

@@ -73,6 +73,7 @@ pub fn accept(listener: &TcpListener, guest: &Guest) -> std::net::TcpStream {
                 stream.set_nonblocking(false).unwrap();
                 stream.set_read_timeout(Some(LONG)).unwrap();
                 stream.set_write_timeout(Some(LONG)).unwrap();
+                stream.set_write_timeout(Some(LONG)).unwrap();
                 return stream;
             }
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
