@@ -102,7 +102,12 @@ impl Pump {
         match watch(stream, EventSet::OUT, on, ops) {
             Ok(()) => {
                 self.output_watched = on;
-                lock(&self.shared.state).stuck = on;
+                let mut state = lock(&self.shared.state);
+                state.stuck = on;
+                // What came since the last look found it stuck, and set no timer.
+                if !on && state.written > state.delivered {
+                    state.arm(NOW);
+                }
             }
             Err(error) => self.end_output(&error.to_string(), ops),
         }

@@ -234,7 +234,7 @@ impl Machine {
         CURRENT.get() == self.id.0
     }
 
-    fn not_from_within(&self, call: &str) -> Result<()> {
+    pub(super) fn not_from_within(&self, call: &str) -> Result<()> {
         if self.is_own_thread() {
             let why = format!("{call} waits for this VM, so it cannot be called from the VM's own callback");
             return Err(Error::new(ErrorKind::InvalidState, why));

@@ -96,9 +96,10 @@ impl Vm {
     ///
     /// # Errors
     /// `TimedOut` after 10 s when something of the host's hangs (a disk, a device of the embedder); the
-    /// end stays requested.
+    /// end stays requested. `InvalidState` when called from the VM's own callback: then nothing has changed.
     pub fn stop(&self) -> Result<StopCause> {
         let machine = &self.machine;
+        machine.not_from_within("stop")?;
         machine.request_stop();
         machine.wait(Some(BOUND))?.ok_or_else(|| {
             let why = format!("stop: a vCPU or a device of the VM has not come to its end for {BOUND:?}");

@@ -196,7 +196,11 @@ impl MutEventSubscriber for Worker {
         } else if fd == self.tx.queue.doorbell().as_raw_fd() {
             self.tx.queue.silence();
         } else if fd == self.timer.as_raw_fd() {
-            let _ = self.timer.wait();
+            // A doorbell of the same turn may have set it anew: then there is nothing to read, and the loop
+            // would sleep until there is.
+            if !matches!(self.link, Link::Gone { look } if Instant::now() < look) {
+                let _ = self.timer.wait();
+            }
         } else if events.event_set().intersects(EventSet::ERROR | EventSet::HANG_UP)
             && matches!(self.link, Link::Up)
         {

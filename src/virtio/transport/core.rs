@@ -172,10 +172,15 @@ impl Core {
 
     /// The same for writing: only before DRIVER_OK, and before this queue was enabled.
     pub fn queue_mut(&mut self) -> Option<&mut QueueRegisters> {
+        self.queue_vector_mut().filter(|q| !q.enabled)
+    }
+
+    /// The same for its interrupt, which a driver may choose until DRIVER_OK: NetBSD enables queues first.
+    pub fn queue_vector_mut(&mut self) -> Option<&mut QueueRegisters> {
         if self.signals.status() & DRIVER_OK != 0 {
             return None;
         }
-        self.queues.get_mut(usize::from(self.queue_select)).filter(|q| !q.enabled)
+        self.queues.get_mut(usize::from(self.queue_select))
     }
 
     pub fn write_config(&mut self, offset: u64, data: &[u8]) {

@@ -79,26 +79,29 @@ pub(super) fn write(
         }
         (DEVICE_STATUS, &[status]) => return core.set_status(status),
         (QUEUE_SELECT, &[a, b]) => core.queue_select = u16::from_le_bytes([a, b]),
+        (QUEUE_MSIX_VECTOR, &[a, b]) => {
+            if let Some(queue) = core.queue_vector_mut() {
+                let value = u16::from_le_bytes([a, b]);
+                queue.interrupt = msix.vector(value);
+                // What reads back tells the driver whether it got it.
+                queue.vector = if queue.interrupt.is_some() { value } else { NO_VECTOR };
+            }
+        }
         _ => {
             if let Some(queue) = core.queue_mut() {
-                write_queue(queue, msix, offset, data);
+                write_queue(queue, offset, data);
             }
         }
     }
     Change::None
 }
 
-fn write_queue(queue: &mut QueueRegisters, msix: &Msix, offset: u64, data: &[u8]) {
+fn write_queue(queue: &mut QueueRegisters, offset: u64, data: &[u8]) {
     match *data {
         [a, b] => {
             let value = u16::from_le_bytes([a, b]);
             match offset {
                 QUEUE_SIZE => queue.set_size(value),
-                QUEUE_MSIX_VECTOR => {
-                    queue.interrupt = msix.vector(value);
-                    // What reads back tells the driver whether it got it.
-                    queue.vector = if queue.interrupt.is_some() { value } else { NO_VECTOR };
-                }
                 QUEUE_ENABLE if value == 1 => queue.enable(),
                 _ => {}
             }
