@@ -404,6 +404,9 @@ void vmbed_host_free(vmbed_host *host);
 /** The thread serves devices. */
 #define VMBED_THREAD_DEVICE 1
 
+/** The thread waits for the end of a VM whose vCPUs run on threads of yours. */
+#define VMBED_THREAD_CONTROL 2
+
 /** A virtio-blk disk. */
 typedef struct {
     /** sizeof(struct vmbed_disk) */
@@ -787,6 +790,51 @@ int32_t vmbed_vm_set_registers(vmbed_vm *vm,
  * NULL is a no-op.
  */
 void vmbed_vm_free(vmbed_vm *vm);
+
+/* Threads of your own -------------------------------------------------------------------------------------- */
+
+/** The vCPU will not run any more: the VM has ended, or this vCPU of a bare guest has halted. */
+#define VMBED_VCPU_ENDED 1
+
+/**
+ * vmbed_vcpu_interrupt() was called, or a signal was delivered to the thread. The guest goes on where it was when the
+ * vCPU is run again.
+ */
+#define VMBED_VCPU_INTERRUPTED 2
+
+/**
+ * Leaves the vCPUs to threads of yours, which call vmbed_vcpu_run(), instead of starting a thread for each. One thread
+ * of the library's, VMBED_THREAD_CONTROL, then waits for the VM's end.
+ */
+int32_t vmbed_builder_caller_vcpus(vmbed_builder *builder,
+                                   vmbed_error **error);
+
+/**
+ * Runs vCPU `vcpu` on the calling thread. Blocks until it returns for a reason that `outcome` is set to, one of
+ * VMBED_VCPU_*; before the start and through a pause it waits inside. Devices of yours are called on this thread.
+ *
+ * Each vCPU may be run by one thread at a time, by another one the next time (which costs KVM some milliseconds).
+ * Signals that the thread does not block come through, and their handlers run. SIGURG is blocked meanwhile: vmbed sends
+ * it to the thread.
+ *
+ * VMBED_ERR_INVALID_ARGUMENT where there is no such vCPU. VMBED_ERR_INVALID_STATE where another thread runs it, where the
+ * VM's vCPUs have threads of the library's, or where any VM's callback calls.
+ */
+int32_t vmbed_vcpu_run(vmbed_vm *vm,
+                       uint32_t vcpu,
+                       int32_t *outcome,
+                       vmbed_error **error);
+
+/**
+ * Makes vmbed_vcpu_run() return on the thread that runs this vCPU; where none does, on the next one at once. Does not
+ * block. Not for signal handlers: a signal alone has the same effect.
+ *
+ * VMBED_ERR_INVALID_ARGUMENT where there is no such vCPU. VMBED_ERR_INVALID_STATE where the VM's vCPUs have threads of
+ * the library's.
+ */
+int32_t vmbed_vcpu_interrupt(vmbed_vm *vm,
+                             uint32_t vcpu,
+                             vmbed_error **error);
 
 /* What happened -------------------------------------------------------------------------------------------- */
 

@@ -88,7 +88,7 @@ pub use config::{
 pub use units::Bytes;
 
 // A VM in the making, and its life.
-pub use vm::{Registers, ThreadInfo, ThreadRole, Vm, VmBuilder, VmState};
+pub use vm::{Registers, ThreadInfo, ThreadRole, VcpuReturn, Vm, VmBuilder, VmState};
 
 // What happened to it.
 pub use events::{Event, EventKind, EventStream, StopCause, VmId};

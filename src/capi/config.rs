@@ -420,7 +420,7 @@ pub unsafe extern "C" fn vmbed_builder_new(
 }
 
 /// Changes a builder that has not built yet.
-fn attach(
+pub(super) fn attach(
     builder: *const vmbed_builder,
     error: *mut *mut vmbed_error,
     f: impl FnOnce(&mut VmBuilder) -> Result<()>,
@@ -550,6 +550,8 @@ pub unsafe extern "C" fn vmbed_builder_console_callback(
 pub const VMBED_THREAD_VCPU: i32 = 0;
 /// The thread serves devices.
 pub const VMBED_THREAD_DEVICE: i32 = 1;
+/// The thread waits for the end of a VM whose vCPUs run on threads of yours.
+pub const VMBED_THREAD_CONTROL: i32 = 2;
 
 /// Called on each thread of the library before it does anything else: the place to set its affinity, cgroup or
 /// scheduler. `role` is one of VMBED_THREAD_*, `index` counts the VM's threads of one role (for a vCPU its index), `tid`
@@ -573,6 +575,7 @@ pub unsafe extern "C" fn vmbed_builder_on_thread_start(
             let role = match info.role {
                 ThreadRole::Vcpu => VMBED_THREAD_VCPU,
                 ThreadRole::Device => VMBED_THREAD_DEVICE,
+                ThreadRole::Control => VMBED_THREAD_CONTROL,
             };
             // SAFETY: the embedder's function with its own data.
             unsafe { function(user.pointer(), info.vm.0, role, info.index, info.tid) }

@@ -27,6 +27,8 @@ pub(crate) struct Surroundings {
 pub(crate) enum Pause {
     /// The gate wants it.
     Attention,
+    /// A signal that was no kick of ours came in, or none at all.
+    Signal,
     /// It executed `HLT`, and nothing in this VM could wake it.
     Halted,
     /// The whole VM must end.
@@ -51,7 +53,7 @@ pub(crate) fn complete_instruction(
     vcpu.set_kvm_immediate_exit(0);
     match pause {
         Pause::Ended(cause) => Some(cause),
-        Pause::Attention | Pause::Halted => None,
+        Pause::Attention | Pause::Signal | Pause::Halted => None,
     }
 }
 
@@ -79,7 +81,8 @@ fn enter<const COMPLETING: bool>(vcpu: &mut VcpuFd, index: u32, around: &Surroun
                 }
             }
             Ok(Exit::Interrupted) if COMPLETING => break,
-            Ok(Exit::Interrupted) => signal::consume_kick(),
+            Ok(Exit::Interrupted) if signal::consume_kick() => break,
+            Ok(Exit::Interrupted) => return Pause::Signal,
             Ok(Exit::Hlt) => return Pause::Halted,
             Ok(Exit::Shutdown) => return Pause::Ended(StopCause::TripleFault),
             Ok(Exit::Other(reason)) => {

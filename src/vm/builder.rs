@@ -41,6 +41,8 @@ pub enum ThreadRole {
     Vcpu,
     /// Serves devices.
     Device,
+    /// Ends the VM, where the embedder's threads run its vCPUs ([`VmBuilder::caller_vcpus`]).
+    Control,
 }
 
 /// A thread of the library, as the hook of [`VmBuilder::on_thread_start`] sees it.
@@ -85,6 +87,7 @@ pub struct VmBuilder {
     events: Option<EventStream>,
     wiring: Wiring,
     hook: Option<Hook>,
+    caller_vcpus: bool,
 }
 
 struct Attached {
@@ -97,7 +100,8 @@ struct Attached {
 impl VmBuilder {
     pub(crate) fn new(host: Arc<HostParts>, config: VmConfig) -> Self {
         let (pio, mmio) = (Vec::new(), Vec::new());
-        Self { host, config, pio, mmio, events: None, wiring: Wiring::default(), hook: None }
+        let wiring = Wiring::default();
+        Self { host, config, pio, mmio, events: None, wiring, hook: None, caller_vcpus: false }
     }
 
     /// Attaches a device of your own to `len` ports from `port`; `name` is for messages and causes.
@@ -142,6 +146,10 @@ impl VmBuilder {
         let fd = sys::fd::duplicate(fd).map_err(|e| Error::os("duplicating the console's input fd", e))?;
         self.wiring.input = Some(fd);
         Ok(())
+    }
+
+    pub(crate) fn set_caller_vcpus(&mut self) {
+        self.caller_vcpus = true;
     }
 
     pub(crate) fn set_thread_hook(&mut self, hook: impl Fn(&ThreadInfo) + Send + Sync + 'static) {
@@ -204,6 +212,13 @@ impl VmBuilder {
         self
     }
 
+    /// Leaves the vCPUs to threads of yours, which call [`Vm::run_vcpu`], instead of starting a thread for each.
+    /// One thread of the library's, [`ThreadRole::Control`], then waits for the VM's end.
+    pub fn caller_vcpus(mut self) -> Self {
+        self.set_caller_vcpus();
+        self
+    }
+
     /// Makes the VM: books its memory and vCPUs in the host's ledger, opens its disks and network
     /// interfaces, loads what it boots. Nothing runs yet. Blocks for milliseconds, most of them for loading,
     /// or for as long as the host needs to read the files.
@@ -222,7 +237,7 @@ impl VmBuilder {
     }
 
     fn build_valid(self) -> Result<Vm> {
-        let Self { host, mut config, pio, mmio, events, wiring, hook } = self;
+        let Self { host, mut config, pio, mmio, events, wiring, hook, caller_vcpus } = self;
         let id = next_id();
         config.uuid.get_or_insert_with(random_uuid);
         let claim = Claim { memory: config.memory, vcpus: config.cpus.count.into() };
@@ -267,6 +282,7 @@ impl VmBuilder {
             board,
             around,
             vcpus,
+            caller_vcpus,
             vm,
             memory,
             _reservation: reservation,
@@ -274,7 +290,7 @@ impl VmBuilder {
             state: Mutex::new(VmState::Built),
             state_changed: Condvar::new(),
         });
-        spawn_vcpus(machine, &threads)
+        start_threads(machine, &threads)
     }
 }
 
@@ -335,6 +351,7 @@ impl Threads {
         let kind = match role {
             ThreadRole::Vcpu => "vcpu",
             ThreadRole::Device => "dev",
+            ThreadRole::Control => "end",
         };
         let body = move || {
             enter_thread_of(id);
@@ -430,13 +447,18 @@ fn place_vcpus(vcpus: &[Vcpu], config: &VmConfig, entry: &Entry) -> Result<()> {
 }
 
 /// Starts one thread a vCPU; they wait at the gate. If one cannot be had, the others leave again.
-fn spawn_vcpus(machine: Arc<Machine>, threads: &Threads) -> Result<Vm> {
+fn start_threads(machine: Arc<Machine>, threads: &Threads) -> Result<Vm> {
     let vm = Vm { machine };
     let machine = &vm.machine;
+    let keep = |thread| sys::lock(&machine.control).threads.push(thread);
+    if machine.caller_vcpus {
+        let own = machine.clone();
+        keep(threads.spawn(ThreadRole::Control, 0, move || own.serve_end())?);
+        return Ok(vm);
+    }
     for index in 0..machine.vcpus.len() {
         let own = machine.clone();
-        let thread = threads.spawn(ThreadRole::Vcpu, index as u32, move || own.run_vcpu(index))?;
-        sys::lock(&machine.control).threads.push(thread);
+        keep(threads.spawn(ThreadRole::Vcpu, index as u32, move || own.serve_vcpu(index))?);
     }
     Ok(vm)
 }

@@ -24,7 +24,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventKind, EventStream, Reporter, StopCause, StopLine, VmId};
 use crate::memory::Memory;
 use crate::sys::lock;
-use crate::vcpu::{Gate, Surroundings, Target, Vcpu};
+use crate::sys::signal::SignalSet;
+use crate::vcpu::{Gate, Served, Surroundings, Target, Vcpu};
 
 /// How long a call waits for vCPUs that are inside an embedder's device, or for a disk that hangs.
 pub(super) const BOUND: Duration = Duration::from_secs(10);
@@ -41,6 +42,17 @@ pub enum VmState {
     Paused,
     /// The guest has ended for this reason.
     Stopped(StopCause),
+}
+
+/// Why [`Vm::run_vcpu`](super::Vm::run_vcpu) returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum VcpuReturn {
+    /// The vCPU will not run any more: the VM has ended, or this vCPU of a bare guest has halted.
+    Ended,
+    /// Somebody called [`interrupt_vcpu`](super::Vm::interrupt_vcpu), or a signal was delivered to the thread.
+    /// The guest goes on where it was when the vCPU is run again.
+    Interrupted,
 }
 
 thread_local! {
@@ -79,6 +91,8 @@ pub(super) struct Machine {
     pub board: Board,
     pub around: Surroundings,
     pub vcpus: Vec<Vcpu>,
+    /// The embedder's threads run them.
+    pub caller_vcpus: bool,
     pub vm: Arc<VmFd>,
     pub memory: Memory,
     /// Gives back what was booked, when it is dropped.
@@ -98,15 +112,63 @@ pub(super) struct Control {
 
 impl Machine {
     /// The body of vCPU `index`'s thread.
-    pub fn run_vcpu(&self, index: usize) {
-        enter_thread_of(self.id);
+    pub fn serve_vcpu(&self, index: usize) {
         let Some(vcpu) = self.vcpus.get(index) else { return };
-        if vcpu.serve(&self.around, &self.end.gate, &self.end.line()) {
+        if let Served::Left { last: true } = vcpu.serve(&self.around, &self.end.gate, &self.end.line(), None)
+        {
             self.finish();
         }
     }
 
-    /// Everything that the end of the guest brings with it; on the last vCPU's thread.
+    /// The body of the thread that ends a VM whose vCPUs run on threads of the embedder: those may be anywhere.
+    pub fn serve_end(&self) {
+        self.end.gate.wait_end();
+        self.finish();
+    }
+
+    /// Runs vCPU `index` on the embedder's calling thread.
+    pub fn run_vcpu(&self, index: u32) -> Result<VcpuReturn> {
+        let refused = |why: String| Err(Error::new(ErrorKind::InvalidState, format!("run_vcpu: {why}")));
+        let vcpu = self.vcpu(index)?;
+        if !self.caller_vcpus {
+            return refused(
+                "vmbed's own threads run this VM's vCPUs: build it with caller_vcpus()".to_owned(),
+            );
+        }
+        if CURRENT.get() != 0 {
+            return refused("a callback cannot run vCPUs".to_owned());
+        }
+        let blocked = SignalSet::block_kick();
+        CURRENT.set(self.id.0);
+        let served = vcpu.serve(&self.around, &self.end.gate, &self.end.line(), Some(&blocked));
+        CURRENT.set(0);
+        blocked.block();
+        match served {
+            Served::Left { .. } => Ok(VcpuReturn::Ended),
+            Served::Returned => Ok(VcpuReturn::Interrupted),
+            Served::Busy => refused(format!("another thread runs vCPU {index}")),
+        }
+    }
+
+    /// Has `run_vcpu` of vCPU `index` return.
+    pub fn interrupt_vcpu(&self, index: u32) -> Result<()> {
+        self.vcpu(index)?;
+        if !self.caller_vcpus {
+            let why = "interrupt_vcpu: vmbed's own threads run this VM's vCPUs: pause the VM instead";
+            return Err(Error::new(ErrorKind::InvalidState, why));
+        }
+        self.end.gate.interrupt(index as usize);
+        Ok(())
+    }
+
+    fn vcpu(&self, index: u32) -> Result<&Vcpu> {
+        self.vcpus.get(index as usize).ok_or_else(|| {
+            let why = format!("there is no vCPU {index}: this VM has {}", self.vcpus.len());
+            Error::new(ErrorKind::InvalidArgument, why)
+        })
+    }
+
+    /// Everything that the end of the guest brings with it; when no vCPU runs any more.
     fn finish(&self) {
         let tidy = catch_unwind(AssertUnwindSafe(|| self.board.stop()));
         if tidy.is_err() {
@@ -184,11 +246,7 @@ impl Machine {
             let why = "registers are only accessible while the VM does not run: pause it first";
             return Err(Error::new(ErrorKind::InvalidState, why));
         }
-        let vcpu = self.vcpus.get(index as usize).ok_or_else(|| {
-            let why = format!("there is no vCPU {index}: this VM has {}", self.vcpus.len());
-            Error::new(ErrorKind::InvalidArgument, why)
-        })?;
-        f(vcpu)
+        f(self.vcpu(index)?)
     }
 
     /// Waits for the end.
