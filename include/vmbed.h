@@ -105,6 +105,9 @@ typedef struct vmbed_config vmbed_config;
  */
 typedef struct vmbed_vm vmbed_vm;
 
+/** An event loop without a thread: serves the devices of VMs on your own loop. Any number of VMs may share one. */
+typedef struct vmbed_dispatcher vmbed_dispatcher;
+
 /** Something that happened to a VM. */
 typedef struct vmbed_event vmbed_event;
 
@@ -791,7 +794,7 @@ int32_t vmbed_vm_set_registers(vmbed_vm *vm,
  */
 void vmbed_vm_free(vmbed_vm *vm);
 
-/* Threads of your own -------------------------------------------------------------------------------------- */
+/* Loops and threads of your own ---------------------------------------------------------------------------- */
 
 /** The vCPU will not run any more: the VM has ended, or this vCPU of a bare guest has halted. */
 #define VMBED_VCPU_ENDED 1
@@ -801,6 +804,38 @@ void vmbed_vm_free(vmbed_vm *vm);
  * vCPU is run again.
  */
 #define VMBED_VCPU_INTERRUPTED 2
+
+/**
+ * Sets `dispatcher` to a new one, without VMs. It is yours to free. VMBED_ERR_EXHAUSTED where the process has no file
+ * descriptor left.
+ */
+int32_t vmbed_dispatcher_new(vmbed_dispatcher **dispatcher,
+                             vmbed_error **error);
+
+/**
+ * The fd to poll for reading; it stays readable while there is work. For poll() and the like only: it belongs to the
+ * dispatcher, and closes with the last of its VMs and handles. -1 for NULL.
+ */
+int32_t vmbed_dispatcher_fd(const vmbed_dispatcher *dispatcher);
+
+/**
+ * Serves what is ready, and returns; callbacks of the VMs on it run within. Does not wait for anything to become
+ * ready; for another thread only that dispatches, or while it stops a device. After VMBED_EVENT_STOPPED, one more call
+ * takes the guest's last words to its console. VMBED_ERR_INVALID_STATE where a callback calls.
+ */
+int32_t vmbed_dispatcher_dispatch(vmbed_dispatcher *dispatcher,
+                                  vmbed_error **error);
+
+/** Frees this handle; VMs on the dispatcher go on, and are not served any more. NULL is a no-op. */
+void vmbed_dispatcher_free(vmbed_dispatcher *dispatcher);
+
+/**
+ * Serves the VM's console, network cards and random number generator on the dispatcher, instead of starting a thread for
+ * them. Disks keep their threads, since their requests wait for the host.
+ */
+int32_t vmbed_builder_set_dispatcher(vmbed_builder *builder,
+                                     const vmbed_dispatcher *dispatcher,
+                                     vmbed_error **error);
 
 /**
  * Leaves the vCPUs to threads of yours, which call vmbed_vcpu_run(), instead of starting a thread for each. One thread

@@ -1,4 +1,4 @@
-//! Who drives a VM: threads of the embedder's that run vCPUs.
+//! Who drives a VM: threads of the embedder's that run vCPUs, and its event loop that serves devices.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -6,10 +6,14 @@ use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use vmbed::{
-    Access, BareBoot, CpuMode, Device, ErrorKind, Host, Result, StopCause, ThreadInfo, ThreadRole,
-    VcpuReturn, Vm, VmBuilder, VmConfig, VmState,
+    Access, BareBoot, CpuMode, Device, Dispatcher, ErrorKind, EventKind, Host, Platform, Result, StopCause,
+    ThreadInfo, ThreadRole, VcpuReturn, Vm, VmBuilder, VmConfig, VmState,
 };
 
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+
+use vmm_sys_util::poll::PollContext;
 use vmm_sys_util::signal::{self, Killable};
 
 const LONG: Duration = Duration::from_secs(60);
@@ -242,4 +246,242 @@ fn a_signal_for_the_embedder_is_handled_and_gives_the_thread_back() {
     assert_eq!(thread.join().unwrap(), (VcpuReturn::Interrupted, false));
     assert!(HANDLED.load(Ordering::Relaxed) > 0);
     assert_eq!(vm.stop().unwrap(), StopCause::HostStop);
+}
+
+/// A guest with a console: writes "hi", then what it reads, and asks for a reset when that is a 'q'.
+fn talker() -> VmConfig {
+    let code = [
+        0xba, 0xf8, 0x03, // mov dx, 0x3f8
+        0xb0, b'h', 0xee, // mov al, 'h'; out dx, al
+        0xb0, b'i', 0xee, // mov al, 'i'; out dx, al
+        0xba, 0xfd, 0x03, // wait: mov dx, 0x3fd
+        0xec, 0xa8, 0x01, // in al, dx; test al, 1
+        0x74, 0xfb, // jz wait + 3
+        0xba, 0xf8, 0x03, 0xec, 0xee, // mov dx, 0x3f8; in al, dx; out dx, al
+        0x3c, b'q', 0x75, 0xef, // cmp al, 'q'; jne wait
+        0xb0, 0xfe, 0xe6, 0x64, // mov al, 0xfe; out 0x64, al
+        0xf4, 0xeb, 0xfd, // hlt; jmp -1
+    ];
+    let mut config = VmConfig::bare(BareBoot::new(CpuMode::Real, 0x1000, code));
+    config.platform = Platform::Pc;
+    config
+}
+
+/// Turns the dispatcher, when its fd says so, until `done`.
+fn turn_until(dispatcher: &Dispatcher, what: &str, done: impl Fn() -> bool) {
+    let deadline = Instant::now() + LONG;
+    while !done() {
+        assert!(Instant::now() < deadline, "waited a minute for {what}");
+        if is_readable(dispatcher) {
+            dispatcher.dispatch().unwrap();
+        }
+    }
+}
+
+/// Whether its fd is, within 10 ms.
+fn is_readable(dispatcher: &Dispatcher) -> bool {
+    let poll = PollContext::<u32>::new().unwrap();
+    poll.add(dispatcher, 0).unwrap();
+    poll.wait_timeout(Duration::from_millis(10)).unwrap().iter_readable().next().is_some()
+}
+
+/// What a console's callback got, and on which threads.
+type Said = Arc<Mutex<(Vec<u8>, Vec<ThreadId>)>>;
+
+fn keep(said: &Said) -> impl FnMut(&[u8]) + Send + 'static {
+    let said = said.clone();
+    move |bytes| {
+        let mut said = said.lock().unwrap();
+        said.0.extend(bytes);
+        said.1.push(std::thread::current().id());
+    }
+}
+
+fn text(said: &Said) -> String {
+    String::from_utf8(said.lock().unwrap().0.clone()).unwrap()
+}
+
+#[test]
+fn devices_are_served_on_the_embedders_loop_and_have_no_thread() {
+    let dispatcher = Dispatcher::new().unwrap();
+    let said = Said::default();
+    let threads = Arc::new(Mutex::new(Vec::new()));
+    let seen = threads.clone();
+    let vm = Host::open()
+        .unwrap()
+        .builder(talker())
+        .dispatcher(&dispatcher)
+        .console_callback(keep(&said))
+        .on_thread_start(move |info| seen.lock().unwrap().push(info.role))
+        .build()
+        .unwrap();
+    vm.start().unwrap();
+    turn_until(&dispatcher, "the guest's greeting", || text(&said) == "hi");
+    assert!(!is_readable(&dispatcher), "there is nothing to do");
+    vm.console_input(b"abcq");
+    assert_eq!(ended(&vm), StopCause::GuestReset);
+    assert_eq!(text(&said), "hi", "nobody dispatched");
+    assert!(is_readable(&dispatcher));
+    dispatcher.dispatch().unwrap();
+    assert_eq!(text(&said), "hiabcq", "one call takes the last words");
+    assert!(said.lock().unwrap().1.iter().all(|thread| *thread == std::thread::current().id()));
+    assert_eq!(*threads.lock().unwrap(), [ThreadRole::Vcpu]);
+}
+
+#[test]
+fn many_vms_share_a_dispatcher_and_a_panic_ends_one_of_them() {
+    let dispatcher = Dispatcher::new().unwrap();
+    let host = Host::open().unwrap();
+    let said: Vec<_> = (0..8).map(|_| Said::default()).collect();
+    let vms: Vec<_> = said
+        .iter()
+        .enumerate()
+        .map(|(i, said)| {
+            let mut keep = keep(said);
+            let callback = move |bytes: &[u8]| {
+                assert_ne!(i, 3, "as the test wants");
+                keep(bytes);
+            };
+            host.builder(talker()).dispatcher(&dispatcher).console_callback(callback).build().unwrap()
+        })
+        .collect();
+    vms.iter().for_each(|vm| vm.start().unwrap());
+    let others = || said.iter().enumerate().filter(|(i, _)| *i != 3);
+    turn_until(&dispatcher, "the greetings", || others().all(|(_, said)| text(said) == "hi"));
+    let cause = ended(&vms[3]);
+    assert!(
+        matches!(&cause, StopCause::DeviceFault { device, why } if device == "console" && why.contains("as the test wants")),
+        "{cause}"
+    );
+    vms.iter().for_each(|vm| assert!(vm.console_input(b"q") == 1));
+    turn_until(&dispatcher, "the answers", || others().all(|(_, said)| text(said) == "hiq"));
+    for (i, vm) in vms.iter().enumerate().filter(|(i, _)| *i != 3) {
+        assert_eq!(ended(vm), StopCause::GuestReset, "guest {i}");
+    }
+    drop(vms);
+    assert!(!is_readable(&dispatcher), "nothing of theirs is left in the set");
+}
+
+#[test]
+fn fds_of_a_console_are_served_too() {
+    let dispatcher = Dispatcher::new().unwrap();
+    let (mut reads, output) = std::io::pipe().unwrap();
+    let (input, mut types) = std::io::pipe().unwrap();
+    let vm = Host::open()
+        .unwrap()
+        .builder(talker())
+        .dispatcher(&dispatcher)
+        .console_output(output.as_fd())
+        .unwrap()
+        .console_input(input.as_fd())
+        .unwrap()
+        .build()
+        .unwrap();
+    drop((input, output));
+    vm.start().unwrap();
+    types.write_all(b"xyz").unwrap();
+    turn_until(&dispatcher, "the echo", || vm.console_tail().ends_with(b"xyz"));
+    vm.pause().unwrap();
+    vm.resume().unwrap();
+    types.write_all(b"q").unwrap();
+    turn_until(&dispatcher, "the end", || matches!(vm.state(), VmState::Stopped(_)));
+    dispatcher.dispatch().unwrap();
+    drop(vm);
+    let mut all = String::new();
+    reads.read_to_string(&mut all).unwrap();
+    assert_eq!(all, "hixyzq");
+}
+
+#[test]
+fn everything_works_while_nobody_dispatches() {
+    let dispatcher = Dispatcher::new().unwrap();
+    let vm = Host::open().unwrap().builder(talker()).dispatcher(&dispatcher).build().unwrap();
+    vm.start().unwrap();
+    wait_until("the greeting", || vm.console_tail() == b"hi");
+    vm.pause().unwrap();
+    vm.resume().unwrap();
+    assert_eq!(vm.stop().unwrap(), StopCause::HostStop);
+    drop(vm);
+    // And a VM outlives the embedder's interest in its dispatcher.
+    let vm = Host::open().unwrap().builder(talker()).dispatcher(&dispatcher).build().unwrap();
+    drop(dispatcher);
+    vm.start().unwrap();
+    vm.console_input(b"q");
+    assert_eq!(ended(&vm), StopCause::GuestReset);
+}
+
+#[test]
+fn threads_may_dispatch_at_the_same_time() {
+    let dispatcher = Dispatcher::new().unwrap();
+    let said = Said::default();
+    let builder = Host::open().unwrap().builder(talker()).dispatcher(&dispatcher);
+    let vm = builder.console_callback(keep(&said)).build().unwrap();
+    vm.start().unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| turn_until(&dispatcher, "the end", || matches!(vm.state(), VmState::Stopped(_))));
+        }
+        let deadline = Instant::now() + LONG;
+        for byte in b"0123456789q" {
+            while vm.console_input(&[*byte]) == 0 {
+                assert!(Instant::now() < deadline, "waited a minute for the guest to read");
+                std::thread::yield_now();
+            }
+        }
+    });
+    dispatcher.dispatch().unwrap();
+    assert_eq!(text(&said), "hi0123456789q");
+}
+
+type Callback = Box<dyn FnMut(&[u8]) + Send>;
+
+/// What a callback that `dispatch` calls must not do is refused, and what it may do works.
+#[test]
+fn callbacks_within_dispatch_never_wait_for_themselves() {
+    let dispatcher = Dispatcher::new().unwrap();
+    let host = Host::open().unwrap();
+    let build = |callback: Callback| {
+        let builder = host.builder(talker()).dispatcher(&dispatcher);
+        Arc::new(builder.console_callback(callback).build().unwrap())
+    };
+    let other = build(Box::new(|_| ()));
+    other.start().unwrap();
+    let own: Arc<Mutex<Option<Arc<Vm>>>> = Arc::default();
+    let refused = Arc::new(Mutex::new(Vec::new()));
+    let doomed = Arc::new(Mutex::new(Some(build(Box::new(|_| ())))));
+    let vm = build({
+        let (own, refused, other, doomed) = (own.clone(), refused.clone(), other.clone(), doomed.clone());
+        let (dispatcher, host) = (dispatcher.clone(), host.clone());
+        Box::new(move |_| {
+            let Some(vm) = own.lock().unwrap().take() else { return };
+            let again = host.builder(talker()).dispatcher(&dispatcher).build();
+            let errors = [
+                dispatcher.dispatch().unwrap_err(),
+                vm.stop().unwrap_err(),
+                other.stop().unwrap_err(),
+                other.pause().unwrap_err(),
+                other.wait().unwrap_err(),
+                again.unwrap_err(),
+            ];
+            refused.lock().unwrap().extend(errors.map(|e| (e.kind(), e.to_string())));
+            // Another VM of the same dispatcher, and its own.
+            drop(doomed.lock().unwrap().take());
+            other.request_stop();
+            vm.request_stop();
+        })
+    });
+    *own.lock().unwrap() = Some(vm.clone());
+    let stopped = vm.events().clone();
+    vm.start().unwrap();
+    drop(vm);
+    turn_until(&dispatcher, "the VM's end", || {
+        std::iter::from_fn(|| stopped.next_event())
+            .any(|event| event.kind == EventKind::Stopped(StopCause::HostStop))
+    });
+    let refused = refused.lock().unwrap();
+    assert_eq!(refused.len(), 6);
+    assert!(refused.iter().all(|(kind, _)| *kind == ErrorKind::InvalidState), "{refused:?}");
+    assert_eq!(ended(&other), StopCause::HostStop);
+    // Dropped in the callback, it ends after it: its thread is gone when the dispatcher is ours alone.
+    wait_until("the VM that was dropped within", || !is_readable(&dispatcher));
 }

@@ -16,7 +16,7 @@ const SECTIONS: [(&str, &str); 9] = [
     ("host", "The host"),
     ("config", "What a VM is to be"),
     ("vm", "A VM's life"),
-    ("drive", "Threads of your own"),
+    ("drive", "Loops and threads of your own"),
     ("events", "What happened"),
 ];
 

@@ -1,12 +1,71 @@
 //! Who drives a VM: the library's own threads, or the caller's.
 
+use std::os::fd::AsRawFd;
+
 use super::arguments::Out;
-use super::call;
 use super::config::{attach, vmbed_builder};
 use super::error::vmbed_error;
-use super::handle;
+use super::handle::{self, handle};
 use super::vm::vmbed_vm;
+use super::{answer, call};
+use crate::reactor::Dispatcher;
 use crate::vm::{VcpuReturn, VmBuilder};
+
+/// An event loop without a thread: serves the devices of VMs on your own loop. Any number of VMs may share one.
+pub struct vmbed_dispatcher(());
+
+handle!(vmbed_dispatcher holds Dispatcher);
+
+/// Sets `dispatcher` to a new one, without VMs. It is yours to free. VMBED_ERR_EXHAUSTED where the process has no file
+/// descriptor left.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_dispatcher_new(
+    dispatcher: *mut *mut vmbed_dispatcher,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    call(error, || {
+        Out::new(dispatcher, "dispatcher")?.put(handle::make(Dispatcher::new()?));
+        Ok(())
+    })
+}
+
+/// The fd to poll for reading; it stays readable while there is work. For poll() and the like only: it belongs to the
+/// dispatcher, and closes with the last of its VMs and handles. -1 for NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_dispatcher_fd(dispatcher: *const vmbed_dispatcher) -> i32 {
+    answer(-1, || handle::object(dispatcher).map_or(-1, |d| d.as_raw_fd()))
+}
+
+/// Serves what is ready, and returns; callbacks of the VMs on it run within. Does not wait for anything to become
+/// ready; for another thread only that dispatches, or while it stops a device. After VMBED_EVENT_STOPPED, one more call
+/// takes the guest's last words to its console. VMBED_ERR_INVALID_STATE where a callback calls.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_dispatcher_dispatch(
+    dispatcher: *mut vmbed_dispatcher,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    call(error, || handle::object(dispatcher)?.dispatch())
+}
+
+/// Frees this handle; VMs on the dispatcher go on, and are not served any more. NULL is a no-op.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_dispatcher_free(dispatcher: *mut vmbed_dispatcher) {
+    answer((), || drop(handle::take(dispatcher)));
+}
+
+/// Serves the VM's console, network cards and random number generator on the dispatcher, instead of starting a thread for
+/// them. Disks keep their threads, since their requests wait for the host.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_builder_set_dispatcher(
+    builder: *mut vmbed_builder,
+    dispatcher: *const vmbed_dispatcher,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    attach(builder, error, |builder| {
+        builder.set_dispatcher(&*handle::object(dispatcher)?);
+        Ok(())
+    })
+}
 
 /// The vCPU will not run any more: the VM has ended, or this vCPU of a bare guest has halted.
 pub const VMBED_VCPU_ENDED: i32 = 1;

@@ -11,7 +11,7 @@ use kvm_ioctls::{Kvm, VmFd};
 
 use super::Vm;
 use super::board::{self, Board, Plan, Wiring};
-use super::machine::{Control, End, Machine, VmState, enter_thread_of};
+use super::machine::{Control, End, Machine, VmState};
 use crate::boot::{self, Entry, Identity, Protocol};
 use crate::budget::{Claim, Ledger};
 use crate::bus::{Bus, Device};
@@ -21,7 +21,7 @@ use crate::console::Output;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, Reporter, StopCause, StopLine, VmId};
 use crate::memory::{Memory, layout, slots};
-use crate::reactor::panic_text;
+use crate::reactor::{Dispatcher, own, panic_text};
 use crate::sys;
 use crate::vcpu::cpuid::{self, HostCpu};
 use crate::vcpu::{Gate, Surroundings, Vcpu, msrs, regs};
@@ -148,6 +148,10 @@ impl VmBuilder {
         Ok(())
     }
 
+    pub(crate) fn set_dispatcher(&mut self, dispatcher: &Dispatcher) {
+        self.wiring.dispatcher = Some(dispatcher.clone());
+    }
+
     pub(crate) fn set_caller_vcpus(&mut self) {
         self.caller_vcpus = true;
     }
@@ -212,6 +216,13 @@ impl VmBuilder {
         self
     }
 
+    /// Serves the VM's console, network cards and random number generator on your event loop, instead of
+    /// starting a thread for them.
+    pub fn dispatcher(mut self, dispatcher: &Dispatcher) -> Self {
+        self.set_dispatcher(dispatcher);
+        self
+    }
+
     /// Leaves the vCPUs to threads of yours, which call [`Vm::run_vcpu`], instead of starting a thread for each.
     /// One thread of the library's, [`ThreadRole::Control`], then waits for the VM's end.
     pub fn caller_vcpus(mut self) -> Self {
@@ -250,9 +261,9 @@ impl VmBuilder {
         slots::plug(&vm, &memory)?;
 
         let end = Arc::new(End { cause: OnceLock::new(), gate: Gate::new(config.cpus.count.into()) });
-        let threads = Threads { id, hook, stop: end.line() };
+        let threads = Threads { id, hook, stop: end.line(id) };
         let mut buses = Buses::default();
-        let stop = end.line();
+        let stop = end.line(id);
         let plan = Plan {
             config: &config,
             vm: &vm,
@@ -354,7 +365,7 @@ impl Threads {
             ThreadRole::Control => "end",
         };
         let body = move || {
-            enter_thread_of(id);
+            let _inside = own::enter(id);
             if let Some(hook) = hook {
                 let info = ThreadInfo { vm: id, role, index, tid: sys::signal::thread_id() };
                 if let Err(panic) = catch_unwind(AssertUnwindSafe(|| hook(&info))) {

@@ -9,7 +9,6 @@
 //! The end may come from anyone at any moment (a guest, a device, the embedder): whoever pulls the stop
 //! line first names the cause and opens the gate outwards; the last vCPU to leave tidies up.
 
-use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::JoinHandle;
@@ -23,6 +22,7 @@ use crate::budget::Reservation;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventKind, EventStream, Reporter, StopCause, StopLine, VmId};
 use crate::memory::Memory;
+use crate::reactor::own;
 use crate::sys::lock;
 use crate::sys::signal::SignalSet;
 use crate::vcpu::{Gate, Served, Surroundings, Target, Vcpu};
@@ -55,16 +55,6 @@ pub enum VcpuReturn {
     Interrupted,
 }
 
-thread_local! {
-    /// The VM that this thread works for; 0 on threads of the embedder.
-    static CURRENT: Cell<u64> = const { Cell::new(0) };
-}
-
-/// Makes the calling thread one of VM `id`'s own.
-pub(super) fn enter_thread_of(id: VmId) {
-    CURRENT.set(id.0);
-}
-
 /// How a VM ends: the cause that came first, and the gate.
 pub(super) struct End {
     pub cause: OnceLock<StopCause>,
@@ -72,9 +62,9 @@ pub(super) struct End {
 }
 
 impl End {
-    pub fn line(self: &Arc<Self>) -> StopLine {
+    pub fn line(self: &Arc<Self>, id: VmId) -> StopLine {
         let end = self.clone();
-        StopLine::new(move |cause| {
+        StopLine::of(id, move |cause| {
             log::debug!("stop requested: {cause}");
             let _ = end.cause.set(cause);
             end.gate.set(Target::End);
@@ -114,7 +104,8 @@ impl Machine {
     /// The body of vCPU `index`'s thread.
     pub fn serve_vcpu(&self, index: usize) {
         let Some(vcpu) = self.vcpus.get(index) else { return };
-        if let Served::Left { last: true } = vcpu.serve(&self.around, &self.end.gate, &self.end.line(), None)
+        if let Served::Left { last: true } =
+            vcpu.serve(&self.around, &self.end.gate, &self.end.line(self.id), None)
         {
             self.finish();
         }
@@ -135,13 +126,13 @@ impl Machine {
                 "vmbed's own threads run this VM's vCPUs: build it with caller_vcpus()".to_owned(),
             );
         }
-        if CURRENT.get() != 0 {
+        if own::is_inside_any() {
             return refused("a callback cannot run vCPUs".to_owned());
         }
         let blocked = SignalSet::block_kick();
-        CURRENT.set(self.id.0);
-        let served = vcpu.serve(&self.around, &self.end.gate, &self.end.line(), Some(&blocked));
-        CURRENT.set(0);
+        let inside = own::enter(self.id);
+        let served = vcpu.serve(&self.around, &self.end.gate, &self.end.line(self.id), Some(&blocked));
+        drop(inside);
         blocked.block();
         match served {
             Served::Left { .. } => Ok(VcpuReturn::Ended),
@@ -274,7 +265,7 @@ impl Machine {
     /// Pulls the stop line for the embedder. Never blocks.
     pub fn request_stop(&self) {
         if !matches!(self.state(), VmState::Stopped(_)) {
-            self.end.line().pull(StopCause::HostStop);
+            self.end.line(self.id).pull(StopCause::HostStop);
         }
     }
 
@@ -288,13 +279,18 @@ impl Machine {
         self.board.join();
     }
 
+    /// Whether the calling thread is one that the VM needs to come to its end: its own, in a callback, or one
+    /// that is turning its dispatcher.
     pub fn is_own_thread(&self) -> bool {
-        CURRENT.get() == self.id.0
+        own::is_inside(self.id) || self.board.is_turned_here()
     }
 
     pub(super) fn not_from_within(&self, call: &str) -> Result<()> {
         if self.is_own_thread() {
-            let why = format!("{call} waits for this VM, so it cannot be called from the VM's own callback");
+            let why = format!(
+                "{call} waits for this VM, so it cannot be called from the VM's own callback, or one that its \
+                 dispatcher calls"
+            );
             return Err(Error::new(ErrorKind::InvalidState, why));
         }
         Ok(())
