@@ -12,7 +12,6 @@ use crate::error::{Error, Result};
 use crate::events::StopCause;
 use crate::ioapic::Ioapic;
 use crate::sys::kvm::{self, Exit};
-use crate::sys::signal;
 
 /// What a vCPU meets outside the guest.
 pub(crate) struct Surroundings {
@@ -25,17 +24,16 @@ pub(crate) struct Surroundings {
 
 /// Why a vCPU came back from the guest for longer than an exit.
 pub(crate) enum Pause {
-    /// The gate wants it.
+    /// The gate wants it, or a signal came.
     Attention,
-    /// A signal that was no kick of ours came in, or none at all.
-    Signal,
     /// It executed `HLT`, and nothing in this VM could wake it.
     Halted,
     /// The whole VM must end.
     Ended(StopCause),
 }
 
-/// Runs vCPU `index` until it must pause.
+/// Runs vCPU `index` until it must pause. (Not a part of its caller: the loop wants the registers.)
+#[inline(never)]
 pub(crate) fn run(vcpu: &mut VcpuFd, index: u32, around: &Surroundings, gate: &Gate) -> Pause {
     enter::<false>(vcpu, index, around, gate)
 }
@@ -53,7 +51,7 @@ pub(crate) fn complete_instruction(
     vcpu.set_kvm_immediate_exit(0);
     match pause {
         Pause::Ended(cause) => Some(cause),
-        Pause::Attention | Pause::Signal | Pause::Halted => None,
+        Pause::Attention | Pause::Halted => None,
     }
 }
 
@@ -80,9 +78,7 @@ fn enter<const COMPLETING: bool>(vcpu: &mut VcpuFd, index: u32, around: &Surroun
                     ioapic.end_of_interrupt(vector);
                 }
             }
-            Ok(Exit::Interrupted) if COMPLETING => break,
-            Ok(Exit::Interrupted) if signal::consume_kick() => break,
-            Ok(Exit::Interrupted) => return Pause::Signal,
+            Ok(Exit::Interrupted) => break,
             Ok(Exit::Hlt) => return Pause::Halted,
             Ok(Exit::Shutdown) => return Pause::Ended(StopCause::TripleFault),
             Ok(Exit::Other(reason)) => {

@@ -9,7 +9,7 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use crate::error::{Error, Result};
 use crate::events::{StopCause, StopLine};
 use crate::reactor::panic_text;
-use crate::sys::signal::{KICK, SignalSet};
+use crate::sys::signal::{self, KICK, SignalSet};
 use crate::sys::{self, lock};
 
 pub(crate) mod cpuid;
@@ -104,8 +104,9 @@ impl Vcpu {
             let ended = match exit::run(&mut fd, self.index, around, gate) {
                 exit::Pause::Halted => return false,
                 exit::Pause::Ended(cause) => Some(cause),
-                pause @ (exit::Pause::Attention | exit::Pause::Signal) => {
-                    returns = theirs.is_some() && matches!(pause, exit::Pause::Signal);
+                exit::Pause::Attention => {
+                    // Neither a kick nor the gate: a signal for the embedder.
+                    returns = !signal::consume_kick() && theirs.is_some() && !gate.wants_attention();
                     exit::complete_instruction(&mut fd, self.index, around, gate)
                 }
             };
