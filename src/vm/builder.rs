@@ -261,6 +261,7 @@ impl VmBuilder {
         };
         let machine = Arc::new(Machine {
             id,
+            process: sys::fork::process(),
             end,
             reporter,
             events,

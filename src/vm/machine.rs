@@ -23,7 +23,7 @@ use crate::budget::Reservation;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventKind, EventStream, Reporter, StopCause, StopLine, VmId};
 use crate::memory::Memory;
-use crate::sys::lock;
+use crate::sys::{fork, lock};
 use crate::vcpu::{Gate, Surroundings, Target, Vcpu};
 
 /// How long a call waits for vCPUs that are inside an embedder's device, or for a disk that hangs.
@@ -73,6 +73,8 @@ impl End {
 /// All parts of one VM. Field order is drop order: what refers to guest memory goes before it.
 pub(super) struct Machine {
     pub id: VmId,
+    /// Where its threads are: a child of a fork has none.
+    pub process: u64,
     pub end: Arc<End>,
     pub reporter: Reporter,
     pub events: EventStream,
@@ -215,7 +217,7 @@ impl Machine {
 
     /// Pulls the stop line for the embedder. Never blocks.
     pub fn request_stop(&self) {
-        if !matches!(self.state(), VmState::Stopped(_)) {
+        if self.is_here() && !matches!(self.state(), VmState::Stopped(_)) {
             self.end.line().pull(StopCause::HostStop);
         }
     }
@@ -234,7 +236,16 @@ impl Machine {
         CURRENT.get() == self.id.0
     }
 
+    /// Whether this is the process that built it, not a child of a fork.
+    pub fn is_here(&self) -> bool {
+        self.process == fork::process()
+    }
+
     pub(super) fn not_from_within(&self, call: &str) -> Result<()> {
+        if !self.is_here() {
+            let why = format!("{call}: the VM runs in the process that this one was forked from");
+            return Err(Error::new(ErrorKind::InvalidState, why));
+        }
         if self.is_own_thread() {
             let why = format!("{call} waits for this VM, so it cannot be called from the VM's own callback");
             return Err(Error::new(ErrorKind::InvalidState, why));
