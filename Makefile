@@ -58,6 +58,9 @@ test: setup lint ## everything that must pass, about 10 minutes on 2 cores
 	tests/stranger/run
 
 test-all: test ## and the long forms
+	VMBED_ROUNDS=100000 cargo test --features serde,internals --test c -- handles_from
+	VMBED_ROUNDS=5000 cargo test --features serde,internals --test c -- stop_races
+	VMBED_ROUNDS=10000 cargo test --features serde,internals --test api -- handles_from stop_races
 	tests/lab/selftest
 
 bench: setup ## measure, print each figure with its limit, fail beyond one

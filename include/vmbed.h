@@ -57,6 +57,9 @@
  * Threads. Every function may be called from any thread at any time, on the same handle too. Unless its comment says
  * otherwise it does not block. The library blocks all signals on its own threads, and installs no handlers.
  *
+ * Forks. A child of a fork has no part in its parent's VMs: there every call on a handle of the parent's answers
+ * VMBED_ERR_INVALID_STATE, and every _free of one does nothing. It may open a host and run VMs of its own.
+ *
  * fds are duplicated: yours stay yours.
  */
 #ifndef VMBED_H
@@ -395,6 +398,12 @@ void vmbed_host_free(vmbed_host *host);
 /** EDX. */
 #define VMBED_CPUID_EDX 3
 
+/** Local APICs, IOAPIC, PCI Express, hardware-reduced ACPI, serial port, clock, pvpanic. */
+#define VMBED_PLATFORM_PC 0
+
+/** vCPUs and memory only. HLT ends a vCPU, since nothing could wake it. */
+#define VMBED_PLATFORM_BARE 1
+
 /** A 16550 at 0x3f8, `console=ttyS0`: works from the first instruction on. */
 #define VMBED_CONSOLE_SERIAL 0
 
@@ -501,6 +510,12 @@ int32_t vmbed_config_mask_cpuid(vmbed_config *config,
                                 uint32_t clear,
                                 uint32_t set,
                                 vmbed_error **error);
+
+/**
+ * Sets what surrounds the vCPUs, one of VMBED_PLATFORM_*. A Linux guest has VMBED_PLATFORM_PC and a bare one
+ * VMBED_PLATFORM_BARE unless this says otherwise; Linux needs a PC.
+ */
+int32_t vmbed_config_set_platform(vmbed_config *config, int32_t platform, vmbed_error **error);
 
 /** Sets what the guest's console is, one of VMBED_CONSOLE_*. */
 int32_t vmbed_config_set_console(vmbed_config *config, int32_t console, vmbed_error **error);

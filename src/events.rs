@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::error::{Error, Result};
-use crate::sys::lock;
+use crate::sys::{fork, lock};
 
 /// Something that happened to a VM.
 #[derive(Clone, Debug, PartialEq)]
@@ -131,6 +131,8 @@ const CAPACITY: usize = 256;
 pub struct EventStream(Arc<Shared>);
 
 struct Shared {
+    /// Where it was made: in a child of a fork the lock may be held for ever, and the eventfd is the parent's.
+    process: u64,
     queue: Mutex<Queue>,
     /// Readable while the queue is not empty.
     ready: EventFd,
@@ -152,11 +154,19 @@ impl EventStream {
     pub fn new() -> Result<Self> {
         let ready = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
             .map_err(|e| Error::os("creating the eventfd of an event stream", e))?;
-        Ok(Self(Arc::new(Shared { queue: Mutex::default(), ready, arrived: Condvar::new() })))
+        Ok(Self(Arc::new(Shared {
+            process: fork::process(),
+            queue: Mutex::default(),
+            ready,
+            arrived: Condvar::new(),
+        })))
     }
 
     /// The oldest unread event. Never blocks.
     pub fn next_event(&self) -> Option<Event> {
+        if !self.is_here() {
+            return None;
+        }
         let mut queue = lock(&self.0.queue);
         let event = queue.pop();
         if queue.is_empty() {
@@ -170,7 +180,7 @@ impl EventStream {
     pub fn wait_event(&self, timeout: Duration) -> Option<Event> {
         // A deadline beyond the clock's range is none.
         let deadline = Instant::now().checked_add(timeout);
-        loop {
+        while self.is_here() {
             if let Some(event) = self.next_event() {
                 return Some(event);
             }
@@ -185,6 +195,11 @@ impl EventStream {
             // A spurious wake-up costs one round of the loop.
             drop(self.0.arrived.wait_timeout(queue, left));
         }
+        None
+    }
+
+    fn is_here(&self) -> bool {
+        self.0.process == fork::process()
     }
 
     /// Whether both are the same stream, or clones of one.

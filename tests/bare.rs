@@ -1,49 +1,14 @@
 //! Bare guests: a few instructions, devices of the embedder's, and every way in which they end. These run
 //! on any KVM.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use vmbed::{
-    Access, BareBoot, CpuMode, Device, Error, ErrorKind, EventKind, Host, Result, StopCause, Vm, VmConfig,
-    VmState,
-};
+use vmbed::{Access, BareBoot, CpuMode, Device, ErrorKind, EventKind, Result, StopCause, VmConfig, VmState};
 
-const LONG: Duration = Duration::from_secs(60);
-
-/// A port that keeps what is written to it and answers 0x5a.
-#[derive(Default)]
-struct Port(Mutex<Vec<u8>>, AtomicU64);
-
-impl Device for Port {
-    fn read(&self, _: Access, data: &mut [u8]) -> Result<()> {
-        data.fill(0x5a);
-        Ok(())
-    }
-    fn write(&self, access: Access, data: &[u8]) -> Result<()> {
-        self.1.fetch_add(1, Ordering::Relaxed);
-        let mut kept = self.0.lock().unwrap();
-        if kept.len() < 64 {
-            kept.push(access.offset as u8);
-            kept.extend_from_slice(data);
-        }
-        Ok(())
-    }
-}
-
-fn real(code: &[u8]) -> VmConfig {
-    VmConfig::bare(BareBoot::new(CpuMode::Real, 0x1000, code))
-}
-
-fn run(vm: &Vm) -> StopCause {
-    vm.start().unwrap();
-    vm.wait_timeout(LONG).unwrap().expect("the guest should end within a minute")
-}
-
-fn host() -> Host {
-    Host::open().unwrap()
-}
+#[path = "api/guest.rs"]
+mod guest;
+use guest::{Port, host, real, run, wait_until};
 
 #[test]
 fn a_real_mode_guest_talks_to_a_port_and_halts() {
@@ -107,7 +72,7 @@ fn pause_stops_the_guest_and_resume_lets_it_go_on() {
     let vm = vm.unwrap();
     assert_eq!(vm.pause().unwrap_err().kind(), ErrorKind::InvalidState);
     vm.start().unwrap();
-    let count = || port.1.load(Ordering::Relaxed);
+    let count = || port.writes();
     for _ in 0..20 {
         let before = count();
         wait_until("the guest writes to its port", || count() > before + 10);
@@ -164,70 +129,6 @@ fn a_triple_fault_is_the_cause() {
     assert_eq!(run(&host().build(VmConfig::bare(boot)).unwrap()), StopCause::TripleFault);
 }
 
-struct Bad(bool);
-
-impl Device for Bad {
-    fn read(&self, _: Access, _: &mut [u8]) -> Result<()> {
-        assert!(!self.0, "a bug in the device");
-        Err(Error::new(ErrorKind::Os, "the backend is gone"))
-    }
-    fn write(&self, _: Access, _: &[u8]) -> Result<()> {
-        Ok(())
-    }
-}
-
-#[test]
-fn a_device_that_fails_or_panics_stops_its_vm_and_no_other() {
-    let host = host();
-    let spinning = host.build(real(&[0xeb, 0xfe])).unwrap();
-    spinning.start().unwrap();
-    for (panics, text) in [(false, "the backend is gone"), (true, "panicked: a bug in the device")] {
-        let vm = host.builder(real(&[0xe4, 0x10])).pio_device("bad", 0x10, 1, Arc::new(Bad(panics))).build();
-        let cause = run(&vm.unwrap());
-        let StopCause::DeviceFault { device, why } = cause else { panic!("{cause}") };
-        assert_eq!((device.as_str(), why.as_str()), ("bad", text));
-    }
-    assert_eq!(spinning.state(), VmState::Running);
-}
-
-struct Ends(Mutex<Option<Arc<Vm>>>, Mutex<Option<Error>>);
-
-impl Device for Ends {
-    fn read(&self, _: Access, _: &mut [u8]) -> Result<()> {
-        Ok(())
-    }
-    fn write(&self, _: Access, _: &[u8]) -> Result<()> {
-        if let Some(vm) = self.0.lock().unwrap().take() {
-            *self.1.lock().unwrap() = vm.stop().err();
-            vm.request_stop();
-        }
-        Ok(())
-    }
-}
-
-#[test]
-fn a_callback_may_ask_for_the_end_and_drop_its_own_vm() {
-    let device = Arc::new(Ends(Mutex::default(), Mutex::default()));
-    let vm =
-        host().builder(real(&[0xe6, 0x10, 0xeb, 0xfc])).pio_device("ends", 0x10, 1, device.clone()).build();
-    let vm = Arc::new(vm.unwrap());
-    let events = vm.events().clone();
-    *device.0.lock().unwrap() = Some(vm.clone());
-    vm.start().unwrap();
-    drop(vm);
-    let end = Instant::now() + LONG;
-    loop {
-        let left = end.saturating_duration_since(Instant::now());
-        let event = events.wait_event(left).expect("the VM should report its end within a minute");
-        if let EventKind::Stopped(cause) = event.kind {
-            assert_eq!(cause, StopCause::HostStop);
-            break;
-        }
-    }
-    let refused = device.1.lock().unwrap().take().expect("stop() from within should be refused");
-    assert_eq!(refused.kind(), ErrorKind::InvalidState);
-}
-
 #[test]
 fn mmio_reaches_its_device_and_nobody_there_reads_all_ones() {
     let port = Arc::new(Port::default());
@@ -256,14 +157,6 @@ fn a_device_in_the_guests_memory_or_over_another_is_refused_by_name() {
         assert!(error.to_string().contains(text), "{error}");
     }
     assert_eq!(host.usage().memory.get(), 0, "a failed build gives its reservation back");
-}
-
-fn wait_until(what: &str, done: impl Fn() -> bool) {
-    let end = Instant::now() + LONG;
-    while !done() {
-        assert!(Instant::now() < end, "waited a minute for: {what}");
-        std::thread::yield_now();
-    }
 }
 
 #[test]

@@ -9,33 +9,21 @@ use libtest_mimic::{Arguments, Trial};
 
 #[path = "c/generate.rs"]
 mod generate;
+#[path = "api/list.rs"]
+mod list;
 
-/// The cases of `tests/c/api.c`, which says them too: one that is missing there or here fails.
-const CASES: [&str; 14] = [
-    "guest_and_device",
-    "events_in_order",
-    "registers_and_memory",
-    "structure_sizes",
-    "every_bad_field_at_once",
-    "data_are_destroyed_once",
-    "a_device_that_fails_is_the_cause",
-    "a_callback_stops_its_vm",
-    "a_callback_frees_its_vm",
-    "free_races_with_everything",
-    "callbacks_that_are_missing",
-    "log_lines_go_where_they_are_wanted",
-    "version_and_features",
-    "cycles_leave_nothing",
-];
+/// The program of the cases.
+const API: [&str; 4] = ["tests/c/api.c", "tests/c/races.c", "tests/c/callbacks.c", "tests/c/drive.c"];
 const WARNINGS: [&str; 5] = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror"];
 
 fn main() -> std::process::ExitCode {
     let arguments = Arguments::from_args();
     let stage = Stage::make();
     let mut trials = vec![trial("listed_here_and_there", listed)];
-    trials.extend(CASES.map(|name| trial(name, move |stage| case(stage, name))));
+    trials.extend(list::listed("c").into_iter().map(|name| trial(name, move |stage| case(stage, name))));
     trials.push(trial("wrong_arguments_of_every_function", wrong_arguments));
     trials.push(trial("valgrind", valgrind));
+    trials.push(trial("sanitizers", sanitizers));
     trials.push(trial("example_bare", |stage| {
         assert_eq!(text(run(stage.program("bare", &[]).as_mut())), "hi\n");
     }));
@@ -73,13 +61,15 @@ fn trial(name: &str, run: impl FnOnce(&Stage) + Send + 'static) -> (String, Run)
 #[derive(Clone)]
 struct Stage {
     directory: PathBuf,
+    /// What pkg-config answers.
+    flags: Vec<String>,
 }
 
 impl Stage {
     fn make() -> Self {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let directory = std::env::temp_dir().join(format!("vmbed-c-{}", std::process::id()));
-        let stage = Self { directory };
+        let mut stage = Self { directory, flags: Vec::new() };
         let mut make = Command::new("make");
         make.current_dir(root).args(["--silent", "install", "PREFIX=/usr", "PROFILE=debug"]);
         make.arg(format!("DESTDIR={}", stage.directory.display()));
@@ -100,18 +90,27 @@ impl Stage {
         let mut cc = Command::new("cc");
         cc.args(WARNINGS).arg(stage.directory.join("introduction.c")).arg("-o");
         run(cc.arg(stage.directory.join("introduction")).args(&flags));
-        for source in ["examples/c/bare", "examples/c/many", "examples/c/boot", "tests/c/api"] {
-            let name = source.rsplit('/').next().unwrap();
-            let mut cc = Command::new("cc");
-            cc.current_dir(root).args(WARNINGS).args(["-O1", "-g", "-pthread", &format!("{source}.c"), "-o"]);
-            run(cc.arg(stage.directory.join(name)).args(&flags));
+        for name in ["bare", "many", "boot"] {
+            stage.compile(name, &[&format!("examples/c/{name}.c")], &[], &flags);
         }
+        stage.compile("api", &API, &[], &flags);
         let mut cc = Command::new("cc");
         cc.current_dir(root).args(WARNINGS).args(["examples/c/bare.c", "-o"]);
         cc.arg(stage.directory.join("bare_static")).args(config(&["--cflags"]));
         let libraries = config(&["--static", "--libs-only-l"]).into_iter().filter(|l| l != "-lvmbed");
         run(cc.arg(stage.directory.join("usr/lib/libvmbed.a")).args(libraries));
+        stage.flags = flags;
         stage
+    }
+
+    /// Makes a program of sources of this tree.
+    fn compile(&self, name: &str, sources: &[&str], options: &[&str], libraries: &[String]) {
+        let mut cc = Command::new("cc");
+        cc.current_dir(env!("CARGO_MANIFEST_DIR"))
+            .args(WARNINGS)
+            .args(["-O1", "-g", "-pthread"])
+            .args(options);
+        run(cc.args(sources).arg("-o").arg(self.directory.join(name)).args(libraries));
     }
 
     fn program(&self, name: &str, arguments: &[&str]) -> Box<Command> {
@@ -139,7 +138,7 @@ fn text(output: Output) -> String {
 
 fn listed(stage: &Stage) {
     let listed = text(run(stage.program("api", &["--list"]).as_mut()));
-    assert_eq!(listed.lines().collect::<Vec<_>>(), CASES);
+    list::compare("c", &listed.lines().collect::<Vec<_>>());
 }
 
 fn case(stage: &Stage, name: &str) {
@@ -176,16 +175,33 @@ fn header() -> String {
     std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("include/vmbed.h")).unwrap()
 }
 
+/// Cases that count memory, wait for long, fork, or have more threads than valgrind has patience for.
+const NOT_FOR_VALGRIND: [&str; 4] =
+    ["cycles_leave_nothing", "a_callback_that_blocks", "a_fork_while_a_vm_runs", "many_at_once"];
+
 /// No error, no leak, no fd left.
 fn valgrind(stage: &Stage) {
-    for name in CASES.iter().filter(|name| **name != "cycles_leave_nothing") {
+    for name in list::listed("c").iter().filter(|name| !NOT_FOR_VALGRIND.contains(name)) {
         let mut command = Command::new("valgrind");
         command.args(["-q", "--error-exitcode=99", "--leak-check=full", "--track-fds=yes"]);
         // Possible losses are thread-local storage of threads that end while the program does.
         command.args(["--errors-for-leak-kinds=definite,indirect"]).arg(stage.directory.join("api"));
-        let output = run(command.env("LD_LIBRARY_PATH", stage.directory.join("usr/lib")).arg(name));
+        command.env("LD_LIBRARY_PATH", stage.directory.join("usr/lib")).env("VMBED_ROUNDS", "60");
+        let output = run(command.arg(name));
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(!said.contains("Open file descriptor") || inherited(&said), "{name}: {said}");
+    }
+}
+
+/// The cases with the compiler's sanitizers in the C half, and their allocator and leak check under both halves.
+fn sanitizers(stage: &Stage) {
+    let options = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"];
+    stage.compile("api-sanitized", &API, &options, &stage.flags);
+    // What memory a process keeps is the allocator's business, and that is another one here.
+    for name in list::listed("c").iter().filter(|name| **name != "cycles_leave_nothing") {
+        let mut command = stage.program("api-sanitized", &[name]);
+        command.env("ASAN_OPTIONS", "detect_leaks=1:strict_string_checks=1").env("VMBED_ROUNDS", "300");
+        assert_eq!(text(run(&mut command)), format!("ok {name}\n"));
     }
 }
 

@@ -12,8 +12,8 @@ use super::host::vmbed_host;
 use super::vm::{Machine, vmbed_vm};
 use super::{answer, call};
 use crate::config::{
-    BareBoot, Boot, ConsoleKind, CpuMode, CpuidMask, CpuidRegister, DiskConfig, LinuxBoot, NetConfig, Uuid,
-    VmConfig,
+    BareBoot, Boot, ConsoleKind, CpuMode, CpuidMask, CpuidRegister, DiskConfig, LinuxBoot, NetConfig,
+    Platform, Uuid, VmConfig,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::lock;
@@ -173,6 +173,29 @@ pub unsafe extern "C" fn vmbed_config_mask_cpuid(
             other => return Err(invalid(format!("register is {other}, not one of VMBED_CPUID_*"))),
         };
         c.cpus.masks.push(CpuidMask { leaf, subleaf, register, clear, set });
+        Ok(())
+    })
+}
+
+/// Local APICs, IOAPIC, PCI Express, hardware-reduced ACPI, serial port, clock, pvpanic.
+pub const VMBED_PLATFORM_PC: i32 = 0;
+/// vCPUs and memory only. HLT ends a vCPU, since nothing could wake it.
+pub const VMBED_PLATFORM_BARE: i32 = 1;
+
+/// Sets what surrounds the vCPUs, one of VMBED_PLATFORM_*. A Linux guest has VMBED_PLATFORM_PC and a bare one
+/// VMBED_PLATFORM_BARE unless this says otherwise; Linux needs a PC.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_config_set_platform(
+    config: *mut vmbed_config,
+    platform: i32,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    change(config, error, |c| {
+        c.platform = match platform {
+            VMBED_PLATFORM_PC => Platform::Pc,
+            VMBED_PLATFORM_BARE => Platform::Bare,
+            other => return Err(invalid(format!("platform is {other}, not one of VMBED_PLATFORM_*"))),
+        };
         Ok(())
     })
 }

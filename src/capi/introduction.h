@@ -56,5 +56,8 @@
  * Threads. Every function may be called from any thread at any time, on the same handle too. Unless its comment says
  * otherwise it does not block. The library blocks all signals on its own threads, and installs no handlers.
  *
+ * Forks. A child of a fork has no part in its parent's VMs: there every call on a handle of the parent's answers
+ * VMBED_ERR_INVALID_STATE, and every _free of one does nothing. It may open a host and run VMs of its own.
+ *
  * fds are duplicated: yours stay yours.
  */

@@ -10,7 +10,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 
 use super::{Manager, own, to_io};
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::{self, lock};
+use crate::sys::{self, fork, lock};
 
 /// Serves the devices of VMs on the embedder's event loop, instead of on a thread for each VM.
 ///
@@ -43,6 +43,8 @@ pub(super) struct Turns {
     manager: Mutex<Manager>,
     /// What the manager waits for, in a set whose fd can be shown.
     mirror: Arc<Epoll>,
+    /// Whose it is: the child of a fork shares the sets with its parent, and must not touch them.
+    process: u64,
 }
 
 thread_local! {
@@ -59,7 +61,7 @@ impl Dispatcher {
         let failed = |e| Error::os("creating a dispatcher (epoll_create1)", e);
         let manager = Mutex::new(Manager::new().map_err(|e| failed(to_io(e)))?);
         let mirror = Arc::new(Epoll::new().map_err(failed)?);
-        Ok(Self(Arc::new(Turns { manager, mirror })))
+        Ok(Self(Arc::new(Turns { manager, mirror, process: fork::process() })))
     }
 
     /// Serves what is ready, and returns. Callbacks of the VMs on it run within.
@@ -68,8 +70,12 @@ impl Dispatcher {
     /// a device. After a VM's `Stopped` event, one more call takes the guest's last words to its console.
     ///
     /// # Errors
-    /// `InvalidState` when a callback calls.
+    /// `InvalidState` when a callback calls, or the child of a fork.
     pub fn dispatch(&self) -> Result<()> {
+        if self.0.process != fork::process() {
+            let why = "dispatch: its VMs run in the process that this one was forked from";
+            return Err(Error::new(ErrorKind::InvalidState, why));
+        }
         if own::is_inside_any() || TURNING.get() != 0 {
             let why = "dispatch: called by a callback, which it would call again";
             return Err(Error::new(ErrorKind::InvalidState, why));
@@ -98,7 +104,7 @@ impl Turns {
     }
 
     pub fn mirror(&self) -> Mirror {
-        Mirror { set: self.mirror.clone(), fds: Vec::new() }
+        Mirror { set: self.mirror.clone(), fds: Vec::new(), process: self.process }
     }
 }
 
@@ -124,6 +130,7 @@ impl std::fmt::Debug for Dispatcher {
 pub(super) struct Mirror {
     set: Arc<Epoll>,
     fds: Vec<RawFd>,
+    process: u64,
 }
 
 impl Mirror {
@@ -155,8 +162,8 @@ impl Mirror {
 
 impl Drop for Mirror {
     fn drop(&mut self) {
-        for fd in std::mem::take(&mut self.fds) {
-            self.remove(fd);
+        if self.process == fork::process() {
+            std::mem::take(&mut self.fds).into_iter().for_each(|fd| self.remove(fd));
         }
     }
 }

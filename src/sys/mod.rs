@@ -7,6 +7,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub(crate) mod fd;
+pub(crate) mod fork;
 #[cfg(test)]
 pub(crate) mod guest_pages;
 pub(crate) mod io;

@@ -287,6 +287,7 @@ impl VmBuilder {
         };
         let machine = Arc::new(Machine {
             id,
+            process: sys::fork::process(),
             end,
             reporter,
             events,

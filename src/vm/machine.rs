@@ -23,8 +23,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventKind, EventStream, Reporter, StopCause, StopLine, VmId};
 use crate::memory::Memory;
 use crate::reactor::own;
-use crate::sys::lock;
 use crate::sys::signal::SignalSet;
+use crate::sys::{fork, lock};
 use crate::vcpu::{Gate, Served, Surroundings, Target, Vcpu};
 
 /// How long a call waits for vCPUs that are inside an embedder's device, or for a disk that hangs.
@@ -75,6 +75,8 @@ impl End {
 /// All parts of one VM. Field order is drop order: what refers to guest memory goes before it.
 pub(super) struct Machine {
     pub id: VmId,
+    /// Where its threads are: a child of a fork has none.
+    pub process: u64,
     pub end: Arc<End>,
     pub reporter: Reporter,
     pub events: EventStream,
@@ -120,6 +122,7 @@ impl Machine {
     /// Runs vCPU `index` on the embedder's calling thread.
     pub fn run_vcpu(&self, index: u32) -> Result<VcpuReturn> {
         let refused = |why: String| Err(Error::new(ErrorKind::InvalidState, format!("run_vcpu: {why}")));
+        self.only_here("run_vcpu")?;
         let vcpu = self.vcpu(index)?;
         if !self.caller_vcpus {
             return refused(
@@ -143,6 +146,7 @@ impl Machine {
 
     /// Has `run_vcpu` of vCPU `index` return.
     pub fn interrupt_vcpu(&self, index: u32) -> Result<()> {
+        self.only_here("interrupt_vcpu")?;
         self.vcpu(index)?;
         if !self.caller_vcpus {
             let why = "interrupt_vcpu: vmbed's own threads run this VM's vCPUs: pause the VM instead";
@@ -264,7 +268,7 @@ impl Machine {
 
     /// Pulls the stop line for the embedder. Never blocks.
     pub fn request_stop(&self) {
-        if !matches!(self.state(), VmState::Stopped(_)) {
+        if self.is_here() && !matches!(self.state(), VmState::Stopped(_)) {
             self.end.line(self.id).pull(StopCause::HostStop);
         }
     }
@@ -285,7 +289,21 @@ impl Machine {
         own::is_inside(self.id) || self.board.is_turned_here()
     }
 
+    /// Whether this is the process that built it, not a child of a fork.
+    pub fn is_here(&self) -> bool {
+        self.process == fork::process()
+    }
+
+    fn only_here(&self, call: &str) -> Result<()> {
+        if self.is_here() {
+            return Ok(());
+        }
+        let why = format!("{call}: the VM runs in the process that this one was forked from");
+        Err(Error::new(ErrorKind::InvalidState, why))
+    }
+
     pub(super) fn not_from_within(&self, call: &str) -> Result<()> {
+        self.only_here(call)?;
         if self.is_own_thread() {
             let why = format!(
                 "{call} waits for this VM, so it cannot be called from the VM's own callback, or one that its \

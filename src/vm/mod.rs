@@ -30,6 +30,9 @@ use crate::events::{EventStream, StopCause, VmId};
 /// long as a request that hangs in the host or in a device of the embedder; dropped from one of its own
 /// callbacks, that happens right after the callback has returned.
 ///
+/// A child of a fork has no part in its parent's VMs: there, calls that change or wait answer `InvalidState`, dropping
+/// does nothing, and event streams stay empty. It may build VMs of its own.
+///
 /// Methods that wait for the VM (`pause`, `stop`, `wait`, …) answer `InvalidState` when a callback of this
 /// same VM calls them, since they would wait for themselves; [`request_stop`](Vm::request_stop) never waits.
 pub struct Vm {
@@ -238,6 +241,9 @@ impl Vm {
     /// Ends everything but what a call in progress holds, as dropping does.
     pub(crate) fn end(&self) {
         let machine = &self.machine;
+        if !machine.is_here() {
+            return;
+        }
         machine.request_stop();
         if !machine.is_own_thread() {
             machine.join();

@@ -1,0 +1,43 @@
+//! The cases of `tests/api-cases` through the Rust API; tests/c.rs runs them through C.
+//!
+//! One after the other: some count what the process has, and one sets its logger.
+
+use libtest_mimic::{Arguments, Trial};
+
+mod callbacks;
+mod drive;
+mod guest;
+mod life;
+mod list;
+mod races;
+
+macro_rules! cases {
+    ($($module:ident: $($name:ident)*;)*) => {
+        const CASES: &[(&str, fn())] = &[$($((stringify!($name), $module::$name)),*),*];
+    };
+}
+
+cases! {
+    life: guest_and_device events_in_order registers_and_memory every_bad_field_at_once data_are_destroyed_once
+        log_lines_go_where_they_are_wanted a_probe_says_what_is_missing;
+    callbacks: a_device_that_fails_is_the_cause a_callback_that_panics a_callback_stops_its_vm a_callback_frees_its_vm
+        a_callback_reenters a_callback_that_blocks other_callbacks_reenter_and_free;
+    races: free_races_with_everything handles_from_eight_threads freeing_in_every_order stop_races_with_everything
+        a_fork_while_a_vm_runs many_at_once;
+    drive: vcpus_on_the_callers_threads devices_on_the_callers_loop;
+}
+
+fn main() {
+    let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
+    let names: Vec<_> = CASES.iter().map(|(name, _)| *name).collect();
+    let mut trials = vec![trial("listed_here_and_there", move || list::compare("rust", &names))];
+    trials.extend(CASES.iter().map(|(name, run)| trial(name, run)));
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+fn trial(name: &str, run: impl FnOnce() + Send + 'static) -> Trial {
+    Trial::test(name, move || {
+        run();
+        Ok(())
+    })
+}
