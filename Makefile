@@ -15,6 +15,9 @@ build: ## build the library
 header: ## make include/vmbed.h anew from src/capi
 	VMBED_UPDATE_HEADER=1 cargo test --quiet --test header the_header_is_up_to_date
 
+abi: ## take what was added to the C ABI into its baseline, tests/c/abi
+	VMBED_UPDATE_ABI=1 cargo test --quiet --test c abi_is_compatible
+
 PREFIX ?= /usr/local
 # `make install PROFILE=debug` is for tests.
 PROFILE ?= release
@@ -67,4 +70,4 @@ bench: setup ## measure, print each figure with its limit, fail beyond one
 	cargo bench --features internals
 	benches/figures/run
 
-.PHONY: help setup build header install demo lab lint test test-all bench
+.PHONY: help setup build header abi install demo lab lint test test-all bench
