@@ -62,8 +62,8 @@ test: setup lint ## everything that must pass, about 10 minutes on 2 cores
 
 test-all: test ## and the long forms
 	VMBED_ROUNDS=100000 cargo test --features serde,internals --test c -- handles_from
-	VMBED_ROUNDS=5000 cargo test --features serde,internals --test c -- stop_races
-	VMBED_ROUNDS=10000 cargo test --features serde,internals --test api -- handles_from stop_races
+	VMBED_ROUNDS=10000 cargo test --features serde,internals --test api -- handles_from
+	for suite in c api; do VMBED_ROUNDS=5000 cargo test --features serde,internals --test $$suite -- stop_races; done
 	tests/lab/selftest
 
 bench: setup ## measure, print each figure with its limit, fail beyond one
