@@ -869,8 +869,9 @@ void vmbed_vm_free(vmbed_vm *vm);
 int32_t vmbed_events_new(vmbed_events **events, vmbed_error **error);
 
 /**
- * The stream's fd: it polls readable while an event waits. For poll() and the like only: it belongs to the stream,
- * and closes with the last of its VMs and handles. -1 for NULL.
+ * The stream's fd: it polls readable while an event waits; when several threads read, perhaps once too often, so ask
+ * vmbed_events_next() with a timeout of 0. For poll() and the like only: it belongs to the stream, and closes with the
+ * last of its VMs and handles. -1 for NULL.
  */
 int32_t vmbed_events_fd(const vmbed_events *events);
 

@@ -144,7 +144,7 @@ struct Shared {
     /// Where it was made: in a child of a fork the lock may be held for ever, and the eventfd is the parent's.
     process: u64,
     queue: Mutex<Queue>,
-    /// Readable while the queue is not empty.
+    /// Readable while the queue is not empty, and now and then once more.
     ready: EventFd,
     arrived: Condvar,
 }
@@ -225,22 +225,27 @@ impl EventStream {
     }
 
     fn push(&self, vm: VmId, kind: EventKind, count: u32) {
-        let mut queue = lock(&self.0.queue);
-        let was_empty = queue.is_empty();
-        queue.push(vm, kind, count);
+        let (was_empty, waiting) = {
+            let mut queue = lock(&self.0.queue);
+            let was_empty = queue.is_empty();
+            queue.push(vm, kind, count);
+            (was_empty, queue.waiting > 0)
+        };
+        // Both without the lock, or whom they wake finds it held, and sleeps again. So a reader may have taken the
+        // event by now: then the fd is readable in vain, until the next look at the stream.
         if was_empty {
-            // The counter was 0: this cannot fail for want of room.
+            // The counter is far from full: this cannot fail for want of room.
             let _ = self.0.ready.write(1);
         }
         // Waking nobody would be a system call, too.
-        if queue.waiting > 0 {
+        if waiting {
             self.0.arrived.notify_all();
         }
     }
 }
 
 impl AsFd for EventStream {
-    /// Polls readable while an event waits. For `poll` only: read through [`EventStream::next_event`].
+    /// Polls readable while an event waits; when several threads read, perhaps once too often. For `poll` only: read through [`EventStream::next_event`].
     fn as_fd(&self) -> BorrowedFd<'_> {
         crate::sys::fd::borrow(&self.0.ready)
     }

@@ -121,8 +121,9 @@ pub unsafe extern "C" fn vmbed_events_new(
     })
 }
 
-/// The stream's fd: it polls readable while an event waits. For poll() and the like only: it belongs to the stream,
-/// and closes with the last of its VMs and handles. -1 for NULL.
+/// The stream's fd: it polls readable while an event waits; when several threads read, perhaps once too often, so ask
+/// vmbed_events_next() with a timeout of 0. For poll() and the like only: it belongs to the stream, and closes with the
+/// last of its VMs and handles. -1 for NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_events_fd(events: *const vmbed_events) -> i32 {
     answer(-1, || handle::object(events).map_or(-1, |e| e.as_raw_fd()))
