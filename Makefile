@@ -15,6 +15,9 @@ build: ## build the library
 header: ## make include/vmbed.h anew from src/capi
 	VMBED_UPDATE_HEADER=1 cargo test --quiet --test header the_header_is_up_to_date
 
+abi: ## take what was added to the C ABI into its baseline, tests/c/abi
+	VMBED_UPDATE_ABI=1 cargo test --quiet --test c abi_is_compatible
+
 PREFIX ?= /usr/local
 # `make install PROFILE=debug` is for tests.
 PROFILE ?= release
@@ -59,8 +62,8 @@ test: setup lint ## everything that must pass, about 10 minutes on 2 cores
 
 test-all: test ## and the long forms
 	VMBED_ROUNDS=100000 cargo test --features serde,internals --test c -- handles_from
-	VMBED_ROUNDS=5000 cargo test --features serde,internals --test c -- stop_races
-	VMBED_ROUNDS=10000 cargo test --features serde,internals --test api -- handles_from stop_races
+	VMBED_ROUNDS=10000 cargo test --features serde,internals --test api -- handles_from
+	for suite in c api; do VMBED_ROUNDS=5000 cargo test --features serde,internals --test $$suite -- stop_races; done
 	tests/lab/selftest
 
 SECONDS ?= 60
@@ -71,4 +74,4 @@ bench: setup ## measure, print each figure with its limit, fail beyond one
 	cargo bench --features internals
 	benches/figures/run
 
-.PHONY: fuzz help setup build header install demo lab lint test test-all bench
+.PHONY: fuzz help setup build header abi install demo lab lint test test-all bench

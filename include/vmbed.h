@@ -599,6 +599,24 @@ int32_t vmbed_builder_add_mmio(vmbed_builder *builder,
                                void *user,
                                vmbed_error **error);
 
+/**
+ * Reports what the guest writes to `length` ports from `port` as VMBED_EVENT_DOORBELL with this `name` in the VM's
+ * events: how a guest calls for the thread that polls them, with data in its memory or in the value. The guest does not
+ * wait for a reader. Reads find all-ones.
+ */
+int32_t vmbed_builder_add_pio_doorbell(vmbed_builder *builder,
+                                       const char *name,
+                                       uint16_t port,
+                                       uint16_t length,
+                                       vmbed_error **error);
+
+/** The same for `length` bytes of guest-physical addresses from `address`, where there is no memory. */
+int32_t vmbed_builder_add_mmio_doorbell(vmbed_builder *builder,
+                                        const char *name,
+                                        uint64_t address,
+                                        uint64_t length,
+                                        vmbed_error **error);
+
 /** Sends the VM's events to a stream that it may share with others, instead of one of its own. */
 int32_t vmbed_builder_set_events(vmbed_builder *builder, const vmbed_events *events, vmbed_error **error);
 
@@ -909,6 +927,12 @@ int32_t vmbed_vcpu_interrupt(vmbed_vm *vm,
 /** vmbed_event_count() events were dropped because nobody read the stream. */
 #define VMBED_EVENT_LOST 7
 
+/**
+ * The guest wrote to a doorbell, see vmbed_builder_add_pio_doorbell(). At most one event of each doorbell is unread:
+ * while it is, further writes are counted in it, and it tells of the last.
+ */
+#define VMBED_EVENT_DOORBELL 8
+
 /** The VM has not ended. */
 #define VMBED_CAUSE_NONE 0
 
@@ -940,8 +964,9 @@ int32_t vmbed_vcpu_interrupt(vmbed_vm *vm,
 int32_t vmbed_events_new(vmbed_events **events, vmbed_error **error);
 
 /**
- * The stream's fd: it polls readable while an event waits. For poll() and the like only: it belongs to the stream,
- * and closes with the last of its VMs and handles. -1 for NULL.
+ * The stream's fd: it polls readable while an event waits; when several threads read, perhaps once too often, so ask
+ * vmbed_events_next() with a timeout of 0. For poll() and the like only: it belongs to the stream, and closes with the
+ * last of its VMs and handles. -1 for NULL.
  */
 int32_t vmbed_events_fd(const vmbed_events *events);
 
@@ -985,8 +1010,14 @@ const char *vmbed_event_device(const vmbed_event *event);
 /** The host's errno of VMBED_EVENT_BACKEND_ERROR, else 0. */
 int32_t vmbed_event_errno(const vmbed_event *event);
 
-/** Where on the medium VMBED_EVENT_BACKEND_ERROR came, in bytes; 0 where that means nothing. */
+/**
+ * Where on the medium VMBED_EVENT_BACKEND_ERROR came, in bytes; where in its range VMBED_EVENT_DOORBELL was rung, in
+ * bytes; 0 where that means nothing.
+ */
 uint64_t vmbed_event_offset(const vmbed_event *event);
+
+/** What the guest wrote last to the doorbell of VMBED_EVENT_DOORBELL, little-endian; else 0. */
+uint64_t vmbed_event_value(const vmbed_event *event);
 
 /**
  * What happened in words, without a line feed: the cause, or what the guest's driver did. Never NULL; empty where the

@@ -67,6 +67,16 @@ pub enum EventKind {
         /// Where on the medium, in bytes; 0 where that means nothing.
         offset: u64,
     },
+    /// The guest wrote to a doorbell ([`VmBuilder::pio_doorbell`](crate::VmBuilder::pio_doorbell)). At most one event of
+    /// each doorbell is unread: while it is, further writes are counted in it, and it tells of the last.
+    Doorbell {
+        /// The doorbell's name.
+        device: Arc<str>,
+        /// Bytes from the start of its range.
+        offset: u64,
+        /// What the guest wrote, little-endian.
+        value: u64,
+    },
     /// This many events were dropped because nobody read the stream.
     Lost {
         /// How many.
@@ -134,7 +144,7 @@ struct Shared {
     /// Where it was made: in a child of a fork the lock may be held for ever, and the eventfd is the parent's.
     process: u64,
     queue: Mutex<Queue>,
-    /// Readable while the queue is not empty.
+    /// Readable while the queue is not empty, and now and then once more.
     ready: EventFd,
     arrived: Condvar,
 }
@@ -142,6 +152,8 @@ struct Shared {
 #[derive(Default)]
 struct Queue {
     events: VecDeque<Event>,
+    /// Threads in `wait_event`.
+    waiting: usize,
     next_seq: u64,
     lost: u64,
 }
@@ -184,7 +196,7 @@ impl EventStream {
             if let Some(event) = self.next_event() {
                 return Some(event);
             }
-            let queue = lock(&self.0.queue);
+            let mut queue = lock(&self.0.queue);
             if !queue.is_empty() {
                 continue;
             }
@@ -192,8 +204,13 @@ impl EventStream {
             if left.is_zero() {
                 return None;
             }
+            queue.waiting += 1;
             // A spurious wake-up costs one round of the loop.
-            drop(self.0.arrived.wait_timeout(queue, left));
+            let mut queue = match self.0.arrived.wait_timeout(queue, left) {
+                Ok((queue, _)) => queue,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+            queue.waiting -= 1;
         }
         None
     }
@@ -208,19 +225,27 @@ impl EventStream {
     }
 
     fn push(&self, vm: VmId, kind: EventKind, count: u32) {
-        let mut queue = lock(&self.0.queue);
-        let was_empty = queue.is_empty();
-        queue.push(vm, kind, count);
+        let (was_empty, waiting) = {
+            let mut queue = lock(&self.0.queue);
+            let was_empty = queue.is_empty();
+            queue.push(vm, kind, count);
+            (was_empty, queue.waiting > 0)
+        };
+        // Both without the lock, or whom they wake finds it held, and sleeps again. So a reader may have taken the
+        // event by now: then the fd is readable in vain, until the next look at the stream.
         if was_empty {
-            // The counter was 0: this cannot fail for want of room.
+            // The counter is far from full: this cannot fail for want of room.
             let _ = self.0.ready.write(1);
         }
-        self.0.arrived.notify_all();
+        // Waking nobody would be a system call, too.
+        if waiting {
+            self.0.arrived.notify_all();
+        }
     }
 }
 
 impl AsFd for EventStream {
-    /// Polls readable while an event waits. For `poll` only: read through [`EventStream::next_event`].
+    /// Polls readable while an event waits; when several threads read, perhaps once too often. For `poll` only: read through [`EventStream::next_event`].
     fn as_fd(&self) -> BorrowedFd<'_> {
         crate::sys::fd::borrow(&self.0.ready)
     }
@@ -244,9 +269,9 @@ impl Queue {
     }
 
     fn push(&mut self, vm: VmId, kind: EventKind, count: u32) {
-        let repeats = matches!(kind, EventKind::DeviceNeedsReset { .. } | EventKind::BackendError { .. });
-        if repeats && let Some(same) = self.events.iter_mut().rev().find(|e| e.vm == vm && e.kind == kind) {
+        if let Some(same) = self.events.iter_mut().rev().find(|e| e.vm == vm && e.kind.takes_in(&kind)) {
             same.count = same.count.saturating_add(count);
+            same.kind = kind;
             return;
         }
         if self.events.len() >= CAPACITY && !matches!(kind, EventKind::Stopped(_)) {
@@ -275,6 +300,17 @@ impl Queue {
     fn append(&mut self, vm: VmId, kind: EventKind, count: u32) {
         self.events.push_back(Event { seq: self.next_seq, time: SystemTime::now(), vm, kind, count });
         self.next_seq += 1;
+    }
+}
+
+impl EventKind {
+    /// Whether an unread event of this kind stands for a later one, too.
+    fn takes_in(&self, later: &Self) -> bool {
+        match (self, later) {
+            (Self::DeviceNeedsReset { .. } | Self::BackendError { .. }, _) => self == later,
+            (Self::Doorbell { device: one, .. }, Self::Doorbell { device: other, .. }) => one == other,
+            _ => false,
+        }
     }
 }
 
@@ -407,6 +443,27 @@ mod tests {
         reporter.report(reset);
         assert_eq!(stream.next_event().unwrap().count, 2);
         assert_eq!(stream.next_event(), None);
+    }
+
+    #[test]
+    fn a_doorbell_that_rings_too_often_takes_nobody_s_place() {
+        let (stream, reporter) = stream();
+        let ring = |device: &str, value| {
+            reporter.report(EventKind::Doorbell { device: device.into(), offset: 0, value });
+        };
+        (0..10_000).for_each(|value| ring("one", value));
+        ring("two", 7);
+        reporter.report(EventKind::Paused);
+        ring("one", 10_000);
+        let all: Vec<_> = std::iter::from_fn(|| stream.next_event()).collect();
+        let told: Vec<_> = all.iter().map(|e| (e.kind.clone(), e.count)).collect();
+        let doorbell = |device: &str, value| EventKind::Doorbell { device: device.into(), offset: 0, value };
+        assert_eq!(
+            told,
+            [(doorbell("one", 10_000), 10_001), (doorbell("two", 7), 1), (EventKind::Paused, 1)]
+        );
+        ring("one", 1);
+        assert_eq!(stream.next_event().unwrap().count, 1, "what was read takes nothing in");
     }
 
     #[test]

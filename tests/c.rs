@@ -7,6 +7,8 @@ use std::process::{Command, Output};
 
 use libtest_mimic::{Arguments, Trial};
 
+#[path = "c/abi.rs"]
+mod abi;
 #[path = "c/generate.rs"]
 mod generate;
 #[path = "api/list.rs"]
@@ -22,6 +24,8 @@ fn main() -> std::process::ExitCode {
     let mut trials = vec![trial("listed_here_and_there", listed)];
     trials.extend(list::listed("c").into_iter().map(|name| trial(name, move |stage| case(stage, name))));
     trials.push(trial("wrong_arguments_of_every_function", wrong_arguments));
+    trials.push(trial("abi_is_compatible", abi::compatible));
+    trials.push(trial("abi_an_old_program_runs", abi::an_old_program_runs));
     trials.push(trial("valgrind", valgrind));
     trials.push(trial("sanitizers", sanitizers));
     trials.push(trial("example_bare", |stage| {

@@ -493,6 +493,38 @@ pub unsafe extern "C" fn vmbed_builder_add_mmio(
     })
 }
 
+/// Reports what the guest writes to `length` ports from `port` as VMBED_EVENT_DOORBELL with this `name` in the VM's
+/// events: how a guest calls for the thread that polls them, with data in its memory or in the value. The guest does not
+/// wait for a reader. Reads find all-ones.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_builder_add_pio_doorbell(
+    builder: *mut vmbed_builder,
+    name: *const c_char,
+    port: u16,
+    length: u16,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    attach(builder, error, |builder| {
+        builder.add_pio_doorbell(text(name, "name")?.to_owned(), port, length);
+        Ok(())
+    })
+}
+
+/// The same for `length` bytes of guest-physical addresses from `address`, where there is no memory.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_builder_add_mmio_doorbell(
+    builder: *mut vmbed_builder,
+    name: *const c_char,
+    address: u64,
+    length: u64,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    attach(builder, error, |builder| {
+        builder.add_mmio_doorbell(text(name, "name")?.to_owned(), address, length);
+        Ok(())
+    })
+}
+
 fn attach_device(
     builder: *const vmbed_builder,
     name: *const c_char,

@@ -24,6 +24,9 @@ pub const VMBED_EVENT_DEVICE_NEEDS_RESET: i32 = 5;
 pub const VMBED_EVENT_BACKEND_ERROR: i32 = 6;
 /// vmbed_event_count() events were dropped because nobody read the stream.
 pub const VMBED_EVENT_LOST: i32 = 7;
+/// The guest wrote to a doorbell, see vmbed_builder_add_pio_doorbell(). At most one event of each doorbell is unread:
+/// while it is, further writes are counted in it, and it tells of the last.
+pub const VMBED_EVENT_DOORBELL: i32 = 8;
 
 /// The VM has not ended.
 pub const VMBED_CAUSE_NONE: i32 = 0;
@@ -84,21 +87,24 @@ impl Story {
             EventKind::Resumed => (VMBED_EVENT_RESUMED, VMBED_CAUSE_NONE, None, String::new()),
             EventKind::Stopped(why) => {
                 let device = match why {
-                    StopCause::DeviceFault { device, .. } => Some(device),
+                    StopCause::DeviceFault { device, .. } => Some(device.as_str()),
                     _ => None,
                 };
                 (VMBED_EVENT_STOPPED, cause(why), device, why.to_string())
             }
             EventKind::DeviceNeedsReset { device, why } => {
-                (VMBED_EVENT_DEVICE_NEEDS_RESET, VMBED_CAUSE_NONE, Some(device), why.clone())
+                (VMBED_EVENT_DEVICE_NEEDS_RESET, VMBED_CAUSE_NONE, Some(device.as_str()), why.clone())
             }
             EventKind::BackendError { device, errno, .. } => {
                 let why = std::io::Error::from_raw_os_error(*errno).to_string();
-                (VMBED_EVENT_BACKEND_ERROR, VMBED_CAUSE_NONE, Some(device), why)
+                (VMBED_EVENT_BACKEND_ERROR, VMBED_CAUSE_NONE, Some(device.as_str()), why)
+            }
+            EventKind::Doorbell { device, .. } => {
+                (VMBED_EVENT_DOORBELL, VMBED_CAUSE_NONE, Some(&**device), String::new())
             }
             EventKind::Lost { .. } => (VMBED_EVENT_LOST, VMBED_CAUSE_NONE, None, String::new()),
         };
-        let device = device.map(|d| c_text(d.as_str()));
+        let device = device.map(c_text);
         Self { kind, cause: end, device, text: c_text(text), event }
     }
 }
@@ -115,8 +121,9 @@ pub unsafe extern "C" fn vmbed_events_new(
     })
 }
 
-/// The stream's fd: it polls readable while an event waits. For poll() and the like only: it belongs to the stream,
-/// and closes with the last of its VMs and handles. -1 for NULL.
+/// The stream's fd: it polls readable while an event waits; when several threads read, perhaps once too often, so ask
+/// vmbed_events_next() with a timeout of 0. For poll() and the like only: it belongs to the stream, and closes with the
+/// last of its VMs and handles. -1 for NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_events_fd(events: *const vmbed_events) -> i32 {
     answer(-1, || handle::object(events).map_or(-1, |e| e.as_raw_fd()))
@@ -210,11 +217,21 @@ pub unsafe extern "C" fn vmbed_event_errno(event: *const vmbed_event) -> i32 {
     })
 }
 
-/// Where on the medium VMBED_EVENT_BACKEND_ERROR came, in bytes; 0 where that means nothing.
+/// Where on the medium VMBED_EVENT_BACKEND_ERROR came, in bytes; where in its range VMBED_EVENT_DOORBELL was rung, in
+/// bytes; 0 where that means nothing.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_event_offset(event: *const vmbed_event) -> u64 {
     look(event, 0, |e| match e.event.kind {
-        EventKind::BackendError { offset, .. } => offset,
+        EventKind::BackendError { offset, .. } | EventKind::Doorbell { offset, .. } => offset,
+        _ => 0,
+    })
+}
+
+/// What the guest wrote last to the doorbell of VMBED_EVENT_DOORBELL, little-endian; else 0.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_event_value(event: *const vmbed_event) -> u64 {
+    look(event, 0, |e| match e.event.kind {
+        EventKind::Doorbell { value, .. } => value,
         _ => 0,
     })
 }

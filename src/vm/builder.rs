@@ -11,6 +11,7 @@ use kvm_ioctls::{Kvm, VmFd};
 
 use super::Vm;
 use super::board::{self, Board, Plan, Wiring};
+use super::doorbell::Doorbell;
 use super::machine::{Control, End, Machine, VmState};
 use crate::boot::{self, Entry, Identity, Protocol};
 use crate::budget::{Claim, Ledger};
@@ -84,6 +85,7 @@ pub struct VmBuilder {
     config: VmConfig,
     pio: Vec<Attached>,
     mmio: Vec<Attached>,
+    doorbells: Vec<Arc<Doorbell>>,
     events: Option<EventStream>,
     wiring: Wiring,
     hook: Option<Hook>,
@@ -100,8 +102,8 @@ struct Attached {
 impl VmBuilder {
     pub(crate) fn new(host: Arc<HostParts>, config: VmConfig) -> Self {
         let (pio, mmio) = (Vec::new(), Vec::new());
-        let wiring = Wiring::default();
-        Self { host, config, pio, mmio, events: None, wiring, hook: None, caller_vcpus: false }
+        let (doorbells, wiring) = (Vec::new(), Wiring::default());
+        Self { host, config, pio, mmio, doorbells, events: None, wiring, hook: None, caller_vcpus: false }
     }
 
     /// Attaches a device of your own to `len` ports from `port`; `name` is for messages and causes.
@@ -126,6 +128,22 @@ impl VmBuilder {
 
     pub(crate) fn add_mmio(&mut self, name: String, address: u64, len: u64, device: Arc<dyn Device>) {
         self.mmio.push(Attached { name, base: address, len, device });
+    }
+
+    pub(crate) fn add_pio_doorbell(&mut self, name: String, port: u16, len: u16) {
+        let doorbell = self.doorbell(&name);
+        self.add_pio(name, port, len, doorbell);
+    }
+
+    pub(crate) fn add_mmio_doorbell(&mut self, name: String, address: u64, len: u64) {
+        let doorbell = self.doorbell(&name);
+        self.add_mmio(name, address, len, doorbell);
+    }
+
+    fn doorbell(&mut self, name: &str) -> Arc<Doorbell> {
+        let doorbell = Arc::new(Doorbell::new(name));
+        self.doorbells.push(doorbell.clone());
+        doorbell
     }
 
     pub(crate) fn set_events(&mut self, stream: &EventStream) {
@@ -173,6 +191,24 @@ impl VmBuilder {
         device: Arc<dyn Device>,
     ) -> Self {
         self.add_mmio(name.into(), address, len, device);
+        self
+    }
+
+    /// Reports what the guest writes to `len` ports from `port` as [`EventKind::Doorbell`](crate::EventKind::Doorbell) of
+    /// that `name` in the VM's events: how a guest calls for the thread that polls them, with data in its memory or in
+    /// the value. The guest does not wait for a reader. Reads find all-ones.
+    ///
+    /// [`build`](Self::build) fails as for [`pio_device`](Self::pio_device).
+    pub fn pio_doorbell(mut self, name: impl Into<String>, port: u16, len: u16) -> Self {
+        self.add_pio_doorbell(name.into(), port, len);
+        self
+    }
+
+    /// The same for `len` bytes of guest-physical addresses from `address`, where there is no memory.
+    ///
+    /// [`build`](Self::build) fails as for [`mmio_device`](Self::mmio_device).
+    pub fn mmio_doorbell(mut self, name: impl Into<String>, address: u64, len: u64) -> Self {
+        self.add_mmio_doorbell(name.into(), address, len);
         self
     }
 
@@ -248,13 +284,14 @@ impl VmBuilder {
     }
 
     fn build_valid(self) -> Result<Vm> {
-        let Self { host, mut config, pio, mmio, events, wiring, hook, caller_vcpus } = self;
+        let Self { host, mut config, pio, mmio, doorbells, events, wiring, hook, caller_vcpus } = self;
         let id = next_id();
         config.uuid.get_or_insert_with(random_uuid);
         let claim = Claim { memory: config.memory, vcpus: config.cpus.count.into() };
         let reservation = host.ledger.claim(claim)?;
         let events = events.map_or_else(EventStream::new, Ok)?;
         let reporter = Reporter::new(id, events.clone());
+        doorbells.iter().for_each(|doorbell| doorbell.connect(&reporter));
 
         let memory = Memory::new(reservation.memory().get())?;
         let vm = Arc::new(create_vm(&host.kvm)?);

@@ -9,6 +9,7 @@ mod board;
 mod builder;
 mod clock;
 mod devices;
+mod doorbell;
 mod machine;
 mod registers;
 

@@ -54,6 +54,31 @@ pub fn events_in_order() {
     assert!(!readable(&events));
 }
 
+pub fn doorbells_ring() {
+    // mov ax, 0x1234; out 0x12, ax; out 0x20, al; out 0x21, al; in al, 0x10; jmp $-11
+    let code = [0xb8, 0x34, 0x12, 0xe7, 0x12, 0xe6, 0x20, 0xe6, 0x21, 0xe4, 0x10, 0xeb, 0xf3];
+    let builder = host().builder(real(&code)).pio_doorbell("one", 0x10, 4).pio_doorbell("two", 0x20, 2);
+    let vm = builder.mmio_doorbell("three", 0xd000_0000, 4).build().unwrap();
+    vm.start().unwrap();
+    let (mut one, mut two) = (0, 0);
+    // Read slowly: what rings meanwhile is counted, and no event is lost.
+    for i in 0.. {
+        let event = vm.events().wait_event(LONG).expect("the guest rings within a minute");
+        assert_eq!(event.seq, i);
+        match &event.kind {
+            EventKind::Doorbell { device, offset: 2, value: 0x1234 } if &**device == "one" => one += 1,
+            EventKind::Doorbell { device, offset: 0 | 1, value: 0x34 } if &**device == "two" => two += 1,
+            kind => assert_eq!((kind, i), (&EventKind::Started, 0)),
+        }
+        if one >= 20 && two >= 20 {
+            break;
+        }
+        std::thread::sleep(Duration::from_micros(500));
+    }
+    let twice = host().builder(real(&code)).pio_doorbell("one", 0x10, 4).pio_doorbell("two", 0x13, 1).build();
+    assert!(twice.expect_err("they overlap").to_string().contains("'two'"));
+}
+
 pub fn registers_and_memory() {
     let vm = host().build(real(&SPINS)).unwrap();
     let mut registers = vm.registers(0).unwrap();

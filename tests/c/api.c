@@ -249,6 +249,46 @@ static void free_races_with_everything(void)
     }
 }
 
+static void doorbells_ring(void)
+{
+    /* mov ax, 0x1234; out 0x12, ax; out 0x20, al; out 0x21, al; in al, 0x10; jmp $-11 */
+    static const uint8_t code[] = {0xb8, 0x34, 0x12, 0xe7, 0x12, 0xe6, 0x20, 0xe6, 0x21, 0xe4, 0x10, 0xeb, 0xf3};
+    struct guest g = make(talks, sizeof talks, NULL);
+    vmbed_config *config;
+    vmbed_builder *builder;
+    vmbed_vm *vm;
+    vmbed_events *events;
+    int one = 0, two = 0;
+    OK(vmbed_config_new_bare(VMBED_MODE_REAL, 0x1000, code, sizeof code, &config, &error));
+    OK(vmbed_builder_new(g.host, config, &builder, &error));
+    OK(vmbed_builder_add_pio_doorbell(builder, "one", 0x10, 4, &error));
+    OK(vmbed_builder_add_pio_doorbell(builder, "two", 0x20, 2, &error));
+    OK(vmbed_builder_add_mmio_doorbell(builder, "three", 0xd0000000, 4, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "name is NULL", vmbed_builder_add_pio_doorbell(builder, NULL, 1, 1, &error));
+    OK(vmbed_builder_build(builder, &vm, &error));
+    OK(vmbed_vm_events(vm, &events, &error));
+    OK(vmbed_vm_start(vm, &error));
+    /* Read slowly: what rings meanwhile is counted, and no event is lost. */
+    for (uint64_t i = 0; one < 20 || two < 20; i++) {
+        vmbed_event *event;
+        OK(vmbed_events_next(events, 60000, &event, &error));
+        CHECK(event && vmbed_event_seq(event) == i && vmbed_event_count(event) >= 1);
+        if (vmbed_event_kind(event) == VMBED_EVENT_DOORBELL) {
+            int first = !strcmp(vmbed_event_device(event), "one");
+            CHECK(first || !strcmp(vmbed_event_device(event), "two"));
+            CHECK(vmbed_event_value(event) == (first ? 0x1234 : 0x34));
+            CHECK(first ? vmbed_event_offset(event) == 2 : vmbed_event_offset(event) <= 1);
+            one += first, two += !first;
+        } else {
+            CHECK(vmbed_event_kind(event) == VMBED_EVENT_STARTED && vmbed_event_value(event) == 0);
+        }
+        vmbed_event_free(event);
+        usleep(500);
+    }
+    vmbed_vm_free(vm), vmbed_events_free(events), vmbed_builder_free(builder), vmbed_config_free(config);
+    drop(&g);
+}
+
 static int console_bytes;
 
 static void console_ended(void *user)
@@ -410,6 +450,7 @@ static const struct {
     CASE(many_at_once),
     CASE(vcpus_on_the_callers_threads),
     CASE(devices_on_the_callers_loop),
+    CASE(doorbells_ring),
 };
 
 int main(int argc, char **argv)

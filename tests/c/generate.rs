@@ -172,6 +172,19 @@ pub fn wrong_arguments(header: &str) -> (String, usize) {
     (program, calls)
 }
 
+/// A library with the header's functions, which do nothing.
+pub fn stand_in(header: &str) -> String {
+    let mut library = "#include <vmbed.h>\n".to_owned();
+    for function in functions(header) {
+        let parameters: Vec<_> =
+            function.parameters.iter().map(|p| format!("{} {}", p.kind, p.name)).collect();
+        let parameters = if parameters.is_empty() { "void".to_owned() } else { parameters.join(", ") };
+        writeln!(library, "{} {}({parameters}) {{ __builtin_trap(); }}", function.result, function.name)
+            .unwrap();
+    }
+    library
+}
+
 /// A function that answers a value, not a status: it has no `error`.
 fn is_getter(function: &Function) -> bool {
     function.parameters.iter().all(|p| p.name != "error")

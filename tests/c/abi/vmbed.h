@@ -1,0 +1,909 @@
+/* SPDX-License-Identifier: Apache-2.0 OR MIT */
+/*
+ * vmbed: the virtual machine monitor that you embed.
+ *
+ * A program that links libvmbed runs KVM virtual machines inside its own process: no daemon, no global state, no
+ * opinion about the process. Build with `cc program.c $(pkg-config --cflags --libs vmbed)`.
+ *
+ *     #include <stdio.h>
+ *     #include <vmbed.h>
+ *
+ *     int main(void)
+ *     {
+ *         vmbed_error *error = NULL;
+ *         vmbed_host *host = NULL;
+ *         vmbed_config *config = NULL;
+ *         vmbed_builder *builder = NULL;
+ *         vmbed_vm *vm = NULL;
+ *         int32_t cause;
+ *
+ *         if (vmbed_host_open(NULL, &host, &error) ||
+ *             vmbed_config_new_linux("vmlinuz", &config, &error) ||
+ *             vmbed_config_set_cmdline(config, "console=ttyS0", &error) ||
+ *             vmbed_builder_new(host, config, &builder, &error) ||
+ *             vmbed_builder_console_output(builder, 1, &error) ||
+ *             vmbed_builder_build(builder, &vm, &error) ||
+ *             vmbed_vm_start(vm, &error) ||
+ *             vmbed_vm_wait(vm, -1, &cause, &error))
+ *             fprintf(stderr, "%s\n", vmbed_error_message(error));
+ *         else
+ *             printf("the guest has ended: cause %d\n", cause);
+ *         int status = error != NULL;
+ *         vmbed_vm_free(vm);
+ *         vmbed_builder_free(builder);
+ *         vmbed_config_free(config);
+ *         vmbed_host_free(host);
+ *         vmbed_error_free(error);
+ *         return status;
+ *     }
+ *
+ * Statuses. A function that can fail returns VMBED_OK (0) or one of VMBED_ERR_* (negative), and takes a
+ * `vmbed_error **error` last. That may be NULL; else it is set to NULL, or to an error that is yours to free.
+ *
+ * Handles. Each opaque type has its own _free; NULL is a no-op there, and the order does not matter. Results are given
+ * through a pointer that is not NULL and is set only where the call works. A call on a handle that was freed answers
+ * VMBED_ERR_INVALID_ARGUMENT as long as no new handle of that type has taken its place.
+ *
+ * Pointers. A pointer may be NULL only where its comment says so; elsewhere NULL is answered with
+ * VMBED_ERR_INVALID_ARGUMENT. Text is UTF-8 and ends with a NUL; paths are bytes. What goes in is copied before the call
+ * returns. Text that comes out lives as long as the handle that it belongs to.
+ *
+ * Structures begin with their own size. Set it, zero the rest, fill in what you need: a newer library finds your older
+ * structure shorter, an older one accepts your newer structure as long as what it does not know is zero.
+ *
+ * Callbacks are a function, its data and a destroy function. The destroy function may be NULL; else it is called exactly
+ * once, when the data are needed no more, also where the call that they were given to fails.
+ *
+ * Threads. Every function may be called from any thread at any time, on the same handle too. Unless its comment says
+ * otherwise it does not block. The library blocks all signals on its own threads, and installs no handlers.
+ *
+ * Forks. A child of a fork has no part in its parent's VMs: there every call on a handle of the parent's answers
+ * VMBED_ERR_INVALID_STATE, and every _free of one does nothing. It may open a host and run VMs of its own.
+ *
+ * fds are duplicated: yours stay yours.
+ */
+#ifndef VMBED_H
+#define VMBED_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Handles -------------------------------------------------------------------------------------------------- */
+
+/**
+ * Why a call failed. Every function that can fail takes a `vmbed_error **error` last: NULL if you do not want
+ * to know, else it is set to NULL where the call works, and to an error where it fails, which is yours to free.
+ */
+typedef struct vmbed_error vmbed_error;
+
+/**
+ * The machine's KVM, and the ledger of what the VMs made from it are promised. A process may have several, each
+ * with its own share. It may be freed before its VMs are.
+ */
+typedef struct vmbed_host vmbed_host;
+
+/** What this machine can and cannot do, and how to mend what it cannot. */
+typedef struct vmbed_probe vmbed_probe;
+
+/** A VM in the making: a configuration, and what is not data. It makes one VM. */
+typedef struct vmbed_builder vmbed_builder;
+
+/**
+ * Everything about a VM that is data. A VM does not depend on the configuration that it was built from: free it,
+ * or build more VMs from it.
+ */
+typedef struct vmbed_config vmbed_config;
+
+/**
+ * A virtual machine in this process. Every function may be called from any thread, at the same time as any other,
+ * vmbed_vm_free() included: calls that wait then come back with VMBED_ERR_INVALID_ARGUMENT or the VM's end.
+ *
+ * Functions that wait for the VM answer VMBED_ERR_INVALID_STATE when a callback of this same VM calls them, since
+ * they would wait for themselves.
+ */
+typedef struct vmbed_vm vmbed_vm;
+
+/** Something that happened to a VM. */
+typedef struct vmbed_event vmbed_event;
+
+/** The reading end of a stream of events, of one VM or of several: poll its fd, then drain it. */
+typedef struct vmbed_events vmbed_events;
+
+/* The library ---------------------------------------------------------------------------------------------- */
+
+/**
+ * The header's version: major, minor and patch. A library of the same major (while that is 0: minor) version
+ * does all that it says.
+ */
+#define VMBED_VERSION_MAJOR 0
+
+/** See VMBED_VERSION_MAJOR. */
+#define VMBED_VERSION_MINOR 1
+
+/** See VMBED_VERSION_MAJOR. */
+#define VMBED_VERSION_PATCH 0
+
+/** The library's version, `major << 16 | minor << 8 | patch`. */
+uint32_t vmbed_version(void);
+
+/**
+ * The `index`th thing that this library can do, from 0: `linux`, `bare`, `blk-raw`, `net-tap`, ... NULL past the
+ * last. Static.
+ */
+const char *vmbed_feature(size_t index);
+
+/** Whether vmbed_feature() lists `name`. Not for NULL. */
+bool vmbed_has_feature(const char *name);
+
+/* Errors --------------------------------------------------------------------------------------------------- */
+
+/** It worked. */
+#define VMBED_OK 0
+
+/** An argument or a field of a configuration is wrong; vmbed_error_field() names every bad field. */
+#define VMBED_ERR_INVALID_ARGUMENT -1
+
+/** The call does not fit the state that the VM is in. */
+#define VMBED_ERR_INVALID_STATE -2
+
+/** A file, a network interface or a device that was named does not exist. */
+#define VMBED_ERR_NOT_FOUND -3
+
+/** The process may not do this. */
+#define VMBED_ERR_PERMISSION_DENIED -4
+
+/** Someone else holds what was asked for. */
+#define VMBED_ERR_BUSY -5
+
+/** This host, kernel or version of vmbed cannot do it. */
+#define VMBED_ERR_UNSUPPORTED -6
+
+/** A file's content is malformed. */
+#define VMBED_ERR_BAD_IMAGE -7
+
+/** The host ran out of something: memory, file descriptors, threads, disk. */
+#define VMBED_ERR_EXHAUSTED -8
+
+/** The ledger refused: it would break one of the promises that the host has made. */
+#define VMBED_ERR_REFUSED -9
+
+/** The wait ended before what was waited for happened. */
+#define VMBED_ERR_TIMED_OUT -10
+
+/** A system call failed for another reason; see vmbed_error_errno(). */
+#define VMBED_ERR_OS -11
+
+/** A defect in vmbed. */
+#define VMBED_ERR_INTERNAL -12
+
+/** The status that the call returned, one of VMBED_ERR_*; VMBED_OK for NULL. */
+int32_t vmbed_error_status(const vmbed_error *error);
+
+/** The errno of the system call that failed; 0 where none did, and for NULL. */
+int32_t vmbed_error_errno(const vmbed_error *error);
+
+/**
+ * What failed, on what, and what would be right, for a person to read; bad fields have a line each. It belongs to the
+ * error. Never NULL: empty for NULL.
+ */
+const char *vmbed_error_message(const vmbed_error *error);
+
+/**
+ * The `index`th cause below the error, from 0: what the next layer down said. NULL past the last. It belongs to
+ * the error.
+ */
+const char *vmbed_error_source(const vmbed_error *error,
+                               size_t index);
+
+/**
+ * The `index`th bad field of a configuration, from 0, as one would write it: `disks[1].path`. NULL past the last.
+ * It belongs to the error.
+ */
+const char *vmbed_error_field(const vmbed_error *error,
+                              size_t index);
+
+/** What is wrong with the `index`th bad field. NULL past the last. It belongs to the error. */
+const char *vmbed_error_problem(const vmbed_error *error, size_t index);
+
+/**
+ * What would be right for the `index`th bad field; empty where the problem says it already. NULL past the last.
+ * It belongs to the error.
+ */
+const char *vmbed_error_remedy(const vmbed_error *error,
+                               size_t index);
+
+/** Frees an error. NULL is a no-op. */
+void vmbed_error_free(vmbed_error *error);
+
+/* Devices of your own -------------------------------------------------------------------------------------- */
+
+/**
+ * Ends the life of a callback's data: called exactly once, when no callback with it runs or will ever run, also
+ * where the call that it was given to fails.
+ */
+typedef void (*vmbed_destroy_fn)(void *user);
+
+/**
+ * A port-I/O or MMIO device of your own. The VM calls it on the thread of the vCPU whose instruction touched the
+ * device's range; that vCPU waits for the answer, the others go on and may call at the same time. `offset` counts bytes
+ * from the start of the range. `length` is 1, 2 or 4 for ports and 1 to 8 for MMIO; the bytes are the guest's,
+ * little-endian, and gone when the function returns.
+ *
+ * A function returns VMBED_OK, or one of VMBED_ERR_* to stop this VM with VMBED_CAUSE_DEVICE_FAULT. It may call
+ * vmbed_vm_request_stop() and whatever else never blocks; functions that wait for this VM answer
+ * VMBED_ERR_INVALID_STATE.
+ */
+typedef struct {
+    /** sizeof(struct vmbed_device_ops) */
+    size_t size;
+    /** The guest reads; `data` holds all-ones on entry. Not NULL. */
+    int32_t (*read)(void *user, uint32_t vcpu, uint64_t offset, uint8_t *data, size_t length);
+    /** The guest writes. Not NULL. */
+    int32_t (*write)(void *user, uint32_t vcpu, uint64_t offset, const uint8_t *data, size_t length);
+    /** Ends the device's data, see vmbed_destroy_fn. May be NULL. */
+    vmbed_destroy_fn destroy;
+} vmbed_device_ops;
+
+/* Log lines ------------------------------------------------------------------------------------------------ */
+
+/** No log lines. */
+#define VMBED_LOG_OFF 0
+
+/** What the embedder should look at. */
+#define VMBED_LOG_ERROR 1
+
+/** What is odd. */
+#define VMBED_LOG_WARN 2
+
+/** What happens, rarely. */
+#define VMBED_LOG_INFO 3
+
+/** What helps to find a mistake. */
+#define VMBED_LOG_DEBUG 4
+
+/** Everything. */
+#define VMBED_LOG_TRACE 5
+
+/**
+ * Takes one log line without a line feed; `target` is the part of vmbed that says it. Both are gone when it
+ * returns. Called on any thread, also on several at once.
+ */
+typedef void (*vmbed_log_fn)(void *user, int32_t level, const char *target, const char *message);
+
+/**
+ * Sends the library's log lines up to `level`, one of VMBED_LOG_*, to `function`; it replaces the one before. With
+ * VMBED_LOG_OFF, or `function` NULL, there are none, which is how the library begins. `destroy`, where it is not NULL,
+ * is called exactly once with `user`: when another function takes its place and no line is on its way to it any more,
+ * or at once where this call fails.
+ *
+ * VMBED_ERR_BUSY where the program is written in Rust itself and has a logger: the lines go there already.
+ */
+int32_t vmbed_log_set(int32_t level,
+                      vmbed_log_fn function,
+                      void *user,
+                      vmbed_destroy_fn destroy,
+                      vmbed_error **error);
+
+/* The host ------------------------------------------------------------------------------------------------- */
+
+/** What a host may give to its VMs. Zero a field, or all but the size, for its default. */
+typedef struct {
+    /** sizeof(struct vmbed_host_options) */
+    size_t size;
+    /** The path of the KVM device. NULL: `/dev/kvm`. */
+    const char *kvm;
+    /**
+     * Memory to share out, in bytes. 0: the smaller of the machine's and of the limits of this process's cgroup and
+     * those above it.
+     */
+    uint64_t memory;
+    /** What of it is kept for the host itself, in bytes. 0: 512 MiB; 1 for none. */
+    uint64_t memory_reserved;
+    /** How often the rest may be promised (OpenStack's ram_allocation_ratio). 0: 1.0. */
+    double memory_ratio;
+    /** How many vCPUs a core may carry (cpu_allocation_ratio). 0: as many as you like. */
+    double vcpu_ratio;
+} vmbed_host_options;
+
+/** What the VMs of a host hold, and what there is. */
+typedef struct {
+    /** sizeof(struct vmbed_usage) */
+    size_t size;
+    /** The sum of the VMs' memory sizes, in bytes. */
+    uint64_t memory;
+    /** (total - reserved) x ratio, in bytes. */
+    uint64_t memory_capacity;
+    /** The sum of the VMs' vCPUs. */
+    uint64_t vcpus;
+    /** cores x ratio; UINT64_MAX where vCPUs are not limited. */
+    uint64_t vcpu_capacity;
+} vmbed_usage;
+
+/**
+ * Looks at what VMs need of this machine, without building anything. `kvm` is the device's path, NULL for
+ * `/dev/kvm`. The probe is yours to free. Does not block.
+ */
+int32_t vmbed_probe_new(const char *kvm, vmbed_probe **probe, vmbed_error **error);
+
+/**
+ * What was looked at, in the order in which it matters, from 0. NULL past the last, and for NULL. It belongs to the
+ * probe.
+ */
+const char *vmbed_probe_what(const vmbed_probe *probe,
+                             size_t index);
+
+/** Why the `index`th finding will not do; NULL where it will. It belongs to the probe. */
+const char *vmbed_probe_problem(const vmbed_probe *probe, size_t index);
+
+/**
+ * How to mend the `index`th finding; empty where there is nothing to mend. NULL past the last. It belongs to the
+ * probe.
+ */
+const char *vmbed_probe_remedy(const vmbed_probe *probe,
+                               size_t index);
+
+/** Whether VMs can be built here: no finding is a problem. Not for NULL. */
+bool vmbed_probe_is_usable(const vmbed_probe *probe);
+
+/** Frees a probe. NULL is a no-op. */
+void vmbed_probe_free(vmbed_probe *probe);
+
+/**
+ * Opens a host, with `options` NULL for the defaults. It is yours to free. Does not block.
+ *
+ * VMBED_ERR_NOT_FOUND, VMBED_ERR_PERMISSION_DENIED or VMBED_ERR_UNSUPPORTED with the remedy that vmbed_probe_new()
+ * finds; VMBED_ERR_INVALID_ARGUMENT with every bad field.
+ */
+int32_t vmbed_host_open(const vmbed_host_options *options,
+                        vmbed_host **host,
+                        vmbed_error **error);
+
+/** Fills `usage`, whose size is set. Does not block. */
+int32_t vmbed_host_usage(const vmbed_host *host, vmbed_usage *usage, vmbed_error **error);
+
+/** Frees a host. Its VMs go on, and keep what they need of it. NULL is a no-op. */
+void vmbed_host_free(vmbed_host *host);
+
+/* What a VM is to be --------------------------------------------------------------------------------------- */
+
+/** A bare guest starts in 16-bit real mode, segment bases 0; the entry must be below 64 KiB. */
+#define VMBED_MODE_REAL 0
+
+/** In 32-bit protected mode, flat segments, paging off; the entry must be below 4 GiB. */
+#define VMBED_MODE_PROTECTED 1
+
+/**
+ * In 64-bit long mode, flat segments, the first 4 GiB identity-mapped with 2 MiB pages. The page tables occupy the
+ * last 24 KiB of memory below 3 GiB.
+ */
+#define VMBED_MODE_LONG 2
+
+/** The register EAX of the CPUID instruction. */
+#define VMBED_CPUID_EAX 0
+
+/** EBX. */
+#define VMBED_CPUID_EBX 1
+
+/** ECX. */
+#define VMBED_CPUID_ECX 2
+
+/** EDX. */
+#define VMBED_CPUID_EDX 3
+
+/** A 16550 at 0x3f8, `console=ttyS0`: works from the first instruction on. */
+#define VMBED_CONSOLE_SERIAL 0
+
+/** virtio-console, `console=hvc0`: cheaper per byte, but needs the guest's driver. */
+#define VMBED_CONSOLE_VIRTIO 1
+
+/** The thread runs a vCPU. */
+#define VMBED_THREAD_VCPU 0
+
+/** The thread serves devices. */
+#define VMBED_THREAD_DEVICE 1
+
+/** A virtio-blk disk. */
+typedef struct {
+    /** sizeof(struct vmbed_disk) */
+    size_t size;
+    /** A regular file or a block device in raw format, a multiple of 512 bytes long. Not NULL. */
+    const char *path;
+    /** At most 20 bytes of ASCII, the guest's /sys/block/vda/serial. NULL for none. */
+    const char *serial;
+    /** Where on the PCI bus, `00:03.0`. NULL: the first free place. */
+    const char *pci;
+    /** Other than 0: the guest may not write. */
+    uint32_t readonly;
+    /** Zero. */
+    uint32_t reserved;
+} vmbed_disk;
+
+/** A virtio-net card. */
+typedef struct {
+    /** sizeof(struct vmbed_net) */
+    size_t size;
+    /** The name of an existing TAP interface with a single queue. Not NULL. */
+    const char *tap;
+    /** The guest's MAC address, `52:54:00:12:34:56`. NULL: a stable one that follows from the VM's UUID. */
+    const char *mac;
+    /** Where on the PCI bus, `00:04.0`. NULL: the first free place. */
+    const char *pci;
+} vmbed_net;
+
+/**
+ * Takes a piece of a guest's console output, in order, on a device thread of that VM. The bytes are gone when it
+ * returns. It must not wait for this VM.
+ */
+typedef void (*vmbed_console_fn)(void *user, const uint8_t *data, size_t length);
+
+/**
+ * Called on each thread of the library before it does anything else: the place to set its affinity, cgroup or
+ * scheduler. `role` is one of VMBED_THREAD_*, `index` counts the VM's threads of one role (for a vCPU its index), `tid`
+ * is the kernel's id.
+ */
+typedef void (*vmbed_thread_fn)(void *user, uint64_t vm_id, int32_t role, uint32_t index, int32_t tid);
+
+/**
+ * A PC that boots the Linux kernel at `kernel`, a bzImage or an ELF image with a PVH entry: 1 vCPU, 256 MiB, a serial
+ * console, a random number generator. It is yours to free.
+ */
+int32_t vmbed_config_new_linux(const char *kernel,
+                               vmbed_config **config,
+                               vmbed_error **error);
+
+/**
+ * A bare guest: 1 vCPU, 2 MiB of memory, no device but yours. It starts in `mode`, one of VMBED_MODE_*, at the
+ * guest-physical address `entry`, where `length` bytes of `code` are put; they are copied. Every vCPU starts there, with
+ * its index in RDI. The configuration is yours to free.
+ */
+int32_t vmbed_config_new_bare(int32_t mode,
+                              uint64_t entry,
+                              const uint8_t *code,
+                              size_t length,
+                              vmbed_config **config,
+                              vmbed_error **error);
+
+/** Sets the VM's name, for messages and the guest's SMBIOS; at most 64 bytes. */
+int32_t vmbed_config_set_name(vmbed_config *config, const char *name, vmbed_error **error);
+
+/** Sets the VM's identity in SMBIOS: 16 bytes, most significant first. NULL: made up for each VM. */
+int32_t vmbed_config_set_uuid(vmbed_config *config, const uint8_t *uuid, vmbed_error **error);
+
+/** Sets the size of the guest's memory in bytes, a multiple of 4 KiB. */
+int32_t vmbed_config_set_memory(vmbed_config *config, uint64_t bytes, vmbed_error **error);
+
+/**
+ * Sets the number of vCPUs, 1 to 254, and how the guest sees them: threads per core, 1 or 2, and sockets. They must
+ * divide the number.
+ */
+int32_t vmbed_config_set_cpus(vmbed_config *config,
+                              uint16_t count,
+                              uint16_t threads_per_core,
+                              uint16_t sockets,
+                              vmbed_error **error);
+
+/**
+ * Changes bits of a CPUID register, one of VMBED_CPUID_*, over what KVM and vmbed offer:
+ * `value = (value & ~clear) | set`. Setting what the processor lacks is your risk.
+ */
+int32_t vmbed_config_mask_cpuid(vmbed_config *config,
+                                uint32_t leaf,
+                                uint32_t subleaf,
+                                int32_t register_,
+                                uint32_t clear,
+                                uint32_t set,
+                                vmbed_error **error);
+
+/** Sets what the guest's console is, one of VMBED_CONSOLE_*. */
+int32_t vmbed_config_set_console(vmbed_config *config, int32_t console, vmbed_error **error);
+
+/** Says whether the guest has a virtio-rng, fed from the host's getrandom(). */
+int32_t vmbed_config_set_rng(vmbed_config *config, bool rng, vmbed_error **error);
+
+/** Sets the path of a Linux guest's initial RAM disk; NULL for none. */
+int32_t vmbed_config_set_initrd(vmbed_config *config, const char *initrd, vmbed_error **error);
+
+/** Sets a Linux guest's command line; at most 2047 bytes. `console=ttyS0` (or `hvc0`) is yours to say. */
+int32_t vmbed_config_set_cmdline(vmbed_config *config, const char *cmdline, vmbed_error **error);
+
+/**
+ * Lets a Linux guest's own decompressor run, which also randomizes the kernel's addresses. Off by default: vmbed
+ * unpacks LZ4 images itself, which boots faster but at fixed addresses.
+ */
+int32_t vmbed_config_set_kaslr(vmbed_config *config,
+                               bool kaslr,
+                               vmbed_error **error);
+
+/** Puts `length` more bytes of `data` into a bare guest's memory, at the guest-physical `address`. They are copied. */
+int32_t vmbed_config_add_image(vmbed_config *config,
+                               uint64_t address,
+                               const uint8_t *data,
+                               size_t length,
+                               vmbed_error **error);
+
+/** Sets a bare guest's stack pointer at the entry; 0 for none. vCPU n starts n * 4096 bytes below it. */
+int32_t vmbed_config_set_stack(vmbed_config *config, uint64_t stack, vmbed_error **error);
+
+/**
+ * Adds a disk; the guest's drivers see them in this order, events call them `disk0`, `disk1`, ... What it points to
+ * is copied.
+ */
+int32_t vmbed_config_add_disk(vmbed_config *config,
+                              const vmbed_disk *disk,
+                              vmbed_error **error);
+
+/** Adds a card; events call them `net0`, `net1`, ... What it points to is copied. */
+int32_t vmbed_config_add_net(vmbed_config *config, const vmbed_net *net, vmbed_error **error);
+
+/**
+ * Checks everything that can be checked without opening anything; vmbed_builder_build() does so too. The error names
+ * every bad field, with what would be right.
+ */
+int32_t vmbed_config_validate(const vmbed_config *config,
+                              vmbed_error **error);
+
+/** Frees a configuration. NULL is a no-op. */
+void vmbed_config_free(vmbed_config *config);
+
+/** A builder for a VM on `host` with a copy of `config`. It is yours to free; it keeps what it needs of both. */
+int32_t vmbed_builder_new(const vmbed_host *host,
+                          const vmbed_config *config,
+                          vmbed_builder **builder,
+                          vmbed_error **error);
+
+/**
+ * Attaches a device of your own to `length` ports from `port`; `name` is for messages and causes. The table is copied.
+ * Its destroy function, where the table is good enough to name one, is called exactly once with `user`: after the VM has
+ * been freed, or when this call or the build fails.
+ */
+int32_t vmbed_builder_add_pio(vmbed_builder *builder,
+                              const char *name,
+                              uint16_t port,
+                              uint16_t length,
+                              const vmbed_device_ops *ops,
+                              void *user,
+                              vmbed_error **error);
+
+/**
+ * Attaches a device of your own to `length` bytes of guest-physical addresses from `address`, where there is no
+ * memory; otherwise as vmbed_builder_add_pio().
+ */
+int32_t vmbed_builder_add_mmio(vmbed_builder *builder,
+                               const char *name,
+                               uint64_t address,
+                               uint64_t length,
+                               const vmbed_device_ops *ops,
+                               void *user,
+                               vmbed_error **error);
+
+/** Sends the VM's events to a stream that it may share with others, instead of one of its own. */
+int32_t vmbed_builder_set_events(vmbed_builder *builder, const vmbed_events *events, vmbed_error **error);
+
+/**
+ * Writes the guest's console to `fd`, which is duplicated: a file, pipe, terminal or socket. Its flags stay as they
+ * are. When nobody takes the output, the oldest is dropped; the guest never waits for it.
+ */
+int32_t vmbed_builder_console_output(vmbed_builder *builder,
+                                     int32_t fd,
+                                     vmbed_error **error);
+
+/** Reads the guest's console input from `fd`, which is duplicated. What the guest does not read stays there. */
+int32_t vmbed_builder_console_input(vmbed_builder *builder, int32_t fd, vmbed_error **error);
+
+/** Hands the guest's console output to `function` instead of an fd. `destroy` as for every callback. */
+int32_t vmbed_builder_console_callback(vmbed_builder *builder,
+                                       vmbed_console_fn function,
+                                       void *user,
+                                       vmbed_destroy_fn destroy,
+                                       vmbed_error **error);
+
+/** Has `function` called at the start of each thread of the VM. `destroy` as for every callback. */
+int32_t vmbed_builder_on_thread_start(vmbed_builder *builder,
+                                      vmbed_thread_fn function,
+                                      void *user,
+                                      vmbed_destroy_fn destroy,
+                                      vmbed_error **error);
+
+/**
+ * Makes the VM: books its memory and vCPUs in the host's ledger, opens its disks and network interfaces, loads what it
+ * boots. Nothing runs yet. It is yours to free; the builder is done, also where this fails. Blocks for milliseconds, most
+ * of them for loading, or for as long as the host needs to read the files.
+ *
+ * VMBED_ERR_INVALID_ARGUMENT with every bad field; VMBED_ERR_REFUSED by the ledger; VMBED_ERR_NOT_FOUND,
+ * VMBED_ERR_PERMISSION_DENIED, VMBED_ERR_BUSY or VMBED_ERR_BAD_IMAGE with the device or file at fault. Whatever had been
+ * made is taken back.
+ */
+int32_t vmbed_builder_build(vmbed_builder *builder,
+                            vmbed_vm **vm,
+                            vmbed_error **error);
+
+/** Frees a builder. The VM that it made goes on. NULL is a no-op. */
+void vmbed_builder_free(vmbed_builder *builder);
+
+/* A VM's life ---------------------------------------------------------------------------------------------- */
+
+/** Built, and nothing has run. */
+#define VMBED_STATE_BUILT 1
+
+/** The guest runs. */
+#define VMBED_STATE_RUNNING 2
+
+/** The guest, its clocks and its devices stand still. */
+#define VMBED_STATE_PAUSED 3
+
+/** The guest has ended; vmbed_vm_wait() says why. */
+#define VMBED_STATE_STOPPED 4
+
+/** The general registers of a vCPU. */
+typedef struct {
+    /** sizeof(struct vmbed_registers) */
+    size_t size;
+    uint64_t rax;
+    uint64_t rbx;
+    uint64_t rcx;
+    uint64_t rdx;
+    uint64_t rsi;
+    uint64_t rdi;
+    uint64_t rsp;
+    uint64_t rbp;
+    uint64_t r8;
+    uint64_t r9;
+    uint64_t r10;
+    uint64_t r11;
+    uint64_t r12;
+    uint64_t r13;
+    uint64_t r14;
+    uint64_t r15;
+    uint64_t rip;
+    uint64_t rflags;
+} vmbed_registers;
+
+/** A number that no other VM of this process has had; events carry it. 0 for NULL. */
+uint64_t vmbed_vm_id(const vmbed_vm *vm);
+
+/** Where the VM is in its life, one of VMBED_STATE_*; 0 for NULL. Does not block. */
+int32_t vmbed_vm_state(const vmbed_vm *vm);
+
+/** Lets the vCPUs run. Does not block. VMBED_ERR_INVALID_STATE unless the VM has just been built. */
+int32_t vmbed_vm_start(vmbed_vm *vm, vmbed_error **error);
+
+/**
+ * Stops the guest's time: every vCPU, every device, every clock. Returns when all stand still, usually within a
+ * millisecond; a request that a device has begun is finished first, however long the host takes for it.
+ *
+ * VMBED_ERR_INVALID_STATE unless it runs. VMBED_ERR_TIMED_OUT after 10 s when a device of yours does not return: then the
+ * VM goes on running.
+ */
+int32_t vmbed_vm_pause(vmbed_vm *vm,
+                       vmbed_error **error);
+
+/**
+ * Lets a paused guest go on. Its clocks go on from where they stood. Does not block. VMBED_ERR_INVALID_STATE unless it
+ * is paused.
+ */
+int32_t vmbed_vm_resume(vmbed_vm *vm,
+                        vmbed_error **error);
+
+/**
+ * Presses the power button. Does not block; a guest that listens to it ends with VMBED_CAUSE_GUEST_POWEROFF in its own
+ * time, another does nothing. VMBED_ERR_INVALID_STATE unless it runs; VMBED_ERR_UNSUPPORTED for a bare guest.
+ */
+int32_t vmbed_vm_shutdown(vmbed_vm *vm,
+                          vmbed_error **error);
+
+/**
+ * Ends the guest now, as pulling the plug would: what it had not flushed is lost. `cause`, where it is not NULL, is set
+ * to VMBED_CAUSE_HOST_STOP or to what came before. VMBED_ERR_TIMED_OUT after 10 s when something of the host's hangs (a
+ * disk, a device of yours); the end stays requested.
+ */
+int32_t vmbed_vm_stop(vmbed_vm *vm,
+                      int32_t *cause,
+                      vmbed_error **error);
+
+/**
+ * Asks for the end; for callbacks. Does not block: VMBED_EVENT_STOPPED tells when it is done. Does nothing when the VM
+ * has ended.
+ */
+int32_t vmbed_vm_request_stop(vmbed_vm *vm,
+                              vmbed_error **error);
+
+/**
+ * Waits at most `timeout` milliseconds until the guest has ended; for ever where that is negative. `cause`, where it is
+ * not NULL, is set to one of VMBED_CAUSE_*. VMBED_ERR_TIMED_OUT where it has not ended by then.
+ */
+int32_t vmbed_vm_wait(const vmbed_vm *vm,
+                      int64_t timeout,
+                      int32_t *cause,
+                      vmbed_error **error);
+
+/** Sets `events` to the VM's stream. That handle is yours to free; it works after the VM was freed, too. */
+int32_t vmbed_vm_events(const vmbed_vm *vm, vmbed_events **events, vmbed_error **error);
+
+/**
+ * Copies the last that the guest wrote to its console into `data`: at most `room` bytes, of the 64 KiB that are kept.
+ * `length` is set to how many. Does not block.
+ */
+int32_t vmbed_vm_console_tail(const vmbed_vm *vm,
+                              uint8_t *data,
+                              size_t room,
+                              size_t *length,
+                              vmbed_error **error);
+
+/**
+ * Types `length` bytes of `data` on the guest's console. `taken`, where it is not NULL, is set to how many were taken:
+ * what the guest has not read yet is bounded (4 KiB), the rest may be offered again. Does not block.
+ */
+int32_t vmbed_vm_console_input(vmbed_vm *vm,
+                               const uint8_t *data,
+                               size_t length,
+                               size_t *taken,
+                               vmbed_error **error);
+
+/** The size of the guest's memory in bytes; 0 for NULL. */
+uint64_t vmbed_vm_memory_size(const vmbed_vm *vm);
+
+/**
+ * Copies `length` bytes of guest memory from the guest-physical `address` into `data`. The guest may change them
+ * meanwhile. Works in every state, and waits for nothing but the host's paging. VMBED_ERR_INVALID_ARGUMENT where the range
+ * is not all guest memory.
+ */
+int32_t vmbed_vm_read_memory(const vmbed_vm *vm,
+                             uint64_t address,
+                             uint8_t *data,
+                             size_t length,
+                             vmbed_error **error);
+
+/**
+ * Copies `length` bytes of `data` into guest memory, as vmbed_vm_read_memory() does out of it. Where it fails, none is
+ * written.
+ */
+int32_t vmbed_vm_write_memory(vmbed_vm *vm,
+                              uint64_t address,
+                              const uint8_t *data,
+                              size_t length,
+                              vmbed_error **error);
+
+/**
+ * Fills `registers`, whose size is set, with those of vCPU `vcpu`. Waits for a pause or resume in progress, for nothing
+ * else. VMBED_ERR_INVALID_STATE while the VM runs; VMBED_ERR_INVALID_ARGUMENT where there is no such vCPU.
+ */
+int32_t vmbed_vm_get_registers(const vmbed_vm *vm,
+                               uint32_t vcpu,
+                               vmbed_registers *registers,
+                               vmbed_error **error);
+
+/** Sets the general registers of vCPU `vcpu`, all of them. Waits and fails as vmbed_vm_get_registers() does. */
+int32_t vmbed_vm_set_registers(vmbed_vm *vm,
+                               uint32_t vcpu,
+                               const vmbed_registers *registers,
+                               vmbed_error **error);
+
+/**
+ * Ends everything: the guest, every thread, every file descriptor, its memory. When it returns, no callback of this VM
+ * runs or will ever run, and their data were destroyed. Called by one of the VM's own callbacks, it returns at once, and
+ * does the same right after the callback has returned. Waits as long as a request that hangs in the host or in a callback.
+ * NULL is a no-op.
+ */
+void vmbed_vm_free(vmbed_vm *vm);
+
+/* What happened -------------------------------------------------------------------------------------------- */
+
+/** The vCPUs run for the first time. */
+#define VMBED_EVENT_STARTED 1
+
+/** Every vCPU and every device stands still. */
+#define VMBED_EVENT_PAUSED 2
+
+/** They run again. */
+#define VMBED_EVENT_RESUMED 3
+
+/** The VM has ended; vmbed_event_cause() says why. The last event of a VM, and never lost. */
+#define VMBED_EVENT_STOPPED 4
+
+/** The guest's driver broke the rules of virtio; the device waits for the driver to reset it. */
+#define VMBED_EVENT_DEVICE_NEEDS_RESET 5
+
+/** The host failed a device: the guest got an error status (disk) or lost a frame (network). */
+#define VMBED_EVENT_BACKEND_ERROR 6
+
+/** vmbed_event_count() events were dropped because nobody read the stream. */
+#define VMBED_EVENT_LOST 7
+
+/** The VM has not ended. */
+#define VMBED_CAUSE_NONE 0
+
+/** The guest powered itself off (ACPI S5). */
+#define VMBED_CAUSE_GUEST_POWEROFF 1
+
+/** The guest asked for a reset. vmbed does not reboot it: build anew. */
+#define VMBED_CAUSE_GUEST_RESET 2
+
+/** A vCPU met an exception while it delivered a double fault. */
+#define VMBED_CAUSE_TRIPLE_FAULT 3
+
+/** The guest's kernel reported a panic through pvpanic. */
+#define VMBED_CAUSE_GUEST_PANIC 4
+
+/** Every vCPU of a bare guest has executed HLT: nothing can wake it. */
+#define VMBED_CAUSE_GUEST_HALT 5
+
+/** The embedder stopped or freed it. */
+#define VMBED_CAUSE_HOST_STOP 6
+
+/** A vCPU cannot go on: KVM refused, guest memory is gone, or vmbed has a defect. */
+#define VMBED_CAUSE_VCPU_FAULT 7
+
+/** A device cannot go on: an embedder's callback failed, or vmbed has a defect. */
+#define VMBED_CAUSE_DEVICE_FAULT 8
+
+/** A stream of your own, for vmbed_builder_set_events() of several VMs. It is yours to free. */
+int32_t vmbed_events_new(vmbed_events **events, vmbed_error **error);
+
+/**
+ * The stream's fd: it polls readable while an event waits. For poll() and the like only: it belongs to the stream,
+ * and closes with the last of its VMs and handles. -1 for NULL.
+ */
+int32_t vmbed_events_fd(const vmbed_events *events);
+
+/**
+ * Takes the oldest unread event, waiting at most `timeout` milliseconds for one: 0 does not block, a negative timeout
+ * waits for ever. `event` is set to it, and it is yours to free; or to NULL where none has come. Each event goes to one
+ * reader.
+ */
+int32_t vmbed_events_next(const vmbed_events *events,
+                          int64_t timeout,
+                          vmbed_event **event,
+                          vmbed_error **error);
+
+/** Frees this end of a stream. NULL is a no-op. */
+void vmbed_events_free(vmbed_events *events);
+
+/** What happened, one of VMBED_EVENT_*; 0 for NULL. */
+int32_t vmbed_event_kind(const vmbed_event *event);
+
+/** Counts the events of one stream from 0, without gaps: what was lost is said by VMBED_EVENT_LOST. */
+uint64_t vmbed_event_seq(const vmbed_event *event);
+
+/** When it was reported, in nanoseconds since 1970 (CLOCK_REALTIME). */
+uint64_t vmbed_event_time(const vmbed_event *event);
+
+/** Which VM: what vmbed_vm_id() answers. */
+uint64_t vmbed_event_vm_id(const vmbed_event *event);
+
+/** How many equal events were folded into this one; of VMBED_EVENT_LOST, how many are missing. */
+uint64_t vmbed_event_count(const vmbed_event *event);
+
+/** Why the VM ended, one of VMBED_CAUSE_*; VMBED_CAUSE_NONE where it is not VMBED_EVENT_STOPPED. */
+int32_t vmbed_event_cause(const vmbed_event *event);
+
+/**
+ * The device that it is about, `disk0` or the name of one of yours; NULL where it is about none. It belongs to the
+ * event.
+ */
+const char *vmbed_event_device(const vmbed_event *event);
+
+/** The host's errno of VMBED_EVENT_BACKEND_ERROR, else 0. */
+int32_t vmbed_event_errno(const vmbed_event *event);
+
+/** Where on the medium VMBED_EVENT_BACKEND_ERROR came, in bytes; 0 where that means nothing. */
+uint64_t vmbed_event_offset(const vmbed_event *event);
+
+/**
+ * What happened in words, without a line feed: the cause, or what the guest's driver did. Never NULL; empty where the
+ * kind says it all. It belongs to the event.
+ */
+const char *vmbed_event_text(const vmbed_event *event);
+
+/** Frees an event. NULL is a no-op. */
+void vmbed_event_free(vmbed_event *event);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
