@@ -133,6 +133,8 @@ impl fmt::Display for StopCause {
 
 /// Unread events kept per stream; `Stopped` events are kept beyond it.
 const CAPACITY: usize = 256;
+/// What a VM may have of it in any case, however many share the stream.
+const LEAST: usize = 8;
 
 /// The reading end: drain it when its fd polls readable.
 ///
@@ -152,6 +154,8 @@ struct Shared {
 #[derive(Default)]
 struct Queue {
     events: VecDeque<Event>,
+    /// How many VMs have a writing end.
+    vms: usize,
     /// Threads in `wait_event`.
     waiting: usize,
     next_seq: u64,
@@ -274,13 +278,19 @@ impl Queue {
             same.kind = kind;
             return;
         }
-        if self.events.len() >= CAPACITY && !matches!(kind, EventKind::Stopped(_)) {
+        if !matches!(kind, EventKind::Stopped(_)) && !self.has_room_for(vm) {
             self.lost += 1;
             return;
         }
         // Losses are told where they happened: before what comes next.
         self.settle(vm);
         self.append(vm, kind, count);
+    }
+
+    /// Each VM of a stream has its part, which no other can take.
+    fn has_room_for(&self, vm: VmId) -> bool {
+        let part = (CAPACITY / self.vms.max(1)).max(LEAST);
+        self.events.iter().filter(|e| e.vm == vm).count() < part
     }
 
     fn pop(&mut self) -> Option<Event> {
@@ -307,7 +317,11 @@ impl EventKind {
     /// Whether an unread event of this kind stands for a later one, too.
     fn takes_in(&self, later: &Self) -> bool {
         match (self, later) {
-            (Self::DeviceNeedsReset { .. } | Self::BackendError { .. }, _) => self == later,
+            (Self::BackendError { .. }, _) => self == later,
+            // Why differs as the guest pleases: one that breaks the rules in ever new ways takes nobody's place.
+            (Self::DeviceNeedsReset { device: one, .. }, Self::DeviceNeedsReset { device: other, .. }) => {
+                one == other
+            }
             (Self::Doorbell { device: one, .. }, Self::Doorbell { device: other, .. }) => one == other,
             _ => false,
         }
@@ -316,23 +330,44 @@ impl EventKind {
 
 /// The writing end for one VM.
 #[derive(Clone)]
-pub(crate) struct Reporter {
+pub(crate) struct Reporter(Arc<Member>);
+
+/// A VM's part in a stream.
+struct Member {
     vm: VmId,
     stream: EventStream,
 }
 
+impl Drop for Member {
+    fn drop(&mut self) {
+        if self.stream.is_here() {
+            lock(&self.stream.0.queue).vms -= 1;
+        }
+    }
+}
+
 impl Reporter {
     pub fn new(vm: VmId, stream: EventStream) -> Self {
-        Self { vm, stream }
+        lock(&stream.0.queue).vms += 1;
+        Self(Arc::new(Member { vm, stream }))
     }
 
     pub fn report(&self, kind: EventKind) {
-        self.stream.push(self.vm, kind, 1);
+        self.report_many(kind, 1);
+    }
+
+    fn report_many(&self, kind: EventKind, count: u32) {
+        self.0.stream.push(self.0.vm, kind, count);
     }
 
     /// The same for one device, with its errors held to one event a second.
     pub fn device(&self, device: &str) -> DeviceReporter {
-        DeviceReporter { reporter: self.clone(), device: device.into(), last: None, held: 0 }
+        DeviceReporter {
+            reporter: self.clone(),
+            device: device.into(),
+            errors: Vec::new(),
+            resets: Resets::default(),
+        }
     }
 }
 
@@ -340,32 +375,67 @@ impl Reporter {
 pub(crate) struct DeviceReporter {
     reporter: Reporter,
     device: Arc<str>,
-    last: Option<(Instant, i32)>,
+    /// When each errno was reported last, and how many came since.
+    errors: Vec<Told>,
+    resets: Resets,
+}
+
+/// The `DeviceNeedsReset` of one device in the second that began at `since`.
+#[derive(Default)]
+struct Resets {
+    since: Option<Instant>,
+    told: u32,
+    held: u32,
+}
+
+struct Told {
+    errno: i32,
+    at: Instant,
     held: u32,
 }
 
 /// The least time between two `BackendError` events with the same errno of one device.
 const ERROR_INTERVAL: Duration = Duration::from_secs(1);
 
+/// The most `DeviceNeedsReset` events of one device in that time: a driver can break it, and reset it, all day.
+const RESETS_AT_ONCE: u32 = 10;
+
 impl DeviceReporter {
-    pub fn needs_reset(&self, why: impl fmt::Display) {
+    pub fn needs_reset(&mut self, why: impl fmt::Display) {
+        let (now, resets) = (Instant::now(), &mut self.resets);
+        if resets.since.is_none_or(|since| now.duration_since(since) >= ERROR_INTERVAL) {
+            (resets.since, resets.told) = (Some(now), 0);
+        }
+        if resets.told >= RESETS_AT_ONCE {
+            resets.held = resets.held.saturating_add(1);
+            return;
+        }
+        resets.told += 1;
+        let count = std::mem::take(&mut resets.held).saturating_add(1);
         let device = self.device.to_string();
-        self.reporter.report(EventKind::DeviceNeedsReset { device, why: why.to_string() });
+        self.reporter.report_many(EventKind::DeviceNeedsReset { device, why: why.to_string() }, count);
     }
 
     pub fn backend_error(&mut self, errno: i32, offset: u64) {
         let now = Instant::now();
-        if let Some((last, same)) = self.last
-            && same == errno
-            && now.duration_since(last) < ERROR_INTERVAL
-        {
-            self.held = self.held.saturating_add(1);
-            return;
-        }
-        self.last = Some((now, errno));
-        let count = std::mem::take(&mut self.held).saturating_add(1);
+        let told = self.errors.iter_mut().find(|told| told.errno == errno);
+        let count = match told {
+            Some(told) if now.duration_since(told.at) < ERROR_INTERVAL => {
+                told.held = told.held.saturating_add(1);
+                return;
+            }
+            Some(told) => {
+                told.at = now;
+                std::mem::take(&mut told.held).saturating_add(1)
+            }
+            // There are no more of them than errnos.
+            None => {
+                self.errors.push(Told { errno, at: now, held: 0 });
+                1
+            }
+        };
         let kind = EventKind::BackendError { device: self.device.to_string(), errno, offset };
-        self.reporter.stream.push(self.reporter.vm, kind, count);
+        self.reporter.report_many(kind, count);
     }
 }
 
@@ -467,6 +537,55 @@ mod tests {
     }
 
     #[test]
+    fn a_device_that_is_broken_in_ever_new_ways_is_one_event() {
+        let (stream, reporter) = stream();
+        let mut device = reporter.device("disk0");
+        (0..1000).for_each(|i| device.needs_reset(format_args!("descriptor {i} is out of range")));
+        reporter.device("net0").needs_reset("its ring is gone");
+        let all: Vec<_> = std::iter::from_fn(|| stream.next_event()).map(|e| (e.kind, e.count)).collect();
+        let kind =
+            |device: &str, why: &str| EventKind::DeviceNeedsReset { device: device.into(), why: why.into() };
+        let last = kind("disk0", "descriptor 9 is out of range");
+        assert_eq!(all, [(last, 10), (kind("net0", "its ring is gone"), 1)]);
+        // The others are told of in the next second's first.
+        device.resets.since = device.resets.since.map(|since| since - ERROR_INTERVAL);
+        device.needs_reset("again");
+        assert_eq!(stream.next_event().unwrap().count, 991);
+    }
+
+    #[test]
+    fn one_vm_leaves_room_for_the_others_of_its_stream() {
+        let stream = EventStream::new().unwrap();
+        let (loud, quiet) = (Reporter::new(VmId(1), stream.clone()), Reporter::new(VmId(2), stream.clone()));
+        (0..10_000).for_each(|_| loud.report(EventKind::Paused));
+        (0..10).for_each(|_| quiet.report(EventKind::Resumed));
+        loud.report(EventKind::Stopped(StopCause::HostStop));
+        let all: Vec<_> = std::iter::from_fn(|| stream.next_event()).collect();
+        let of = |vm, kind: &EventKind| all.iter().filter(|e| e.vm == VmId(vm) && e.kind == *kind).count();
+        assert_eq!(of(2, &EventKind::Resumed), 10);
+        assert_eq!(of(1, &EventKind::Stopped(StopCause::HostStop)), 1);
+        let lost: u64 =
+            all.iter().map(|e| if let EventKind::Lost { events } = e.kind { events } else { 0 }).sum();
+        assert_eq!(of(1, &EventKind::Paused) as u64 + lost, 10_000, "and what is lost is counted");
+        assert!(all.windows(2).all(|pair| pair[1].seq == pair[0].seq + 1));
+    }
+
+    #[test]
+    fn two_errors_that_take_turns_are_each_held_to_one_a_second() {
+        let (stream, reporter) = stream();
+        let mut disk = reporter.device("disk0");
+        (0..500u64).for_each(|i| disk.backend_error(if i % 2 == 0 { 5 } else { 28 }, i));
+        let all: Vec<_> = std::iter::from_fn(|| stream.next_event()).collect();
+        assert_eq!(all.iter().map(|e| e.count).collect::<Vec<_>>(), [1, 1]);
+        // Each tells, when its time has come, of its own.
+        disk.errors.iter_mut().for_each(|told| told.at -= ERROR_INTERVAL);
+        disk.backend_error(28, 0);
+        assert_eq!(stream.next_event().unwrap().count, 250);
+        disk.backend_error(5, 0);
+        assert_eq!(stream.next_event().unwrap().count, 250);
+    }
+
+    #[test]
     fn backend_errors_are_held_to_one_a_second() {
         let (stream, reporter) = stream();
         let mut disk = reporter.device("disk0");
@@ -477,8 +596,15 @@ mod tests {
         assert_eq!(stream.next_event().unwrap().count, 1);
         let full = stream.next_event().unwrap();
         assert!(matches!(full.kind, EventKind::BackendError { errno: 28, .. }));
-        assert_eq!(full.count, 100, "the 99 that were held are counted in the next one");
+        assert_eq!(full.count, 1, "those that were held are not its own");
         assert_eq!(stream.next_event(), None);
+        disk.errors.iter_mut().for_each(|told| told.at -= ERROR_INTERVAL);
+        disk.backend_error(5, 0);
+        assert_eq!(
+            stream.next_event().unwrap().count,
+            100,
+            "the 99 that were held are counted in the next one"
+        );
     }
 
     #[test]

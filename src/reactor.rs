@@ -38,9 +38,24 @@ pub(crate) trait Worker: Send + 'static {
 pub(crate) struct Watch<'a, 'b> {
     ops: &'a mut EventOps<'b>,
     mirror: Option<&'a mut Mirror>,
+    leaving: &'a Leaving,
+}
+
+/// Set as soon as somebody wants a worker back: one that has much to do looks at it, and returns early.
+#[derive(Clone, Default)]
+pub(crate) struct Leaving(Arc<AtomicBool>);
+
+impl Leaving {
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 impl Watch<'_, '_> {
+    pub fn leaving(&self) -> Leaving {
+        self.leaving.clone()
+    }
+
     pub fn add(&mut self, events: Events) -> Result<(), event_manager::Error> {
         self.ops.add(events)?;
         let mirrored = self.mirror.as_mut().map_or(Ok(()), |mirror| mirror.add(&events));
@@ -108,8 +123,8 @@ impl Calls {
     }
 }
 
-/// Wakes the loop for its calls.
-struct Waker(EventFd);
+/// Wakes the loop for its calls. What registering it came to is kept: a loop that cannot be woken is none.
+struct Waker(EventFd, Arc<Mutex<Option<event_manager::Error>>>);
 
 impl Worker for Waker {
     fn process(&mut self, _: Events, _: &mut Watch) {
@@ -117,9 +132,7 @@ impl Worker for Waker {
     }
 
     fn init(&mut self, watch: &mut Watch) {
-        if let Err(error) = watch.add(Events::new(&self.0, EventSet::IN)) {
-            log::error!("an event loop cannot be woken: {error}");
-        }
+        *lock(&self.1) = watch.add(Events::new(&self.0, EventSet::IN)).err();
     }
 }
 
@@ -131,7 +144,8 @@ impl EventLoop {
     ) -> Result<Arc<Self>> {
         let failed = |e: io::Error| Error::os(format!("creating event loop '{name}'"), e);
         let bell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed)?;
-        let waker = Waker(bell.try_clone().map_err(failed)?);
+        let unwatched = Arc::default();
+        let waker = Waker(bell.try_clone().map_err(failed)?, Arc::clone(&unwatched));
         let mut manager = Manager::new().map_err(|e| failed(to_io(e)))?;
         manager.add_subscriber(Guarded {
             worker: Arc::new(Mutex::new(waker)),
@@ -139,7 +153,11 @@ impl EventLoop {
             stop: StopLine::new(|_| ()),
             failed: false,
             mirror: None,
+            leaving: Leaving::default(),
         });
+        if let Some(error) = lock(&unwatched).take() {
+            return Err(failed(to_io(error)));
+        }
         let calls = Arc::new(Calls { queue: Mutex::new(Some(Vec::new())), bell });
         let ending = Arc::new(AtomicBool::new(false));
         let (own, seen) = (calls.clone(), ending.clone());
@@ -180,9 +198,11 @@ impl EventLoop {
             Self::Caller(dispatcher) => Some(dispatcher.0.mirror()),
         };
         let (device, stop) = (device.into(), stop.clone());
-        let guarded = Guarded { worker: subscriber, device, stop, failed: false, mirror };
+        let leaving = Leaving::default();
+        let guarded =
+            Guarded { worker: subscriber, device, stop, failed: false, mirror, leaving: leaving.clone() };
         let id = self.call(move |manager| manager.add_subscriber(guarded))?;
-        Ok(Attached { home: Some((self.clone(), id)), worker })
+        Ok(Attached { home: Some((self.clone(), id, leaving)), worker })
     }
 
     /// Whether it calls its workers on the calling thread right now, so that waiting for it would never end.
@@ -203,6 +223,12 @@ impl EventLoop {
             }),
             Self::Caller(dispatcher) => Ok(dispatcher.0.call(f)),
         }
+    }
+
+    /// Keeps the loop busy for that long.
+    #[cfg(test)]
+    pub fn hold(&self, time: std::time::Duration) {
+        self.call(move |_| std::thread::sleep(time)).unwrap();
     }
 
     /// Ends the thread and waits for it. What was attached is dropped.
@@ -249,7 +275,7 @@ impl Place {
 
 /// A worker in its place. Detaching it gives it back, with everything that it owns.
 pub(crate) struct Attached<W> {
-    home: Option<(Arc<EventLoop>, SubscriberId)>,
+    home: Option<(Arc<EventLoop>, SubscriberId, Leaving)>,
     worker: Arc<Mutex<W>>,
 }
 
@@ -258,13 +284,19 @@ impl<W: Worker> Attached<W> {
     ///
     /// Waits for the call in progress, so never call it from the loop's own thread.
     pub fn detach(self) -> Result<W> {
-        if let Some((event_loop, id)) = self.home {
+        if let Some((event_loop, id, leaving)) = self.home {
+            leaving.0.store(true, Ordering::Relaxed);
             // An error: the loop has ended and dropped its half, and the worker is ours alone all the same.
             drop(event_loop.call(move |manager| manager.remove_subscriber(id)));
         }
         let lost = || Error::new(ErrorKind::Internal, "a worker is still in use after it was detached");
         let mutex = Arc::into_inner(self.worker).ok_or_else(lost)?;
         Ok(mutex.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner))
+    }
+
+    #[cfg(test)]
+    pub fn leaving(&self) -> Option<Leaving> {
+        self.home.as_ref().map(|(_, _, leaving)| leaving.clone())
     }
 
     /// Runs `f` on the worker between two calls of the loop.
@@ -282,6 +314,7 @@ struct Guarded {
     failed: bool,
     /// Its fds in a dispatcher's set.
     mirror: Option<Mirror>,
+    leaving: Leaving,
 }
 
 impl Guarded {
@@ -291,7 +324,7 @@ impl Guarded {
         }
         // A loop's own thread is the VM's anyway.
         let _inside = self.mirror.is_some().then(|| own::enter(self.stop.vm()));
-        let mut watch = Watch { ops, mirror: self.mirror.as_mut() };
+        let mut watch = Watch { ops, mirror: self.mirror.as_mut(), leaving: &self.leaving };
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| f(&mut *lock(&self.worker), &mut watch))) {
             self.failed = true;
             let why = format!("panicked: {}", panic_text(&*panic));
@@ -305,7 +338,7 @@ impl MutEventSubscriber for Guarded {
         self.call(ops, |worker, watch| worker.process(events, watch));
         if self.failed {
             // Level-triggered: nobody will drain it any more, so stop listening.
-            let _ = Watch { ops, mirror: self.mirror.as_mut() }.remove(events);
+            let _ = Watch { ops, mirror: self.mirror.as_mut(), leaving: &self.leaving }.remove(events);
         }
     }
 

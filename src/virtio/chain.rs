@@ -42,7 +42,6 @@ impl Chain {
         Self { head: 0, readable: spans(), writable: spans(), ordered: true }
     }
 
-    #[cfg(test)]
     pub fn readable_len(&self) -> u64 {
         length(&self.readable)
     }

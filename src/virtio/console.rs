@@ -8,7 +8,7 @@ use event_manager::{EventSet, Events};
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::queue::{Chain, Cursor, QueueFault};
+use super::queue::{Chain, Cursor, Next, QueueFault};
 use super::{Activation, Queue, Signals, VirtioDevice};
 use crate::console::Console;
 use crate::error::{Error, ErrorKind, Result};
@@ -133,7 +133,7 @@ impl Worker {
         let Self { tx, memory, chain, console, .. } = self;
         let more = tx.drain(memory, chain, |queue, chain| {
             put_out(memory, chain, console);
-            queue.complete(memory, chain.head, 0)
+            queue.complete(memory, chain.head, 0).map(|()| Next::More)
         })?;
         if more {
             tx.rearm();

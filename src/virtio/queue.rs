@@ -81,6 +81,13 @@ pub(crate) struct Queue {
     broken: bool,
 }
 
+/// Whether one wake-up goes on after a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    More,
+    Enough,
+}
+
 impl Queue {
     /// The queue at those addresses.
     ///
@@ -270,7 +277,8 @@ impl Queue {
     }
 
     /// One wake-up's work: hands at most queue-size chains to `serve`, which completes them now or
-    /// later. `true` when it stopped at that bound, and the caller must come back by itself.
+    /// later, and may say that it was enough. `true` when chains may be left, and the caller must come back by
+    /// itself.
     ///
     /// # Errors
     /// The driver broke the rules.
@@ -278,14 +286,16 @@ impl Queue {
         &mut self,
         memory: &Memory,
         chain: &mut Chain,
-        mut serve: impl FnMut(&mut Self, &Chain) -> Result<(), QueueFault>,
+        mut serve: impl FnMut(&mut Self, &Chain) -> Result<Next, QueueFault>,
     ) -> Result<bool, QueueFault> {
         let mut budget = self.size();
         loop {
             self.disable_notification(memory)?;
             while budget > 0 && self.pop(memory, chain)? {
                 budget -= 1;
-                serve(self, chain)?;
+                if serve(self, chain)? == Next::Enough {
+                    return Ok(true);
+                }
             }
             if budget == 0 {
                 return Ok(true);

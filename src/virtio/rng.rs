@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use event_manager::{EventSet, Events};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
-use super::queue::{Chain, QueueFault};
+use super::queue::{Chain, Next, QueueFault};
 use super::{Activation, Queue, Signals, VirtioDevice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Memory;
@@ -115,7 +115,7 @@ impl Worker {
 }
 
 /// Answers one request; with nothing where it has no room for anything.
-fn fill(queue: &mut Queue, memory: &Memory, chain: &Chain, signals: &Signals) -> Result<(), QueueFault> {
+fn fill(queue: &mut Queue, memory: &Memory, chain: &Chain, signals: &Signals) -> Result<Next, QueueFault> {
     let mut bytes = [0; PIECE];
     let wanted = if chain.readable.is_empty() { chain.writable_len() } else { 0 };
     let bytes = &mut bytes[..wanted.min(PIECE as u64) as usize];
@@ -126,7 +126,7 @@ fn fill(queue: &mut Queue, memory: &Memory, chain: &Chain, signals: &Signals) ->
             0
         }
     };
-    queue.complete(memory, chain.head, written)
+    queue.complete(memory, chain.head, written).map(|()| Next::More)
 }
 
 fn random_exact(mut bytes: &mut [u8]) -> io::Result<()> {

@@ -288,3 +288,82 @@ fn bent_rings_never_stop_the_process_and_a_reset_always_helps() {
     }
     assert_eq!(b.file.metadata().unwrap().len(), SIZE);
 }
+
+/// A disk that takes its time for each request: until it is told.
+struct Slow {
+    inner: RawDisk,
+    begun: std::sync::mpsc::Sender<()>,
+    may_end: std::sync::mpsc::Receiver<()>,
+}
+
+impl BlockBackend for Slow {
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
+
+    fn readonly(&self) -> bool {
+        false
+    }
+
+    fn submit(&mut self, request: crate::block::IoRequest<'_>) -> crate::block::Submitted {
+        self.begun.send(()).unwrap();
+        self.may_end
+            .recv_timeout(std::time::Duration::from_secs(20))
+            .expect("the test lets each request end");
+        self.inner.submit(request)
+    }
+}
+
+#[test]
+fn who_takes_the_queue_back_waits_for_one_request_and_not_for_all() {
+    let event_loop = EventLoop::start("test", |f| Ok(std::thread::spawn(f))).unwrap();
+    let place = Place::Loop(event_loop, StopLine::new(|cause| panic!("{cause}")));
+    let (begun, begins) = std::sync::mpsc::channel();
+    let (may_end, ends) = std::sync::mpsc::channel();
+    let mut b = bench_on(place, |inner| Box::new(Slow { inner, begun, may_end: ends }));
+    b.header(0, 0);
+    for _ in 0..5 {
+        b.driver.send(&[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)]);
+    }
+    b.driver.ring_doorbell();
+    begins.recv_timeout(std::time::Duration::from_secs(20)).expect("the first request begins");
+    let leaving = match &b.blk.state {
+        State::Active(worker) => worker.leaving().unwrap(),
+        _ => panic!("it serves"),
+    };
+    let queues = std::thread::scope(|scope| {
+        let taken = scope.spawn(|| b.blk.deactivate());
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while !leaving.is_set() {
+            assert!(std::time::Instant::now() < deadline, "waited for the queue to be asked for");
+            std::thread::yield_now();
+        }
+        may_end.send(()).unwrap();
+        taken.join().unwrap()
+    });
+    assert_eq!(begins.try_iter().count(), 0, "the others were not begun");
+    assert_eq!(std::iter::from_fn(|| b.driver.take_used()).count(), 1);
+    // And they are served when it has its queue again.
+    (0..4).for_each(|_| may_end.send(()).unwrap());
+    let memory = b.driver.memory.clone();
+    b.blk.activate(Activation { features: FLUSH, memory, queues, signals: b.signals.clone() }).unwrap();
+    (0..4).for_each(|_| assert_eq!(b.driver.wait_used().1, 513));
+    b.blk.deactivate();
+}
+
+#[test]
+fn a_wake_up_ends_after_its_share_of_bytes() {
+    let mut b = bench();
+    b.header(0, 0);
+    // 512 KiB each, from the same sectors into the same place.
+    let chain = [(HEADER, 16, 0), (DATA, 0x8_0000, WRITE), (STATUS, 1, WRITE)];
+    for _ in 0..5 {
+        b.driver.send(&chain);
+    }
+    let served = |b: &mut Bench| {
+        b.blk.process_queue();
+        std::iter::from_fn(|| b.driver.take_used()).count()
+    };
+    assert_eq!(served(&mut b), 4, "2 MiB");
+    assert_eq!(served(&mut b), 1);
+}

@@ -12,15 +12,19 @@ use vm_memory::{Bytes, GuestAddress};
 use super::request::{Action, HEADER, ID_LEN, Limits, Refusal, parse, status_address};
 use crate::block::{BlockBackend, IoRequest, Op, Submitted};
 use crate::memory::Memory;
-use crate::reactor::{self, Watch};
+use crate::reactor::{self, Leaving, Watch};
 use crate::sys::fd::wait_readable;
 use crate::sys::io::Pieces;
 use crate::virtio::Signals;
-use crate::virtio::queue::{Chain, Queue, QueueFault};
+use crate::virtio::queue::{Chain, Next, Queue, QueueFault};
 
 /// Completions between two looks at whether the driver wants an interrupt: a slow disk's first answers
 /// do not wait for its last.
 const NOTIFY_EVERY: u32 = 8;
+
+/// Bytes after which a wake-up ends, so that nobody waits long for the loop: a request can be of 63.5 MiB, and
+/// 256 of them may wait.
+const SHARE: u64 = 2 << 20;
 
 /// One queue and what serves it.
 pub(super) struct Worker {
@@ -31,6 +35,7 @@ pub(super) struct Worker {
     disk: Disk,
     /// The driver broke the rules; nothing is served until the reset.
     broken: bool,
+    leaving: Leaving,
 }
 
 /// Everything but the queue.
@@ -80,7 +85,7 @@ impl Worker {
             untold: 0,
         };
         let chain = Chain::with_capacity(queue.max_size());
-        Self { queue, memory, signals, chain, disk, broken: false }
+        Self { queue, memory, signals, chain, disk, broken: false, leaving: Leaving::default() }
     }
 
     /// One wake-up's work: answers what the backend has finished, and submits what waits.
@@ -88,10 +93,18 @@ impl Worker {
         if self.broken {
             return;
         }
-        let Self { queue, memory, chain, disk, .. } = self;
-        let drained = disk
-            .collect(queue, memory)
-            .and_then(|()| queue.drain(memory, chain, |queue, chain| disk.serve(queue, memory, chain)));
+        let Self { queue, memory, chain, disk, leaving, .. } = self;
+        let (collected, mut moved) = (disk.collect(queue, memory), 0);
+        let serve = |queue: &mut Queue, chain: &Chain| {
+            disk.serve(queue, memory, chain)?;
+            moved += chain.writable_len() + chain.readable_len();
+            // Who takes the queue away gets it after this request, not after all that wait.
+            Ok(if moved >= SHARE || leaving.is_set() { Next::Enough } else { Next::More })
+        };
+        let drained = match collected {
+            Ok(()) => queue.drain(memory, chain, serve),
+            Err(fault) => Err(fault),
+        };
         disk.backend.kick();
         queue.notify(memory);
         match drained {
@@ -267,6 +280,7 @@ fn put_answer(
 
 impl reactor::Worker for Worker {
     fn init(&mut self, ops: &mut Watch) {
+        self.leaving = ops.leaving();
         let mut added = ops.add(Events::new(self.queue.doorbell(), EventSet::IN));
         if let Some(fd) = self.disk.backend.completion_fd() {
             added = added.and(ops.add(Events::new_raw(fd.as_raw_fd(), EventSet::IN)));

@@ -62,7 +62,11 @@ enum Delivery {
 }
 
 impl Rx {
-    pub fn new(queue: Queue, mergeable: bool, overflow: Overflow) -> Self {
+    pub fn new(queue: Queue, mergeable: bool, mut overflow: Overflow) -> Self {
+        // A driver before this one could take it in pieces; this one would not know that they belong together.
+        if !mergeable {
+            overflow.kept = 0;
+        }
         let chain = || Chain::with_capacity(queue.max_size());
         Self {
             mergeable,

@@ -16,7 +16,7 @@ use crate::virtio::Signals;
 use crate::virtio::queue::{Queue, QueueFault};
 
 /// How often a backend that is gone is looked for.
-const RETRY: Duration = Duration::from_secs(1);
+pub(super) const RETRY: Duration = Duration::from_secs(1);
 
 pub(super) struct Worker {
     rx: Rx,

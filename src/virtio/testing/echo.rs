@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::lock;
-use crate::virtio::queue::{Chain, Queue};
+use crate::virtio::queue::{Chain, Next, Queue};
 use crate::virtio::{Activation, VirtioDevice, read_config_space};
 
 pub(crate) const QUEUE_SIZES: [u16; 2] = [16, 8];
@@ -69,7 +69,7 @@ impl Echo {
                 let _ = chain.reader(memory).read(&mut bytes);
                 let _ = chain.writer(memory).write(&bytes);
                 served += 1;
-                queue.complete(memory, chain.head, bytes.len() as u32)
+                queue.complete(memory, chain.head, bytes.len() as u32).map(|()| Next::More)
             });
             queue.notify(memory);
             if let Err(fault) = done {
