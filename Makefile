@@ -52,7 +52,7 @@ lint: ## formatting, clippy with warnings denied, shellcheck
 	cargo clippy --all-targets --features serde,internals -- -D warnings
 	cargo clippy --lib -- -D warnings
 	shellcheck -x tests/setup tests/lab/run tests/lab/place tests/lab/here-or-lab tests/lab/selftest tests/assets/fetch \
-		tests/assets/busybox-initrd tests/assets/debian-root tests/demo/run tests/demo/inside tests/stranger/run benches/figures/run benches/figures/inside .ci/run
+		tests/assets/busybox-initrd tests/assets/debian-root tests/demo/run tests/demo/inside tests/stranger/run benches/figures/run benches/figures/inside fuzz/run .ci/run
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
 
 test: setup lint ## everything that must pass, about 10 minutes on 2 cores
@@ -66,8 +66,12 @@ test-all: test ## and the long forms
 	for suite in c api; do VMBED_ROUNDS=5000 cargo test --features serde,internals --test $$suite -- stop_races; done
 	tests/lab/selftest
 
+SECONDS ?= 60
+fuzz: setup ## every fuzz target for SECONDS=60 seconds: executions, coverage, and how deep it went
+	fuzz/run $(SECONDS)
+
 bench: setup ## measure, print each figure with its limit, fail beyond one
 	cargo bench --features internals
 	benches/figures/run
 
-.PHONY: help setup build header abi install demo lab lint test test-all bench
+.PHONY: fuzz help setup build header abi install demo lab lint test test-all bench

@@ -108,6 +108,9 @@ typedef struct vmbed_config vmbed_config;
  */
 typedef struct vmbed_vm vmbed_vm;
 
+/** An event loop without a thread: serves the devices of VMs on your own loop. Any number of VMs may share one. */
+typedef struct vmbed_dispatcher vmbed_dispatcher;
+
 /** Something that happened to a VM. */
 typedef struct vmbed_event vmbed_event;
 
@@ -395,6 +398,12 @@ void vmbed_host_free(vmbed_host *host);
 /** EDX. */
 #define VMBED_CPUID_EDX 3
 
+/** Local APICs, IOAPIC, PCI Express, hardware-reduced ACPI, serial port, clock, pvpanic. */
+#define VMBED_PLATFORM_PC 0
+
+/** vCPUs and memory only. HLT ends a vCPU, since nothing could wake it. */
+#define VMBED_PLATFORM_BARE 1
+
 /** A 16550 at 0x3f8, `console=ttyS0`: works from the first instruction on. */
 #define VMBED_CONSOLE_SERIAL 0
 
@@ -406,6 +415,9 @@ void vmbed_host_free(vmbed_host *host);
 
 /** The thread serves devices. */
 #define VMBED_THREAD_DEVICE 1
+
+/** The thread waits for the end of a VM whose vCPUs run on threads of yours. */
+#define VMBED_THREAD_CONTROL 2
 
 /** A virtio-blk disk. */
 typedef struct {
@@ -498,6 +510,12 @@ int32_t vmbed_config_mask_cpuid(vmbed_config *config,
                                 uint32_t clear,
                                 uint32_t set,
                                 vmbed_error **error);
+
+/**
+ * Sets what surrounds the vCPUs, one of VMBED_PLATFORM_*. A Linux guest has VMBED_PLATFORM_PC and a bare one
+ * VMBED_PLATFORM_BARE unless this says otherwise; Linux needs a PC.
+ */
+int32_t vmbed_config_set_platform(vmbed_config *config, int32_t platform, vmbed_error **error);
 
 /** Sets what the guest's console is, one of VMBED_CONSOLE_*. */
 int32_t vmbed_config_set_console(vmbed_config *config, int32_t console, vmbed_error **error);
@@ -808,6 +826,83 @@ int32_t vmbed_vm_set_registers(vmbed_vm *vm,
  * NULL is a no-op.
  */
 void vmbed_vm_free(vmbed_vm *vm);
+
+/* Loops and threads of your own ---------------------------------------------------------------------------- */
+
+/** The vCPU will not run any more: the VM has ended, or this vCPU of a bare guest has halted. */
+#define VMBED_VCPU_ENDED 1
+
+/**
+ * vmbed_vcpu_interrupt() was called, or a signal was delivered to the thread. The guest goes on where it was when the
+ * vCPU is run again.
+ */
+#define VMBED_VCPU_INTERRUPTED 2
+
+/**
+ * Sets `dispatcher` to a new one, without VMs. It is yours to free. VMBED_ERR_EXHAUSTED where the process has no file
+ * descriptor left.
+ */
+int32_t vmbed_dispatcher_new(vmbed_dispatcher **dispatcher,
+                             vmbed_error **error);
+
+/**
+ * The fd to poll for reading; it stays readable while there is work. For poll() and the like only: it belongs to the
+ * dispatcher, and closes with the last of its VMs and handles. -1 for NULL.
+ */
+int32_t vmbed_dispatcher_fd(const vmbed_dispatcher *dispatcher);
+
+/**
+ * Serves what is ready, and returns; callbacks of the VMs on it run within. Does not wait for anything to become
+ * ready; for another thread only that dispatches, or while it stops a device. After VMBED_EVENT_STOPPED, one more call
+ * takes the guest's last words to its console. VMBED_ERR_INVALID_STATE where a callback calls.
+ */
+int32_t vmbed_dispatcher_dispatch(vmbed_dispatcher *dispatcher,
+                                  vmbed_error **error);
+
+/** Frees this handle; VMs on the dispatcher go on, and are not served any more. NULL is a no-op. */
+void vmbed_dispatcher_free(vmbed_dispatcher *dispatcher);
+
+/**
+ * Serves the VM's console, network cards and random number generator on the dispatcher, instead of starting a thread for
+ * them. Disks keep their threads, since their requests wait for the host.
+ */
+int32_t vmbed_builder_set_dispatcher(vmbed_builder *builder,
+                                     const vmbed_dispatcher *dispatcher,
+                                     vmbed_error **error);
+
+/**
+ * Leaves the vCPUs to threads of yours, which call vmbed_vcpu_run(), instead of starting a thread for each. One thread
+ * of the library's, VMBED_THREAD_CONTROL, then waits for the VM's end.
+ */
+int32_t vmbed_builder_caller_vcpus(vmbed_builder *builder,
+                                   vmbed_error **error);
+
+/**
+ * Runs vCPU `vcpu` on the calling thread. Blocks until it returns for a reason that `outcome` is set to, one of
+ * VMBED_VCPU_*; before the start and through a pause it waits inside. Devices of yours are called on this thread.
+ *
+ * Each vCPU may be run by one thread at a time, by another one the next time (which costs KVM some milliseconds).
+ * Signals that the thread does not block come through, and their handlers run. SIGURG is blocked meanwhile: vmbed sends
+ * it to the thread.
+ *
+ * VMBED_ERR_INVALID_ARGUMENT where there is no such vCPU. VMBED_ERR_INVALID_STATE where another thread runs it, where the
+ * VM's vCPUs have threads of the library's, or where any VM's callback calls.
+ */
+int32_t vmbed_vcpu_run(vmbed_vm *vm,
+                       uint32_t vcpu,
+                       int32_t *outcome,
+                       vmbed_error **error);
+
+/**
+ * Makes vmbed_vcpu_run() return on the thread that runs this vCPU; where none does, on the next one at once. Does not
+ * block. Not for signal handlers: a signal alone has the same effect.
+ *
+ * VMBED_ERR_INVALID_ARGUMENT where there is no such vCPU. VMBED_ERR_INVALID_STATE where the VM's vCPUs have threads of
+ * the library's.
+ */
+int32_t vmbed_vcpu_interrupt(vmbed_vm *vm,
+                             uint32_t vcpu,
+                             vmbed_error **error);
 
 /* What happened -------------------------------------------------------------------------------------------- */
 

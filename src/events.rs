@@ -371,15 +371,28 @@ impl DeviceReporter {
 
 /// How any part of a VM asks for the VM's end: the first cause wins, the call never blocks.
 #[derive(Clone)]
-pub(crate) struct StopLine(Arc<dyn Fn(StopCause) + Send + Sync>);
+pub(crate) struct StopLine {
+    vm: VmId,
+    pull: Arc<dyn Fn(StopCause) + Send + Sync>,
+}
 
 impl StopLine {
+    /// That of no VM: for tests and drivers.
     pub fn new(pull: impl Fn(StopCause) + Send + Sync + 'static) -> Self {
-        Self(Arc::new(pull))
+        Self::of(VmId(0), pull)
+    }
+
+    pub fn of(vm: VmId, pull: impl Fn(StopCause) + Send + Sync + 'static) -> Self {
+        Self { vm, pull: Arc::new(pull) }
     }
 
     pub fn pull(&self, cause: StopCause) {
-        (self.0)(cause);
+        (self.pull)(cause);
+    }
+
+    /// Whose end it asks for.
+    pub fn vm(&self) -> VmId {
+        self.vm
     }
 }
 

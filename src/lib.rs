@@ -88,7 +88,10 @@ pub use config::{
 pub use units::Bytes;
 
 // A VM in the making, and its life.
-pub use vm::{Registers, ThreadInfo, ThreadRole, Vm, VmBuilder, VmState};
+pub use vm::{Registers, ThreadInfo, ThreadRole, VcpuReturn, Vm, VmBuilder, VmState};
+
+// The embedder's event loop, where its devices may be served.
+pub use reactor::Dispatcher;
 
 // What happened to it.
 pub use events::{Event, EventKind, EventStream, StopCause, VmId};

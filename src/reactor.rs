@@ -1,5 +1,5 @@
 #![forbid(unsafe_code)]
-//! Event loops: one thread each, on which devices handle their doorbells and fds.
+//! Event loops, on which devices handle their doorbells and fds: each with a thread, or turned by the embedder.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,17 +16,60 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{StopCause, StopLine};
 use crate::sys::lock;
+pub use dispatcher::Dispatcher;
+use dispatcher::Mirror;
 
-/// What runs on a loop: it names its fds in `init` and is called when one is ready.
+mod dispatcher;
+pub(crate) mod own;
+
+/// What runs on a loop.
 ///
-/// Called on the loop's thread only, one call at a time; it must not block for long, since the other
-/// workers of that loop wait. A panic ends the VM with a `DeviceFault`.
-pub(crate) trait Worker: MutEventSubscriber + Send + 'static {}
+/// Called by one thread at a time; it must not block for long, since the other workers of that loop wait. A
+/// panic ends the VM with a `DeviceFault`.
+pub(crate) trait Worker: Send + 'static {
+    /// Names the fds that it wants to hear of. Called once, before anything else.
+    fn init(&mut self, watch: &mut Watch);
 
-impl<T: MutEventSubscriber + Send + 'static> Worker for T {}
+    /// One of them is ready.
+    fn process(&mut self, events: Events, watch: &mut Watch);
+}
 
-/// One thread that waits for events and calls the workers attached to it.
-pub(crate) struct EventLoop {
+/// A worker's entries in its loop's epoll set.
+pub(crate) struct Watch<'a, 'b> {
+    ops: &'a mut EventOps<'b>,
+    mirror: Option<&'a mut Mirror>,
+}
+
+impl Watch<'_, '_> {
+    pub fn add(&mut self, events: Events) -> Result<(), event_manager::Error> {
+        self.ops.add(events)?;
+        let mirrored = self.mirror.as_mut().map_or(Ok(()), |mirror| mirror.add(&events));
+        // Heard of in both sets or in none.
+        mirrored.inspect_err(|_| drop(self.ops.remove(events)))
+    }
+
+    pub fn modify(&mut self, events: Events) -> Result<(), event_manager::Error> {
+        self.ops.modify(events)?;
+        self.mirror.as_mut().map_or(Ok(()), |mirror| mirror.modify(&events))
+    }
+
+    pub fn remove(&mut self, events: Events) -> Result<(), event_manager::Error> {
+        if let Some(mirror) = &mut self.mirror {
+            mirror.remove(events.fd());
+        }
+        self.ops.remove(events)
+    }
+}
+
+/// What waits for events and calls the workers attached to it.
+pub(crate) enum EventLoop {
+    /// One thread of its own.
+    Thread(LoopThread),
+    /// The embedder turns it.
+    Caller(Dispatcher),
+}
+
+pub(crate) struct LoopThread {
     calls: Arc<Calls>,
     ending: Arc<AtomicBool>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -68,13 +111,13 @@ impl Calls {
 /// Wakes the loop for its calls.
 struct Waker(EventFd);
 
-impl MutEventSubscriber for Waker {
-    fn process(&mut self, _: Events, _: &mut EventOps) {
+impl Worker for Waker {
+    fn process(&mut self, _: Events, _: &mut Watch) {
         let _ = self.0.read();
     }
 
-    fn init(&mut self, ops: &mut EventOps) {
-        if let Err(error) = ops.add(Events::new(&self.0, EventSet::IN)) {
+    fn init(&mut self, watch: &mut Watch) {
+        if let Err(error) = watch.add(Events::new(&self.0, EventSet::IN)) {
             log::error!("an event loop cannot be woken: {error}");
         }
     }
@@ -95,6 +138,7 @@ impl EventLoop {
             device: "event loop".into(),
             stop: StopLine::new(|_| ()),
             failed: false,
+            mirror: None,
         });
         let calls = Arc::new(Calls { queue: Mutex::new(Some(Vec::new())), bell });
         let ending = Arc::new(AtomicBool::new(false));
@@ -109,37 +153,67 @@ impl EventLoop {
             }
             own.close();
         }))?;
-        Ok(Arc::new(Self { calls, ending, thread: Mutex::new(Some(thread)), name: name.to_owned() }))
+        let thread = Mutex::new(Some(thread));
+        Ok(Arc::new(Self::Thread(LoopThread { calls, ending, thread, name: name.to_owned() })))
     }
 
-    /// Hands `worker` to the loop's thread; returns when it is being served.
+    /// One that has no thread.
+    pub fn turned_by(dispatcher: &Dispatcher) -> Arc<Self> {
+        Arc::new(Self::Caller(dispatcher.clone()))
+    }
+
+    /// Hands `worker` to the loop; returns when it is being served.
     pub fn attach<W: Worker>(
         self: &Arc<Self>,
         worker: W,
         device: &str,
         stop: &StopLine,
     ) -> Result<Attached<W>> {
+        if self.is_turned_here() {
+            let why = "a callback that dispatch() calls cannot add devices to its dispatcher";
+            return Err(Error::new(ErrorKind::InvalidState, why));
+        }
         let worker = Arc::new(Mutex::new(worker));
-        let subscriber: Arc<Mutex<dyn MutEventSubscriber + Send>> = worker.clone();
-        let guarded =
-            Guarded { worker: subscriber, device: device.into(), stop: stop.clone(), failed: false };
-        let id = self.calls.call(move |manager| manager.add_subscriber(guarded));
-        let id = id.ok_or_else(|| self.gone())?;
+        let subscriber: Arc<Mutex<dyn Worker>> = worker.clone();
+        let mirror = match &**self {
+            Self::Thread(_) => None,
+            Self::Caller(dispatcher) => Some(dispatcher.0.mirror()),
+        };
+        let (device, stop) = (device.into(), stop.clone());
+        let guarded = Guarded { worker: subscriber, device, stop, failed: false, mirror };
+        let id = self.call(move |manager| manager.add_subscriber(guarded))?;
         Ok(Attached { home: Some((self.clone(), id)), worker })
+    }
+
+    /// Whether it calls its workers on the calling thread right now, so that waiting for it would never end.
+    pub fn is_turned_here(&self) -> bool {
+        matches!(self, Self::Caller(dispatcher) if dispatcher.0.is_turned_here())
+    }
+
+    /// Whether the embedder turns it.
+    pub fn is_callers(&self) -> bool {
+        matches!(self, Self::Caller(_))
+    }
+
+    /// Does `f` between two turns and waits for what it returns.
+    fn call<R: Send + 'static>(&self, f: impl FnOnce(&mut Manager) -> R + Send + 'static) -> Result<R> {
+        match self {
+            Self::Thread(own) => own.calls.call(f).ok_or_else(|| {
+                Error::new(ErrorKind::Internal, format!("event loop '{}' has ended", own.name))
+            }),
+            Self::Caller(dispatcher) => Ok(dispatcher.0.call(f)),
+        }
     }
 
     /// Ends the thread and waits for it. What was attached is dropped.
     pub fn stop(&self) {
-        self.ending.store(true, Ordering::Release);
-        let _ = self.calls.bell.write(1);
-        if let Some(thread) = lock(&self.thread).take() {
+        let Self::Thread(own) = self else { return };
+        own.ending.store(true, Ordering::Release);
+        let _ = own.calls.bell.write(1);
+        if let Some(thread) = lock(&own.thread).take() {
             // A panic was caught inside; joining cannot report anything new.
             let _ = thread.join();
         }
-    }
-
-    fn gone(&self) -> Error {
-        Error::new(ErrorKind::Internal, format!("event loop '{}' has ended", self.name))
     }
 }
 
@@ -185,8 +259,8 @@ impl<W: Worker> Attached<W> {
     /// Waits for the call in progress, so never call it from the loop's own thread.
     pub fn detach(self) -> Result<W> {
         if let Some((event_loop, id)) = self.home {
-            // `None`: the loop has ended and dropped its half, and the worker is ours alone all the same.
-            drop(event_loop.calls.call(move |manager| manager.remove_subscriber(id)));
+            // An error: the loop has ended and dropped its half, and the worker is ours alone all the same.
+            drop(event_loop.call(move |manager| manager.remove_subscriber(id)));
         }
         let lost = || Error::new(ErrorKind::Internal, "a worker is still in use after it was detached");
         let mutex = Arc::into_inner(self.worker).ok_or_else(lost)?;
@@ -202,18 +276,23 @@ impl<W: Worker> Attached<W> {
 
 /// A worker whose panic ends its VM and nothing else.
 struct Guarded {
-    worker: Arc<Mutex<dyn MutEventSubscriber + Send>>,
+    worker: Arc<Mutex<dyn Worker>>,
     device: Arc<str>,
     stop: StopLine,
     failed: bool,
+    /// Its fds in a dispatcher's set.
+    mirror: Option<Mirror>,
 }
 
 impl Guarded {
-    fn call(&mut self, f: impl FnOnce(&mut (dyn MutEventSubscriber + Send))) {
+    fn call(&mut self, ops: &mut EventOps, f: impl FnOnce(&mut dyn Worker, &mut Watch)) {
         if self.failed {
             return;
         }
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| f(&mut *lock(&self.worker)))) {
+        // A loop's own thread is the VM's anyway.
+        let _inside = self.mirror.is_some().then(|| own::enter(self.stop.vm()));
+        let mut watch = Watch { ops, mirror: self.mirror.as_mut() };
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| f(&mut *lock(&self.worker), &mut watch))) {
             self.failed = true;
             let why = format!("panicked: {}", panic_text(&*panic));
             self.stop.pull(StopCause::DeviceFault { device: self.device.to_string(), why });
@@ -223,15 +302,15 @@ impl Guarded {
 
 impl MutEventSubscriber for Guarded {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
-        self.call(|w| w.process(events, ops));
+        self.call(ops, |worker, watch| worker.process(events, watch));
         if self.failed {
             // Level-triggered: nobody will drain it any more, so stop listening.
-            let _ = ops.remove(events);
+            let _ = Watch { ops, mirror: self.mirror.as_mut() }.remove(events);
         }
     }
 
     fn init(&mut self, ops: &mut EventOps) {
-        self.call(|w| w.init(ops));
+        self.call(ops, |worker, watch| worker.init(watch));
     }
 }
 
@@ -264,13 +343,13 @@ mod tests {
         panics: bool,
     }
 
-    impl MutEventSubscriber for Echo {
-        fn process(&mut self, _: Events, _: &mut EventOps) {
+    impl Worker for Echo {
+        fn process(&mut self, _: Events, _: &mut Watch) {
             assert!(!self.panics, "as the test wants");
             let _ = self.heard.send(self.bell.read().unwrap());
         }
-        fn init(&mut self, ops: &mut EventOps) {
-            ops.add(Events::new(&self.bell, EventSet::IN)).unwrap();
+        fn init(&mut self, watch: &mut Watch) {
+            watch.add(Events::new(&self.bell, EventSet::IN)).unwrap();
         }
     }
 

@@ -1,10 +1,10 @@
 //! Bare guests: a few instructions, devices of the embedder's, and every way in which they end. These run
 //! on any KVM.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use vmbed::{BareBoot, CpuMode, ErrorKind, EventKind, StopCause, VmConfig, VmState};
+use vmbed::{Access, BareBoot, CpuMode, Device, ErrorKind, EventKind, Result, StopCause, VmConfig, VmState};
 
 #[path = "api/guest.rs"]
 mod guest;
@@ -90,6 +90,34 @@ fn pause_stops_the_guest_and_resume_lets_it_go_on() {
     assert_eq!(vm.resume().unwrap_err().kind(), ErrorKind::InvalidState);
     vm.stop().unwrap();
     assert_eq!(vm.start().unwrap_err().kind(), ErrorKind::InvalidState);
+}
+
+/// Who wrote, from where.
+#[derive(Default)]
+struct Roll(Mutex<Vec<(u32, u8)>>);
+
+impl Device for Roll {
+    fn read(&self, _: Access, _: &mut [u8]) -> Result<()> {
+        Ok(())
+    }
+    fn write(&self, access: Access, data: &[u8]) -> Result<()> {
+        self.0.lock().unwrap().push((access.vcpu, data[0]));
+        Ok(())
+    }
+}
+
+#[test]
+fn as_many_vcpus_as_there_can_be_run_with_numbers_of_their_own() {
+    let roll = Arc::new(Roll::default());
+    // mov eax, edi; out 0x10, al; hlt
+    let code = [0x66, 0x89, 0xf8, 0xe6, 0x10, 0xf4];
+    let mut config = real(&code);
+    config.cpus.count = 254;
+    let vm = host().builder(config).pio_device("roll", 0x10, 1, roll.clone()).build().unwrap();
+    assert_eq!(run(&vm), StopCause::GuestHalt);
+    let mut called = roll.0.lock().unwrap().clone();
+    called.sort();
+    assert_eq!(called, (0..254).map(|i| (i, i as u8)).collect::<Vec<_>>());
 }
 
 #[test]

@@ -15,7 +15,7 @@ mod generate;
 mod list;
 
 /// The program of the cases.
-const API: [&str; 3] = ["tests/c/api.c", "tests/c/races.c", "tests/c/callbacks.c"];
+const API: [&str; 4] = ["tests/c/api.c", "tests/c/races.c", "tests/c/callbacks.c", "tests/c/drive.c"];
 const WARNINGS: [&str; 5] = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror"];
 
 fn main() -> std::process::ExitCode {

@@ -1,15 +1,25 @@
 //! The fuzz targets over their committed inputs, without a fuzzer: nothing panics, and the inputs go as
-//! deep as they are kept for. `cargo +nightly fuzz run blk` goes on from them.
+//! deep as they are kept for. `make fuzz` goes on from them.
 
 use std::fs;
 use std::path::Path;
 
+#[path = "../fuzz/bodies/bent.rs"]
+mod bent;
 #[path = "../fuzz/bodies/blk.rs"]
 mod blk;
+#[path = "../fuzz/bodies/config.rs"]
+mod config;
 #[path = "../fuzz/bodies/kernel.rs"]
 mod kernel;
+#[path = "../fuzz/bodies/legacy.rs"]
+mod legacy;
+#[path = "../fuzz/bodies/net.rs"]
+mod net;
 #[path = "../fuzz/bodies/pci.rs"]
 mod pci;
+#[path = "../fuzz/bodies/ports.rs"]
+mod ports;
 
 /// The committed inputs of a target, and as many made up on the way (the same at each run).
 fn inputs(target: &str) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
@@ -68,4 +78,49 @@ fn kernel_loads_and_refuses() {
     assert!(kept.iter().filter(|d| d.unpacked).count() >= 2, "{kept:?}");
     let refused = more.iter().map(|i| kernel::run(i)).filter(|d| d.refused).count();
     assert!(refused > 50, "{refused}");
+}
+
+#[test]
+fn net_receives_and_sends() {
+    let (kept, more) = inputs("net");
+    for input in &kept {
+        let depth = net::run(input);
+        assert!(depth.received >= 10 && depth.sent >= 10 && depth.taken > depth.sent, "{depth:?}");
+    }
+    let all: Vec<_> = kept.iter().chain(&more).map(|i| net::run(i)).collect();
+    assert!(all.iter().map(|d| d.resets).sum::<u32>() > 100, "rings were broken");
+}
+
+#[test]
+fn ports_answer_read_and_write() {
+    let (kept, more) = inputs("ports");
+    for input in &kept {
+        let depth = ports::run(input);
+        assert!(depth.random >= 10 && depth.read >= 10 && depth.written >= 5, "{depth:?}");
+    }
+    let all: Vec<_> = kept.iter().chain(&more).map(|i| ports::run(i)).collect();
+    assert!(all.iter().map(|d| d.resets).sum::<u32>() > 100, "rings were broken");
+}
+
+#[test]
+fn legacy_devices_talk_route_and_stop() {
+    let (kept, more) = inputs("legacy");
+    for input in &kept {
+        let depth = legacy::run(input);
+        assert!(depth.said >= 4 && depth.read >= 100 && depth.stops >= 1 && depth.routed >= 10, "{depth:?}");
+    }
+    for input in &more {
+        legacy::run(input);
+    }
+}
+
+#[test]
+fn configurations_are_taken_and_refused() {
+    let (kept, more) = inputs("config");
+    let all: Vec<_> = kept.iter().chain(&more).map(|i| config::run(i)).collect();
+    assert!(all[..kept.len()].iter().filter(|d| d.valid).count() >= 4);
+    assert!(
+        all[..kept.len()].iter().any(|d| d.bad_fields >= 8) && all[..kept.len()].iter().any(|d| d.refused)
+    );
+    assert!(all.iter().filter(|d| d.parsed).count() > 50);
 }

@@ -8,7 +8,7 @@ fn root() -> &'static Path {
 }
 
 /// The sections in the order in which a reader wants them: a file of `src/capi` and its title.
-const SECTIONS: [(&str, &str); 8] = [
+const SECTIONS: [(&str, &str); 9] = [
     ("library", "The library"),
     ("error", "Errors"),
     ("device", "Devices of your own"),
@@ -16,6 +16,7 @@ const SECTIONS: [(&str, &str); 8] = [
     ("host", "The host"),
     ("config", "What a VM is to be"),
     ("vm", "A VM's life"),
+    ("drive", "Loops and threads of your own"),
     ("events", "What happened"),
 ];
 

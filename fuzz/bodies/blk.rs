@@ -4,12 +4,11 @@ use std::fs::File;
 
 use arbitrary::{Result, Unstructured};
 use vmbed::internals::driver::status::NEEDS_RESET;
-use vmbed::internals::driver::{
-    Buffer, EVENT_IDX, INDIRECT, INDIRECT_DESC, NEXT, Registers, Rings, VERSION_1, WRITE, bytes,
-};
+use vmbed::internals::driver::{Buffer, EVENT_IDX, INDIRECT_DESC, Registers, Rings, VERSION_1, WRITE, bytes};
 use vmbed::internals::{Board, Part, memory_file};
 
-const MEMORY: u64 = 1 << 20;
+use super::bent::{MEMORY, bend, break_rings, collect, indirect};
+
 const SECTORS: u64 = 64;
 const RINGS: u64 = 0x8_0000;
 const TABLE: u64 = 0x4000;
@@ -19,7 +18,6 @@ const STATUS: u64 = 0x7000;
 const STEPS: usize = 64;
 
 /// How deep an input went, for the replay of the corpus.
-#[allow(dead_code, reason = "a fuzzer measures depth by itself")]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Depth {
     /// Requests that the device has answered.
@@ -35,6 +33,18 @@ struct Guest {
     regs: Registers,
     rings: Rings,
     depth: Depth,
+}
+
+impl Depth {
+    /// What a campaign sums up.
+    #[allow(dead_code, reason = "a replay looks at the fields")]
+    pub fn counters(&self) -> [(&'static str, u64); 3] {
+        [
+            ("completed", self.completed.into()),
+            ("succeeded", self.succeeded.into()),
+            ("resets", self.resets.into()),
+        ]
+    }
 }
 
 /// Runs one input. Panics where the device misbehaves.
@@ -87,13 +97,13 @@ impl Guest {
             bend(&mut chain, u)?;
         }
         let head = if u.ratio(1u8, 4u8)? {
-            self.indirect(&chain, u)?
+            indirect(&self.board, &mut self.rings, TABLE, &chain, u)?
         } else {
             self.rings.chain(&self.board, &chain)
         };
         self.rings.offer(&self.board, head);
         if u.ratio(1u8, 12u8)? {
-            self.break_rings(u)?;
+            break_rings(&self.board, &mut self.rings, u)?;
         }
         // Several requests may wait for one doorbell.
         if u.ratio(3u8, 4u8)? {
@@ -140,68 +150,8 @@ impl Guest {
         Ok(chain)
     }
 
-    /// The chain in a table of its own; sometimes not quite as long as it says.
-    fn indirect(&mut self, chain: &[Buffer], u: &mut Unstructured<'_>) -> Result<u16> {
-        for (index, &(addr, len, flags)) in chain.iter().enumerate() {
-            let flags = if index + 1 == chain.len() { flags } else { flags | NEXT };
-            let mut next = index as u16 + 1;
-            if u.ratio(1u8, 20u8)? {
-                next = u.arbitrary()?;
-            }
-            self.rings.descriptor(&self.board, TABLE, index as u16, (addr, len, flags), next);
-        }
-        let length = 16 * chain.len() as u32;
-        let length = if u.ratio(1u8, 16u8)? { u.arbitrary()? } else { length };
-        Ok(self.rings.chain(&self.board, &[(TABLE, length, INDIRECT)]))
-    }
-
-    fn break_rings(&mut self, u: &mut Unstructured<'_>) -> Result<()> {
-        match u.int_in_range(0..=3)? {
-            0 => self.rings.set_avail(&self.board, u.arbitrary()?),
-            1 => {
-                let head = u.int_in_range(0..=17)?;
-                self.rings.offer(&self.board, head);
-                self.rings.offer(&self.board, head);
-            }
-            2 => {
-                let at = RINGS + u.int_in_range::<u64>(0..=0x3fff)?;
-                self.board.write_memory(at, &u.arbitrary::<[u8; 2]>()?).unwrap_or(());
-            }
-            _ => {
-                let index = u.int_in_range(0..=15)?;
-                let buffer = (u.arbitrary()?, u.arbitrary()?, u.arbitrary()?);
-                self.rings.descriptor(&self.board, RINGS, index, buffer, u.arbitrary()?);
-            }
-        }
-        Ok(())
-    }
-
     fn collect(&mut self) {
-        // No more than the ring holds, even where the used ring was overwritten.
-        for _ in 0..self.rings.size {
-            if self.rings.take_used(&self.board).is_none() {
-                break;
-            }
-            self.depth.completed += 1;
-        }
+        self.depth.completed += collect(&self.board, &mut self.rings);
         self.depth.succeeded += u32::from(bytes::<1>(&self.board, STATUS) == [0]);
     }
-}
-
-/// Changes one thing in a chain.
-fn bend(chain: &mut Vec<Buffer>, u: &mut Unstructured<'_>) -> Result<()> {
-    let at = u.choose_index(chain.len())?;
-    match u.int_in_range(0..=6)? {
-        0 => chain[at].0 = *u.choose(&[0, MEMORY - 1, MEMORY, 0xc000_0000, u64::MAX - 3, RINGS, TABLE])?,
-        1 => chain[at].0 = u.arbitrary()?,
-        2 => chain[at].1 = *u.choose(&[0, 1, 15, 511, 513, 0x1_0000, u32::MAX])?,
-        3 => chain[at].1 = u.arbitrary()?,
-        4 => chain[at].2 ^= 1 << u.int_in_range(0..=3)?,
-        5 => drop(chain.remove(at)),
-        _ => chain.insert(at, chain[at]),
-    }
-    if chain.is_empty() {
-        chain.push((HEADER, 16, 0));
-    }
-    Ok(())
 }

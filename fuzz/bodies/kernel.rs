@@ -6,7 +6,6 @@ use vmbed::internals::load_kernel;
 const MEMORY: u64 = 16 << 20;
 
 /// How deep an input went, for the replay of the corpus.
-#[allow(dead_code, reason = "a fuzzer measures depth by itself")]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Depth {
     /// The image was loaded.
@@ -17,6 +16,19 @@ pub struct Depth {
     pub unpacked: bool,
     /// It was refused, with a text.
     pub refused: bool,
+}
+
+impl Depth {
+    /// What a campaign sums up.
+    #[allow(dead_code, reason = "a replay looks at the fields")]
+    pub fn counters(&self) -> [(&'static str, u64); 4] {
+        [
+            ("loaded", self.loaded.into()),
+            ("pvh", self.pvh.into()),
+            ("unpacked", self.unpacked.into()),
+            ("refused", self.refused.into()),
+        ]
+    }
 }
 
 /// Runs one input. Panics where the loader puts something outside of memory.

@@ -8,7 +8,6 @@ const RINGS: u64 = 0x8_0000;
 const STEPS: usize = 256;
 
 /// How deep an input went, for the replay of the corpus.
-#[allow(dead_code, reason = "a fuzzer measures depth by itself")]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Depth {
     /// Accesses made.
@@ -19,6 +18,19 @@ pub struct Depth {
     pub started: u32,
     /// Devices that served their queues.
     pub served: u32,
+}
+
+impl Depth {
+    /// What a campaign sums up.
+    #[allow(dead_code, reason = "a replay looks at the fields")]
+    pub fn counters(&self) -> [(&'static str, u64); 4] {
+        [
+            ("accesses", self.accesses.into()),
+            ("moved", self.moved.into()),
+            ("started", self.started.into()),
+            ("served", self.served.into()),
+        ]
+    }
 }
 
 /// Runs one input. Panics where the devices misbehave.

@@ -2,7 +2,6 @@
 
 #[path = "../bodies/pci.rs"]
 mod body;
+mod report;
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| {
-    let _ = body::run(data);
-});
+libfuzzer_sys::fuzz_target!(|data: &[u8]| report::add(&body::run(data).counters()));

@@ -12,8 +12,8 @@ use super::host::vmbed_host;
 use super::vm::{Machine, vmbed_vm};
 use super::{answer, call};
 use crate::config::{
-    BareBoot, Boot, ConsoleKind, CpuMode, CpuidMask, CpuidRegister, DiskConfig, LinuxBoot, NetConfig, Uuid,
-    VmConfig,
+    BareBoot, Boot, ConsoleKind, CpuMode, CpuidMask, CpuidRegister, DiskConfig, LinuxBoot, NetConfig,
+    Platform, Uuid, VmConfig,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::lock;
@@ -173,6 +173,29 @@ pub unsafe extern "C" fn vmbed_config_mask_cpuid(
             other => return Err(invalid(format!("register is {other}, not one of VMBED_CPUID_*"))),
         };
         c.cpus.masks.push(CpuidMask { leaf, subleaf, register, clear, set });
+        Ok(())
+    })
+}
+
+/// Local APICs, IOAPIC, PCI Express, hardware-reduced ACPI, serial port, clock, pvpanic.
+pub const VMBED_PLATFORM_PC: i32 = 0;
+/// vCPUs and memory only. HLT ends a vCPU, since nothing could wake it.
+pub const VMBED_PLATFORM_BARE: i32 = 1;
+
+/// Sets what surrounds the vCPUs, one of VMBED_PLATFORM_*. A Linux guest has VMBED_PLATFORM_PC and a bare one
+/// VMBED_PLATFORM_BARE unless this says otherwise; Linux needs a PC.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_config_set_platform(
+    config: *mut vmbed_config,
+    platform: i32,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    change(config, error, |c| {
+        c.platform = match platform {
+            VMBED_PLATFORM_PC => Platform::Pc,
+            VMBED_PLATFORM_BARE => Platform::Bare,
+            other => return Err(invalid(format!("platform is {other}, not one of VMBED_PLATFORM_*"))),
+        };
         Ok(())
     })
 }
@@ -420,7 +443,7 @@ pub unsafe extern "C" fn vmbed_builder_new(
 }
 
 /// Changes a builder that has not built yet.
-fn attach(
+pub(super) fn attach(
     builder: *const vmbed_builder,
     error: *mut *mut vmbed_error,
     f: impl FnOnce(&mut VmBuilder) -> Result<()>,
@@ -582,6 +605,8 @@ pub unsafe extern "C" fn vmbed_builder_console_callback(
 pub const VMBED_THREAD_VCPU: i32 = 0;
 /// The thread serves devices.
 pub const VMBED_THREAD_DEVICE: i32 = 1;
+/// The thread waits for the end of a VM whose vCPUs run on threads of yours.
+pub const VMBED_THREAD_CONTROL: i32 = 2;
 
 /// Called on each thread of the library before it does anything else: the place to set its affinity, cgroup or
 /// scheduler. `role` is one of VMBED_THREAD_*, `index` counts the VM's threads of one role (for a vCPU its index), `tid`
@@ -605,6 +630,7 @@ pub unsafe extern "C" fn vmbed_builder_on_thread_start(
             let role = match info.role {
                 ThreadRole::Vcpu => VMBED_THREAD_VCPU,
                 ThreadRole::Device => VMBED_THREAD_DEVICE,
+                ThreadRole::Control => VMBED_THREAD_CONTROL,
             };
             // SAFETY: the embedder's function with its own data.
             unsafe { function(user.pointer(), info.vm.0, role, info.index, info.tid) }

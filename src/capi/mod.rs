@@ -15,6 +15,7 @@ use crate::reactor::panic_text;
 mod arguments;
 mod config;
 mod device;
+mod drive;
 mod error;
 mod events;
 mod handle;

@@ -27,6 +27,10 @@ impl Machine {
     pub fn new(vm: Vm) -> Self {
         Self(vm)
     }
+
+    pub fn vm(&self) -> &Vm {
+        &self.0
+    }
 }
 
 fn with<R>(

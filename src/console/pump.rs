@@ -5,10 +5,11 @@ use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use event_manager::{EventSet, Events};
 
 use super::stream::{Direction, Stream};
 use super::{Callback, INPUT, NOW, Output, Shared};
+use crate::reactor::{self, Watch};
 use crate::sys::lock;
 
 /// Writes or reads in one turn of the loop: its other workers wait meanwhile.
@@ -49,7 +50,7 @@ impl Pump {
         Self { shared, timer, output, output_watched: false, input, input_watched: false }
     }
 
-    fn drain(&mut self, ops: &mut EventOps) {
+    fn drain(&mut self, ops: &mut Watch) {
         let mut piece = [0; PIECE];
         for _ in 0..ROUNDS {
             let Some(sink) = &mut self.output else { return };
@@ -68,7 +69,7 @@ impl Pump {
         lock(&self.shared.state).arm(NOW);
     }
 
-    fn fill(&mut self, ops: &mut EventOps) {
+    fn fill(&mut self, ops: &mut Watch) {
         let mut piece = [0; INPUT];
         for _ in 0..ROUNDS {
             let Some(input) = &self.input else { return };
@@ -94,7 +95,7 @@ impl Pump {
         lock(&self.shared.state).arm(NOW);
     }
 
-    fn watch_output(&mut self, on: bool, ops: &mut EventOps) {
+    fn watch_output(&mut self, on: bool, ops: &mut Watch) {
         let Some(Sink::Stream(stream)) = &self.output else { return };
         if on == self.output_watched {
             return;
@@ -113,7 +114,7 @@ impl Pump {
         }
     }
 
-    fn watch_input(&mut self, on: bool, ops: &mut EventOps) {
+    fn watch_input(&mut self, on: bool, ops: &mut Watch) {
         let Some(stream) = &self.input else { return };
         if on == self.input_watched {
             return;
@@ -124,7 +125,7 @@ impl Pump {
         }
     }
 
-    fn end_output(&mut self, why: &str, ops: &mut EventOps) {
+    fn end_output(&mut self, why: &str, ops: &mut Watch) {
         log::debug!("console: output ends: {why}");
         if let (Some(Sink::Stream(stream)), true) = (&self.output, self.output_watched) {
             let _ = watch(stream, EventSet::OUT, false, ops);
@@ -133,7 +134,7 @@ impl Pump {
         self.shared.end_output();
     }
 
-    fn end_input(&mut self, why: &str, ops: &mut EventOps) {
+    fn end_input(&mut self, why: &str, ops: &mut Watch) {
         log::debug!("console: input ends: {why}");
         if let (Some(stream), true) = (&self.input, self.input_watched) {
             let _ = watch(stream, EventSet::IN, false, ops);
@@ -142,13 +143,13 @@ impl Pump {
     }
 }
 
-fn watch(stream: &Stream, what: EventSet, on: bool, ops: &mut EventOps) -> Result<(), event_manager::Error> {
+fn watch(stream: &Stream, what: EventSet, on: bool, ops: &mut Watch) -> Result<(), event_manager::Error> {
     let events = Events::new_raw(stream.as_raw_fd(), what);
     if on { ops.add(events) } else { ops.remove(events) }
 }
 
-impl MutEventSubscriber for Pump {
-    fn init(&mut self, ops: &mut EventOps) {
+impl reactor::Worker for Pump {
+    fn init(&mut self, ops: &mut Watch) {
         if let Err(error) = ops.add(Events::new_raw(self.timer, EventSet::IN)) {
             return self.end_output(&error.to_string(), ops);
         }
@@ -156,7 +157,7 @@ impl MutEventSubscriber for Pump {
         lock(&self.shared.state).arm(NOW);
     }
 
-    fn process(&mut self, events: Events, ops: &mut EventOps) {
+    fn process(&mut self, events: Events, ops: &mut Watch) {
         if events.fd() == self.timer {
             lock(&self.shared.state).disarm();
         }

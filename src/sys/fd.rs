@@ -3,12 +3,19 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
+use vmm_sys_util::epoll::Epoll;
 use vmm_sys_util::eventfd::EventFd;
 
 /// An eventfd's descriptor with its lifetime (vmm-sys-util offers the number only).
 pub(crate) fn borrow(fd: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the eventfd keeps the descriptor open for as long as the borrow of it lives.
     unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
+}
+
+/// The same for an epoll set.
+pub(crate) fn borrow_epoll(set: &Epoll) -> BorrowedFd<'_> {
+    // SAFETY: as above.
+    unsafe { BorrowedFd::borrow_raw(set.as_raw_fd()) }
 }
 
 /// Whether a read would not block, or would report an error or the end, right now.

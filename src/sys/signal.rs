@@ -10,6 +10,7 @@ use std::mem::MaybeUninit;
 pub(crate) const KICK: libc::c_int = libc::SIGURG;
 
 /// A set of signals.
+#[derive(Clone)]
 pub(crate) struct SignalSet(libc::sigset_t);
 
 impl SignalSet {
@@ -55,6 +56,16 @@ impl SignalSet {
             .fold(0, |bits, signal| bits | 1 << (signal - 1))
     }
 
+    /// Blocks the kick on the calling thread besides what it blocks; returns what was blocked before.
+    pub fn block_kick() -> Self {
+        let mut old = MaybeUninit::uninit();
+        // SAFETY: both sets are valid; SIG_BLOCK with a valid set cannot fail, so `old` is written.
+        unsafe {
+            libc::pthread_sigmask(libc::SIG_BLOCK, &Self::only(KICK).0, old.as_mut_ptr());
+            Self(old.assume_init())
+        }
+    }
+
     /// Blocks exactly this set on the calling thread; returns what was blocked before.
     pub fn block(&self) -> Self {
         let mut old = MaybeUninit::uninit();
@@ -66,12 +77,12 @@ impl SignalSet {
     }
 }
 
-/// Consumes a pending kick of the calling thread, if there is one.
-pub(crate) fn consume_kick() {
+/// Consumes a pending kick of the calling thread; whether there was one.
+pub(crate) fn consume_kick() -> bool {
     let set = SignalSet::only(KICK);
     let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: valid set and timeout; the kernel may write no siginfo where the pointer is NULL.
-    unsafe { libc::sigtimedwait(&set.0, std::ptr::null_mut(), &now) };
+    unsafe { libc::sigtimedwait(&set.0, std::ptr::null_mut(), &now) == KICK }
 }
 
 /// The calling thread's kernel id.
@@ -97,7 +108,8 @@ mod tests {
             SignalSet::library_thread().block();
             kick(thread_id()).unwrap();
             let before = std::fs::read_to_string("/proc/thread-self/status").unwrap();
-            consume_kick();
+            assert!(consume_kick());
+            assert!(!consume_kick());
             let after = std::fs::read_to_string("/proc/thread-self/status").unwrap();
             let pending = |s: &str| s.lines().find(|l| l.starts_with("SigPnd")).unwrap().to_owned();
             assert_ne!(pending(&before), pending(&after));

@@ -12,7 +12,6 @@ use crate::error::{Error, Result};
 use crate::events::StopCause;
 use crate::ioapic::Ioapic;
 use crate::sys::kvm::{self, Exit};
-use crate::sys::signal;
 
 /// What a vCPU meets outside the guest.
 pub(crate) struct Surroundings {
@@ -25,7 +24,7 @@ pub(crate) struct Surroundings {
 
 /// Why a vCPU came back from the guest for longer than an exit.
 pub(crate) enum Pause {
-    /// The gate wants it.
+    /// The gate wants it, or a signal came.
     Attention,
     /// It executed `HLT`, and nothing in this VM could wake it.
     Halted,
@@ -33,7 +32,8 @@ pub(crate) enum Pause {
     Ended(StopCause),
 }
 
-/// Runs vCPU `index` until it must pause.
+/// Runs vCPU `index` until it must pause. (Not a part of its caller: the loop wants the registers.)
+#[inline(never)]
 pub(crate) fn run(vcpu: &mut VcpuFd, index: u32, around: &Surroundings, gate: &Gate) -> Pause {
     enter::<false>(vcpu, index, around, gate)
 }
@@ -78,8 +78,7 @@ fn enter<const COMPLETING: bool>(vcpu: &mut VcpuFd, index: u32, around: &Surroun
                     ioapic.end_of_interrupt(vector);
                 }
             }
-            Ok(Exit::Interrupted) if COMPLETING => break,
-            Ok(Exit::Interrupted) => signal::consume_kick(),
+            Ok(Exit::Interrupted) => break,
             Ok(Exit::Hlt) => return Pause::Halted,
             Ok(Exit::Shutdown) => return Pause::Ended(StopCause::TripleFault),
             Ok(Exit::Other(reason)) => {

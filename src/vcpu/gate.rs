@@ -2,7 +2,7 @@
 //! Where vCPUs wait: for the start, through a pause, and how they learn of the end.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex};
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::sys::{lock, signal};
@@ -21,18 +21,54 @@ pub(crate) struct Gate {
     /// Set whenever the target is not `Run`: all that a vCPU looks at between two exits.
     attention: AtomicBool,
     state: Mutex<State>,
-    /// The target changed.
+    /// The target changed, or somebody wants a vCPU's thread back.
     opened: Condvar,
-    /// A vCPU came to stand, or left.
+    /// A vCPU came to stand, or no thread runs it any more.
     settled: Condvar,
 }
 
 struct State {
     target: Target,
-    /// The thread id of each vCPU; 0 before its thread runs and after it has left.
-    threads: Vec<i32>,
-    standing: usize,
-    left: usize,
+    seats: Vec<Seat>,
+}
+
+/// A vCPU, as the gate knows it.
+#[derive(Clone, Copy, Default)]
+struct Seat {
+    /// The id of the thread that runs it; 0 while none does.
+    thread: i32,
+    standing: bool,
+    /// It has left for good.
+    left: bool,
+    /// Its thread is wanted back, by [`Gate::interrupt`].
+    interrupted: bool,
+}
+
+impl Seat {
+    fn is_settled(&self) -> bool {
+        self.thread == 0 || self.standing
+    }
+}
+
+/// What the gate answers a vCPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pass {
+    /// Into the guest.
+    Run,
+    /// Away for good.
+    Leave,
+    /// Back to who runs the vCPU, for now.
+    Return,
+}
+
+/// What came of [`Gate::enter`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Entered {
+    Yes,
+    /// Another thread runs this vCPU.
+    Busy,
+    /// It has left for good.
+    Left,
 }
 
 impl Gate {
@@ -40,7 +76,7 @@ impl Gate {
     pub fn new(vcpus: usize) -> Self {
         Self {
             attention: AtomicBool::new(true),
-            state: Mutex::new(State { target: Target::Wait, threads: vec![0; vcpus], standing: 0, left: 0 }),
+            state: Mutex::new(State { target: Target::Wait, seats: vec![Seat::default(); vcpus] }),
             opened: Condvar::new(),
             settled: Condvar::new(),
         }
@@ -52,33 +88,65 @@ impl Gate {
         self.attention.load(Ordering::Relaxed)
     }
 
-    /// Called by the thread of vCPU `index` before anything else, so that it can be kicked.
-    pub fn enter(&self, index: usize) {
-        lock(&self.state).threads[index] = signal::thread_id();
-    }
-
-    /// Stands while the VM waits. `false` when the vCPU must leave.
-    pub fn pass(&self) -> bool {
+    /// Called by the thread that runs vCPU `index` before anything else, so that it can be kicked.
+    pub fn enter(&self, index: usize) -> Entered {
         let mut state = lock(&self.state);
-        if state.target == Target::Wait {
-            state.standing += 1;
-            self.settled.notify_all();
-            while state.target == Target::Wait {
-                state = self.opened.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
+        let seat = &mut state.seats[index];
+        match (seat.left, seat.thread) {
+            (true, _) => Entered::Left,
+            (_, 0) => {
+                seat.thread = signal::thread_id();
+                Entered::Yes
             }
-            state.standing -= 1;
+            _ => Entered::Busy,
         }
-        state.target == Target::Run
     }
 
-    /// Called last by the thread of vCPU `index`. `true` for the last one of all.
-    pub fn leave(&self, index: usize) -> bool {
+    /// Stands while the VM waits, and says what vCPU `index` does then.
+    pub fn pass(&self, index: usize) -> Pass {
         let mut state = lock(&self.state);
-        // From here on the id may belong to someone else: never kick it again.
-        state.threads[index] = 0;
-        state.left += 1;
+        while state.target == Target::Wait && !state.seats[index].interrupted {
+            state.seats[index].standing = true;
+            self.settled.notify_all();
+            state = self.opened.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+        let target = state.target;
+        let seat = &mut state.seats[index];
+        seat.standing = false;
+        match target {
+            Target::End => Pass::Leave,
+            _ if std::mem::take(&mut seat.interrupted) => Pass::Return,
+            _ => Pass::Run,
+        }
+    }
+
+    /// Called last by the thread of vCPU `index` when that leaves for good. `true` for the last one of all.
+    pub fn leave(&self, index: usize) -> bool {
+        self.step_out(index, true).seats.iter().all(|seat| seat.left)
+    }
+
+    /// Called last by a thread that gives vCPU `index` back for now.
+    pub fn give_back(&self, index: usize) {
+        drop(self.step_out(index, false));
+    }
+
+    fn step_out(&self, index: usize, left: bool) -> MutexGuard<'_, State> {
+        let mut state = lock(&self.state);
+        // From here on the thread's id may belong to someone else: never kick it again.
+        state.seats[index] = Seat { left, ..Seat::default() };
         self.settled.notify_all();
-        state.left == state.threads.len()
+        state
+    }
+
+    /// Has the thread that runs vCPU `index` come back, or the next one that does.
+    pub fn interrupt(&self, index: usize) {
+        let mut state = lock(&self.state);
+        let seat = &mut state.seats[index];
+        seat.interrupted = true;
+        if seat.thread != 0 {
+            let _ = signal::kick(seat.thread);
+        }
+        self.opened.notify_all();
     }
 
     /// Says what the vCPUs are to do, and kicks them out of the guest if it is not `Run`. Never blocks.
@@ -92,23 +160,21 @@ impl Gate {
         self.attention.store(target != Target::Run, Ordering::Relaxed);
         self.opened.notify_all();
         if target != Target::Run {
-            for thread in state.threads.iter().filter(|t| **t != 0) {
+            // Who waits for the end hears of it, also where no vCPU runs that could leave.
+            self.settled.notify_all();
+            for seat in state.seats.iter().filter(|seat| seat.thread != 0) {
                 // ESRCH cannot be: a thread clears its id, under this lock, before it ends.
-                let _ = signal::kick(*thread);
+                let _ = signal::kick(seat.thread);
             }
         }
         true
     }
 
-    /// Waits until every vCPU stands or has left. `false` at the deadline.
+    /// Waits until every vCPU stands, or no thread runs it. `false` at the deadline.
     pub fn wait_settled(&self, timeout: Duration) -> bool {
-        self.wait_for(timeout, |s| s.standing + s.left == s.threads.len())
-    }
-
-    fn wait_for(&self, timeout: Duration, done: impl Fn(&State) -> bool) -> bool {
         let deadline = Instant::now() + timeout;
         let mut state = lock(&self.state);
-        while !done(&state) {
+        while !state.seats.iter().all(Seat::is_settled) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;
@@ -119,6 +185,19 @@ impl Gate {
             };
         }
         true
+    }
+
+    /// Waits until no vCPU will ever run again: every one has left, or the end was declared and no thread
+    /// is inside.
+    pub fn wait_end(&self) {
+        let mut state = lock(&self.state);
+        let over = |state: &State| {
+            let ended = state.target == Target::End;
+            state.seats.iter().all(|seat| seat.left || ended && seat.thread == 0)
+        };
+        while !over(&state) {
+            state = self.settled.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
     }
 }
 
@@ -138,8 +217,8 @@ mod tests {
             .map(|i| {
                 let (gate, passed) = (gate.clone(), passed.clone());
                 let body = move || {
-                    gate.enter(i);
-                    while gate.pass() {
+                    assert_eq!(gate.enter(i), Entered::Yes);
+                    while gate.pass(i) == Pass::Run {
                         passed.fetch_add(1, Ordering::Relaxed);
                         while !gate.wants_attention() {
                             std::thread::yield_now();
@@ -167,7 +246,46 @@ mod tests {
 
     #[test]
     fn waiting_for_a_vcpu_that_does_not_come_ends_at_the_deadline() {
-        let gate = Gate::new(1);
+        let gate = Gate::new(2);
+        assert!(gate.wait_settled(Duration::ZERO), "nobody runs them");
+        assert_eq!(gate.enter(1), Entered::Yes);
         assert!(!gate.wait_settled(Duration::from_millis(10)));
+        gate.give_back(1);
+        assert!(gate.wait_settled(Duration::ZERO));
+    }
+
+    #[test]
+    fn an_interrupted_vcpu_comes_back_and_may_enter_again() {
+        let gate = Arc::new(Gate::new(1));
+        let inside = gate.clone();
+        let thread = crate::sys::thread::spawn("gate".to_owned(), move || {
+            assert_eq!((inside.enter(0), inside.pass(0)), (Entered::Yes, Pass::Return));
+            inside.give_back(0);
+        });
+        gate.interrupt(0);
+        thread.unwrap().join().unwrap();
+        // The next one's, since nobody is there.
+        gate.interrupt(0);
+        assert_eq!((gate.enter(0), gate.enter(0)), (Entered::Yes, Entered::Busy));
+        assert_eq!(gate.pass(0), Pass::Return);
+        gate.set(Target::Run);
+        assert_eq!(gate.pass(0), Pass::Run);
+        gate.set(Target::End);
+        assert_eq!(gate.pass(0), Pass::Leave);
+        assert!(gate.leave(0));
+        assert_eq!(gate.enter(0), Entered::Left);
+        gate.wait_end();
+    }
+
+    #[test]
+    fn the_end_of_vcpus_that_nobody_runs_is_at_once() {
+        let gate = Gate::new(2);
+        gate.set(Target::End);
+        gate.wait_end();
+        assert_eq!(
+            (gate.enter(0), gate.pass(0)),
+            (Entered::Yes, Pass::Leave),
+            "late, and not into the guest"
+        );
     }
 }

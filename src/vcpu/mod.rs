@@ -1,5 +1,5 @@
 #![forbid(unsafe_code)]
-//! Virtual processors: one thread each, between the gate and the guest.
+//! Virtual processors, each on a thread of its own or of the embedder's, between the gate and the guest.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
@@ -9,7 +9,7 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use crate::error::{Error, Result};
 use crate::events::{StopCause, StopLine};
 use crate::reactor::panic_text;
-use crate::sys::signal::{KICK, SignalSet};
+use crate::sys::signal::{self, KICK, SignalSet};
 use crate::sys::{self, lock};
 
 pub(crate) mod cpuid;
@@ -19,13 +19,25 @@ pub(crate) mod msrs;
 pub(crate) mod regs;
 
 pub(crate) use exit::Surroundings;
+use gate::{Entered, Pass};
 pub(crate) use gate::{Gate, Target};
 
-/// A virtual processor. Its lock is held by its thread while the guest runs, and free while it stands
+/// A virtual processor. Its lock is held by the thread that runs it while the guest runs, and free while it stands
 /// at the gate.
 pub(crate) struct Vcpu {
     pub index: u32,
     fd: Mutex<VcpuFd>,
+}
+
+/// Why [`Vcpu::serve`] came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Served {
+    /// The vCPU has left for good, perhaps long ago; `last` for the last one of all.
+    Left { last: bool },
+    /// Its thread was wanted back; the vCPU goes on where it is served next.
+    Returned,
+    /// Another thread serves it.
+    Busy,
 }
 
 impl Vcpu {
@@ -34,12 +46,9 @@ impl Vcpu {
         let fd = vm
             .create_vcpu(u64::from(apic_id))
             .map_err(|e| Error::errno_of(format!("creating vCPU {index} (KVM_CREATE_VCPU)"), e))?;
-        let mut inside = SignalSet::full();
-        inside.remove(KICK);
-        sys::kvm::set_signal_mask(&fd, &inside).map_err(|e| {
-            Error::os(format!("setting the signal mask of vCPU {index} (KVM_SET_SIGNAL_MASK)"), e)
-        })?;
-        Ok(Self { index, fd: Mutex::new(fd) })
+        let vcpu = Self { index, fd: Mutex::new(fd) };
+        vcpu.with(|fd| vcpu.block_inside(fd, &SignalSet::full()))?;
+        Ok(vcpu)
     }
 
     /// Access to the vCPU's state. Only while it stands: blocks while the guest runs.
@@ -47,33 +56,77 @@ impl Vcpu {
         f(&mut lock(&self.fd))
     }
 
-    /// The body of the vCPU's thread: from the gate into the guest and back until the end. Returns whether
-    /// it was the last vCPU to leave.
-    pub fn serve(&self, around: &Surroundings, gate: &Gate, stop: &StopLine) -> bool {
+    /// Runs the guest on the calling thread: from the gate into the guest and back, until the vCPU leaves
+    /// for good. On a thread of the embedder, which blocks the signals of `theirs`, any other signal makes
+    /// it come back, too.
+    pub fn serve(
+        &self,
+        around: &Surroundings,
+        gate: &Gate,
+        stop: &StopLine,
+        theirs: Option<&SignalSet>,
+    ) -> Served {
         let index = self.index as usize;
-        gate.enter(index);
-        let body = AssertUnwindSafe(|| {
-            while gate.pass() {
-                let mut fd = lock(&self.fd);
-                match exit::run(&mut fd, self.index, around, gate) {
-                    exit::Pause::Attention => {
-                        if let Some(cause) = exit::complete_instruction(&mut fd, self.index, around, gate) {
-                            stop.pull(cause);
-                            return;
-                        }
-                    }
-                    exit::Pause::Halted => return,
-                    exit::Pause::Ended(cause) => {
-                        stop.pull(cause);
-                        return;
-                    }
-                }
-            }
-        });
-        if let Err(panic) = catch_unwind(body) {
-            stop.pull(self.blame(around, panic_text(&*panic)));
+        match gate.enter(index) {
+            Entered::Yes => {}
+            Entered::Busy => return Served::Busy,
+            Entered::Left => return Served::Left { last: false },
         }
-        gate.leave(index)
+        let returns = match catch_unwind(AssertUnwindSafe(|| self.run(around, gate, stop, theirs))) {
+            Ok(returns) => returns,
+            Err(panic) => {
+                stop.pull(self.blame(around, panic_text(&*panic)));
+                false
+            }
+        };
+        if returns {
+            gate.give_back(index);
+            Served::Returned
+        } else {
+            Served::Left { last: gate.leave(index) }
+        }
+    }
+
+    /// Whether the thread returns for now; else the vCPU leaves.
+    fn run(&self, around: &Surroundings, gate: &Gate, stop: &StopLine, theirs: Option<&SignalSet>) -> bool {
+        if let Some(Err(error)) = theirs.map(|blocked| self.with(|fd| self.block_inside(fd, blocked))) {
+            stop.pull(StopCause::VcpuFault { vcpu: self.index, why: error.to_string() });
+            return false;
+        }
+        loop {
+            match gate.pass(self.index as usize) {
+                Pass::Run => {}
+                Pass::Leave => return false,
+                Pass::Return => return true,
+            }
+            let mut fd = lock(&self.fd);
+            let mut returns = false;
+            let ended = match exit::run(&mut fd, self.index, around, gate) {
+                exit::Pause::Halted => return false,
+                exit::Pause::Ended(cause) => Some(cause),
+                exit::Pause::Attention => {
+                    // Neither a kick nor the gate: a signal for the embedder.
+                    returns = !signal::consume_kick() && theirs.is_some() && !gate.wants_attention();
+                    exit::complete_instruction(&mut fd, self.index, around, gate)
+                }
+            };
+            if let Some(cause) = ended {
+                stop.pull(cause);
+                return false;
+            }
+            if returns {
+                return true;
+            }
+        }
+    }
+
+    /// While the guest runs, `blocked` is blocked but for the kick.
+    fn block_inside(&self, fd: &VcpuFd, blocked: &SignalSet) -> Result<()> {
+        let mut inside = blocked.clone();
+        inside.remove(KICK);
+        sys::kvm::set_signal_mask(fd, &inside).map_err(|e| {
+            Error::os(format!("setting the signal mask of vCPU {} (KVM_SET_SIGNAL_MASK)", self.index), e)
+        })
     }
 
     /// Who panicked: the device that the last exit went to, else the vCPU.

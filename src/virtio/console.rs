@@ -4,7 +4,7 @@
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use event_manager::{EventSet, Events};
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -13,7 +13,7 @@ use super::{Activation, Queue, Signals, VirtioDevice};
 use crate::console::Console;
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Memory;
-use crate::reactor::{Attached, Place};
+use crate::reactor::{self, Attached, Place, Watch};
 
 /// Entries of the receive and of the transmit queue, in that order.
 const QUEUE_SIZES: [u16; 2] = [64, 64];
@@ -193,8 +193,8 @@ fn put_in(memory: &Memory, chain: &Chain, console: &Console) -> u32 {
     chain.writer(memory).write(&piece[..count]).map_or(0, |()| count as u32)
 }
 
-impl MutEventSubscriber for Worker {
-    fn init(&mut self, ops: &mut EventOps) {
+impl reactor::Worker for Worker {
+    fn init(&mut self, ops: &mut Watch) {
         for event in [self.rx.doorbell(), self.tx.doorbell(), &*self.input] {
             if let Err(error) = ops.add(Events::new(event, EventSet::IN)) {
                 self.broken = true;
@@ -206,7 +206,7 @@ impl MutEventSubscriber for Worker {
         self.tx.rearm();
     }
 
-    fn process(&mut self, events: Events, _: &mut EventOps) {
+    fn process(&mut self, events: Events, _: &mut Watch) {
         if events.fd() == self.rx.doorbell().as_raw_fd() {
             self.rx.silence();
         } else if events.fd() == self.tx.doorbell().as_raw_fd() {

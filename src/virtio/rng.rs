@@ -4,14 +4,14 @@
 use std::io;
 use std::os::fd::AsRawFd;
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use event_manager::{EventSet, Events};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::queue::{Chain, QueueFault};
 use super::{Activation, Queue, Signals, VirtioDevice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Memory;
-use crate::reactor::{Attached, Place};
+use crate::reactor::{self, Attached, Place, Watch};
 use crate::sys::io::random;
 
 const QUEUE_SIZE: u16 = 64;
@@ -140,8 +140,8 @@ fn random_exact(mut bytes: &mut [u8]) -> io::Result<()> {
     Ok(())
 }
 
-impl MutEventSubscriber for Worker {
-    fn init(&mut self, ops: &mut EventOps) {
+impl reactor::Worker for Worker {
+    fn init(&mut self, ops: &mut Watch) {
         if let Err(error) = ops.add(Events::new(self.queue.doorbell(), EventSet::IN)) {
             self.broken = true;
             self.signals.needs_reset(format_args!("the host cannot watch its doorbell: {error}"));
@@ -150,7 +150,7 @@ impl MutEventSubscriber for Worker {
         self.queue.rearm();
     }
 
-    fn process(&mut self, events: Events, _: &mut EventOps) {
+    fn process(&mut self, events: Events, _: &mut Watch) {
         if events.fd() == self.queue.doorbell().as_raw_fd() {
             self.queue.silence();
         }

@@ -21,16 +21,17 @@ use crate::irq::{IOAPIC_PINS, Routes};
 use crate::legacy::{Cmos, I8042, Power, PvPanic, Serial, ports};
 use crate::memory::{Memory, layout};
 use crate::pci::{ConfigPorts, Ecam, Root, Window};
-use crate::reactor::{Attached, EventLoop};
+use crate::reactor::{Attached, Dispatcher, EventLoop};
 use crate::sys::{kvm, lock};
 use crate::virtio::transport::{Doorbells, VirtioPci};
 
 /// How long the last words of a guest may take to reach the embedder's output.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
-/// Where the embedder wants the console.
+/// Where the embedder wants the console, and what is to serve it.
 #[derive(Default)]
 pub(super) struct Wiring {
+    pub dispatcher: Option<Dispatcher>,
     pub output: Option<Output>,
     pub input: Option<OwnedFd>,
 }
@@ -67,7 +68,10 @@ impl Board {
         let ioapic = Ioapic::new(routes.clone());
         let window = layout::IOAPIC;
         buses.mmio.insert("ioapic", window.start, window.end - window.start, ioapic.clone())?;
-        let main_loop = plan.start_loop(0)?;
+        let main_loop = match &wiring.dispatcher {
+            Some(dispatcher) => EventLoop::turned_by(dispatcher),
+            None => plan.start_loop(0)?,
+        };
         let console = Console::new();
         let mut board = Self { ioapic: Some(ioapic.clone()), ..Self::default() };
         board.power = Some(legacy(plan, &ioapic, &console, buses)?);
@@ -119,9 +123,17 @@ impl Board {
     /// Stops every device for good, and lets the console's last words out.
     pub fn stop(&self) {
         self.virtio.iter().for_each(|d| d.end());
-        if !self.console.flush(Instant::now() + LAST_WORDS) {
+        if self.loops.iter().any(|l| l.is_callers()) {
+            // Only the embedder can carry them; this has its dispatcher say that there is something to do.
+            self.console.flush(Instant::now());
+        } else if !self.console.flush(Instant::now() + LAST_WORDS) {
             log::debug!("the console's output did not take all of the guest's last words");
         }
+    }
+
+    /// Whether the calling thread is turning the VM's dispatcher.
+    pub fn is_turned_here(&self) -> bool {
+        self.loops.iter().any(|l| l.is_turned_here())
     }
 
     /// Ends the loops' threads.

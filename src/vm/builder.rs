@@ -12,7 +12,7 @@ use kvm_ioctls::{Kvm, VmFd};
 use super::Vm;
 use super::board::{self, Board, Plan, Wiring};
 use super::doorbell::Doorbell;
-use super::machine::{Control, End, Machine, VmState, enter_thread_of};
+use super::machine::{Control, End, Machine, VmState};
 use crate::boot::{self, Entry, Identity, Protocol};
 use crate::budget::{Claim, Ledger};
 use crate::bus::{Bus, Device};
@@ -22,7 +22,7 @@ use crate::console::Output;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, Reporter, StopCause, StopLine, VmId};
 use crate::memory::{Memory, layout, slots};
-use crate::reactor::panic_text;
+use crate::reactor::{Dispatcher, own, panic_text};
 use crate::sys;
 use crate::vcpu::cpuid::{self, HostCpu};
 use crate::vcpu::{Gate, Surroundings, Vcpu, msrs, regs};
@@ -42,6 +42,8 @@ pub enum ThreadRole {
     Vcpu,
     /// Serves devices.
     Device,
+    /// Ends the VM, where the embedder's threads run its vCPUs ([`VmBuilder::caller_vcpus`]).
+    Control,
 }
 
 /// A thread of the library, as the hook of [`VmBuilder::on_thread_start`] sees it.
@@ -87,6 +89,7 @@ pub struct VmBuilder {
     events: Option<EventStream>,
     wiring: Wiring,
     hook: Option<Hook>,
+    caller_vcpus: bool,
 }
 
 struct Attached {
@@ -100,7 +103,7 @@ impl VmBuilder {
     pub(crate) fn new(host: Arc<HostParts>, config: VmConfig) -> Self {
         let (pio, mmio) = (Vec::new(), Vec::new());
         let (doorbells, wiring) = (Vec::new(), Wiring::default());
-        Self { host, config, pio, mmio, doorbells, events: None, wiring, hook: None }
+        Self { host, config, pio, mmio, doorbells, events: None, wiring, hook: None, caller_vcpus: false }
     }
 
     /// Attaches a device of your own to `len` ports from `port`; `name` is for messages and causes.
@@ -161,6 +164,14 @@ impl VmBuilder {
         let fd = sys::fd::duplicate(fd).map_err(|e| Error::os("duplicating the console's input fd", e))?;
         self.wiring.input = Some(fd);
         Ok(())
+    }
+
+    pub(crate) fn set_dispatcher(&mut self, dispatcher: &Dispatcher) {
+        self.wiring.dispatcher = Some(dispatcher.clone());
+    }
+
+    pub(crate) fn set_caller_vcpus(&mut self) {
+        self.caller_vcpus = true;
     }
 
     pub(crate) fn set_thread_hook(&mut self, hook: impl Fn(&ThreadInfo) + Send + Sync + 'static) {
@@ -258,6 +269,20 @@ impl VmBuilder {
         self
     }
 
+    /// Serves the VM's console, network cards and random number generator on your event loop, instead of
+    /// starting a thread for them.
+    pub fn dispatcher(mut self, dispatcher: &Dispatcher) -> Self {
+        self.set_dispatcher(dispatcher);
+        self
+    }
+
+    /// Leaves the vCPUs to threads of yours, which call [`Vm::run_vcpu`], instead of starting a thread for each.
+    /// One thread of the library's, [`ThreadRole::Control`], then waits for the VM's end.
+    pub fn caller_vcpus(mut self) -> Self {
+        self.set_caller_vcpus();
+        self
+    }
+
     /// Makes the VM: books its memory and vCPUs in the host's ledger, opens its disks and network
     /// interfaces, loads what it boots. Nothing runs yet. Blocks for milliseconds, most of them for loading,
     /// or for as long as the host needs to read the files.
@@ -276,7 +301,7 @@ impl VmBuilder {
     }
 
     fn build_valid(self) -> Result<Vm> {
-        let Self { host, mut config, pio, mmio, doorbells, events, wiring, hook } = self;
+        let Self { host, mut config, pio, mmio, doorbells, events, wiring, hook, caller_vcpus } = self;
         let id = next_id();
         config.uuid.get_or_insert_with(random_uuid);
         let claim = Claim { memory: config.memory, vcpus: config.cpus.count.into() };
@@ -290,9 +315,9 @@ impl VmBuilder {
         slots::plug(&vm, &memory)?;
 
         let end = Arc::new(End { cause: OnceLock::new(), gate: Gate::new(config.cpus.count.into()) });
-        let threads = Threads { id, hook, stop: end.line() };
+        let threads = Threads { id, hook, stop: end.line(id) };
         let mut buses = Buses::default();
-        let stop = end.line();
+        let stop = end.line(id);
         let plan = Plan {
             config: &config,
             vm: &vm,
@@ -323,6 +348,7 @@ impl VmBuilder {
             board,
             around,
             vcpus,
+            caller_vcpus,
             vm,
             memory,
             _reservation: reservation,
@@ -330,7 +356,7 @@ impl VmBuilder {
             state: Mutex::new(VmState::Built),
             state_changed: Condvar::new(),
         });
-        spawn_vcpus(machine, &threads)
+        start_threads(machine, &threads)
     }
 }
 
@@ -391,9 +417,10 @@ impl Threads {
         let kind = match role {
             ThreadRole::Vcpu => "vcpu",
             ThreadRole::Device => "dev",
+            ThreadRole::Control => "end",
         };
         let body = move || {
-            enter_thread_of(id);
+            let _inside = own::enter(id);
             if let Some(hook) = hook {
                 let info = ThreadInfo { vm: id, role, index, tid: sys::signal::thread_id() };
                 if let Err(panic) = catch_unwind(AssertUnwindSafe(|| hook(&info))) {
@@ -486,13 +513,18 @@ fn place_vcpus(vcpus: &[Vcpu], config: &VmConfig, entry: &Entry) -> Result<()> {
 }
 
 /// Starts one thread a vCPU; they wait at the gate. If one cannot be had, the others leave again.
-fn spawn_vcpus(machine: Arc<Machine>, threads: &Threads) -> Result<Vm> {
+fn start_threads(machine: Arc<Machine>, threads: &Threads) -> Result<Vm> {
     let vm = Vm { machine };
     let machine = &vm.machine;
+    let keep = |thread| sys::lock(&machine.control).threads.push(thread);
+    if machine.caller_vcpus {
+        let own = machine.clone();
+        keep(threads.spawn(ThreadRole::Control, 0, move || own.serve_end())?);
+        return Ok(vm);
+    }
     for index in 0..machine.vcpus.len() {
         let own = machine.clone();
-        let thread = threads.spawn(ThreadRole::Vcpu, index as u32, move || own.run_vcpu(index))?;
-        sys::lock(&machine.control).threads.push(thread);
+        keep(threads.spawn(ThreadRole::Vcpu, index as u32, move || own.serve_vcpu(index))?);
     }
     Ok(vm)
 }

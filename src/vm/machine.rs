@@ -9,7 +9,6 @@
 //! The end may come from anyone at any moment (a guest, a device, the embedder): whoever pulls the stop
 //! line first names the cause and opens the gate outwards; the last vCPU to leave tidies up.
 
-use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::JoinHandle;
@@ -23,8 +22,10 @@ use crate::budget::Reservation;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventKind, EventStream, Reporter, StopCause, StopLine, VmId};
 use crate::memory::Memory;
+use crate::reactor::own;
+use crate::sys::signal::SignalSet;
 use crate::sys::{fork, lock};
-use crate::vcpu::{Gate, Surroundings, Target, Vcpu};
+use crate::vcpu::{Gate, Served, Surroundings, Target, Vcpu};
 
 /// How long a call waits for vCPUs that are inside an embedder's device, or for a disk that hangs.
 pub(super) const BOUND: Duration = Duration::from_secs(10);
@@ -43,14 +44,15 @@ pub enum VmState {
     Stopped(StopCause),
 }
 
-thread_local! {
-    /// The VM that this thread works for; 0 on threads of the embedder.
-    static CURRENT: Cell<u64> = const { Cell::new(0) };
-}
-
-/// Makes the calling thread one of VM `id`'s own.
-pub(super) fn enter_thread_of(id: VmId) {
-    CURRENT.set(id.0);
+/// Why [`Vm::run_vcpu`](super::Vm::run_vcpu) returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum VcpuReturn {
+    /// The vCPU will not run any more: the VM has ended, or this vCPU of a bare guest has halted.
+    Ended,
+    /// Somebody called [`interrupt_vcpu`](super::Vm::interrupt_vcpu), or a signal was delivered to the thread.
+    /// The guest goes on where it was when the vCPU is run again.
+    Interrupted,
 }
 
 /// How a VM ends: the cause that came first, and the gate.
@@ -60,9 +62,9 @@ pub(super) struct End {
 }
 
 impl End {
-    pub fn line(self: &Arc<Self>) -> StopLine {
+    pub fn line(self: &Arc<Self>, id: VmId) -> StopLine {
         let end = self.clone();
-        StopLine::new(move |cause| {
+        StopLine::of(id, move |cause| {
             log::debug!("stop requested: {cause}");
             let _ = end.cause.set(cause);
             end.gate.set(Target::End);
@@ -81,6 +83,8 @@ pub(super) struct Machine {
     pub board: Board,
     pub around: Surroundings,
     pub vcpus: Vec<Vcpu>,
+    /// The embedder's threads run them.
+    pub caller_vcpus: bool,
     pub vm: Arc<VmFd>,
     pub memory: Memory,
     /// Gives back what was booked, when it is dropped.
@@ -100,15 +104,66 @@ pub(super) struct Control {
 
 impl Machine {
     /// The body of vCPU `index`'s thread.
-    pub fn run_vcpu(&self, index: usize) {
-        enter_thread_of(self.id);
+    pub fn serve_vcpu(&self, index: usize) {
         let Some(vcpu) = self.vcpus.get(index) else { return };
-        if vcpu.serve(&self.around, &self.end.gate, &self.end.line()) {
+        if let Served::Left { last: true } =
+            vcpu.serve(&self.around, &self.end.gate, &self.end.line(self.id), None)
+        {
             self.finish();
         }
     }
 
-    /// Everything that the end of the guest brings with it; on the last vCPU's thread.
+    /// The body of the thread that ends a VM whose vCPUs run on threads of the embedder: those may be anywhere.
+    pub fn serve_end(&self) {
+        self.end.gate.wait_end();
+        self.finish();
+    }
+
+    /// Runs vCPU `index` on the embedder's calling thread.
+    pub fn run_vcpu(&self, index: u32) -> Result<VcpuReturn> {
+        let refused = |why: String| Err(Error::new(ErrorKind::InvalidState, format!("run_vcpu: {why}")));
+        self.only_here("run_vcpu")?;
+        let vcpu = self.vcpu(index)?;
+        if !self.caller_vcpus {
+            return refused(
+                "vmbed's own threads run this VM's vCPUs: build it with caller_vcpus()".to_owned(),
+            );
+        }
+        if own::is_inside_any() {
+            return refused("a callback cannot run vCPUs".to_owned());
+        }
+        let blocked = SignalSet::block_kick();
+        let inside = own::enter(self.id);
+        let served = vcpu.serve(&self.around, &self.end.gate, &self.end.line(self.id), Some(&blocked));
+        drop(inside);
+        blocked.block();
+        match served {
+            Served::Left { .. } => Ok(VcpuReturn::Ended),
+            Served::Returned => Ok(VcpuReturn::Interrupted),
+            Served::Busy => refused(format!("another thread runs vCPU {index}")),
+        }
+    }
+
+    /// Has `run_vcpu` of vCPU `index` return.
+    pub fn interrupt_vcpu(&self, index: u32) -> Result<()> {
+        self.only_here("interrupt_vcpu")?;
+        self.vcpu(index)?;
+        if !self.caller_vcpus {
+            let why = "interrupt_vcpu: vmbed's own threads run this VM's vCPUs: pause the VM instead";
+            return Err(Error::new(ErrorKind::InvalidState, why));
+        }
+        self.end.gate.interrupt(index as usize);
+        Ok(())
+    }
+
+    fn vcpu(&self, index: u32) -> Result<&Vcpu> {
+        self.vcpus.get(index as usize).ok_or_else(|| {
+            let why = format!("there is no vCPU {index}: this VM has {}", self.vcpus.len());
+            Error::new(ErrorKind::InvalidArgument, why)
+        })
+    }
+
+    /// Everything that the end of the guest brings with it; when no vCPU runs any more.
     fn finish(&self) {
         let tidy = catch_unwind(AssertUnwindSafe(|| self.board.stop()));
         if tidy.is_err() {
@@ -186,11 +241,7 @@ impl Machine {
             let why = "registers are only accessible while the VM does not run: pause it first";
             return Err(Error::new(ErrorKind::InvalidState, why));
         }
-        let vcpu = self.vcpus.get(index as usize).ok_or_else(|| {
-            let why = format!("there is no vCPU {index}: this VM has {}", self.vcpus.len());
-            Error::new(ErrorKind::InvalidArgument, why)
-        })?;
-        f(vcpu)
+        f(self.vcpu(index)?)
     }
 
     /// Waits for the end.
@@ -218,7 +269,7 @@ impl Machine {
     /// Pulls the stop line for the embedder. Never blocks.
     pub fn request_stop(&self) {
         if self.is_here() && !matches!(self.state(), VmState::Stopped(_)) {
-            self.end.line().pull(StopCause::HostStop);
+            self.end.line(self.id).pull(StopCause::HostStop);
         }
     }
 
@@ -232,8 +283,10 @@ impl Machine {
         self.board.join();
     }
 
+    /// Whether the calling thread is one that the VM needs to come to its end: its own, in a callback, or one
+    /// that is turning its dispatcher.
     pub fn is_own_thread(&self) -> bool {
-        CURRENT.get() == self.id.0
+        own::is_inside(self.id) || self.board.is_turned_here()
     }
 
     /// Whether this is the process that built it, not a child of a fork.
@@ -241,13 +294,21 @@ impl Machine {
         self.process == fork::process()
     }
 
-    pub(super) fn not_from_within(&self, call: &str) -> Result<()> {
-        if !self.is_here() {
-            let why = format!("{call}: the VM runs in the process that this one was forked from");
-            return Err(Error::new(ErrorKind::InvalidState, why));
+    fn only_here(&self, call: &str) -> Result<()> {
+        if self.is_here() {
+            return Ok(());
         }
+        let why = format!("{call}: the VM runs in the process that this one was forked from");
+        Err(Error::new(ErrorKind::InvalidState, why))
+    }
+
+    pub(super) fn not_from_within(&self, call: &str) -> Result<()> {
+        self.only_here(call)?;
         if self.is_own_thread() {
-            let why = format!("{call} waits for this VM, so it cannot be called from the VM's own callback");
+            let why = format!(
+                "{call} waits for this VM, so it cannot be called from the VM's own callback, or one that its \
+                 dispatcher calls"
+            );
             return Err(Error::new(ErrorKind::InvalidState, why));
         }
         Ok(())

@@ -17,8 +17,8 @@ mod registers;
 pub(crate) use board::describe;
 pub(crate) use builder::HostParts;
 pub use builder::{ThreadInfo, ThreadRole, VmBuilder};
-pub use machine::VmState;
 use machine::{BOUND, Machine};
+pub use machine::{VcpuReturn, VmState};
 pub use registers::Registers;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -77,6 +77,42 @@ impl Vm {
     /// `InvalidState` unless it is paused.
     pub fn resume(&self) -> Result<()> {
         self.machine.resume()
+    }
+
+    /// Runs a vCPU on the calling thread, in a VM that was built with
+    /// [`caller_vcpus`](VmBuilder::caller_vcpus). Blocks until it returns for one of the reasons of
+    /// [`VcpuReturn`]; before the start and through a pause it waits inside. Devices of yours are called on
+    /// this thread.
+    ///
+    /// Each vCPU may be run by one thread at a time, by another one the next time (which costs KVM some
+    /// milliseconds). Signals that the thread does not block come through, and their handlers run. SIGURG is
+    /// blocked meanwhile: vmbed sends it to the thread.
+    ///
+    /// ```no_run
+    /// # use vmbed::{BareBoot, CpuMode, Host, VcpuReturn, VmConfig};
+    /// # let config = VmConfig::bare(BareBoot::new(CpuMode::Real, 0x1000, [0xf4]));
+    /// let vm = Host::open()?.builder(config).caller_vcpus().build()?;
+    /// vm.start()?;
+    /// while vm.run_vcpu(0)? == VcpuReturn::Interrupted { /* your thread's other work */ }
+    /// println!("{}", vm.wait()?);
+    /// # Ok::<(), vmbed::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// `InvalidArgument` when there is no such vCPU. `InvalidState` when another thread runs it, when the
+    /// VM's vCPUs have threads of the library's, or when any VM's callback calls.
+    pub fn run_vcpu(&self, vcpu: u32) -> Result<VcpuReturn> {
+        self.machine.run_vcpu(vcpu)
+    }
+
+    /// Makes [`Vm::run_vcpu`] return on the thread that runs this vCPU; where none does, on the next one at once.
+    /// Never blocks. Not for signal handlers: a signal alone has the same effect.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when there is no such vCPU. `InvalidState` when the VM's vCPUs have threads of the
+    /// library's.
+    pub fn interrupt_vcpu(&self, vcpu: u32) -> Result<()> {
+        self.machine.interrupt_vcpu(vcpu)
     }
 
     /// Presses the power button. Returns at once; a guest that listens to it ends with

@@ -5,6 +5,7 @@
 use libtest_mimic::{Arguments, Trial};
 
 mod callbacks;
+mod drive;
 mod guest;
 mod life;
 mod list;
@@ -23,6 +24,7 @@ cases! {
         a_callback_reenters a_callback_that_blocks other_callbacks_reenter_and_free;
     races: free_races_with_everything handles_from_eight_threads freeing_in_every_order stop_races_with_everything
         a_fork_while_a_vm_runs many_at_once;
+    drive: vcpus_on_the_callers_threads devices_on_the_callers_loop;
 }
 
 fn main() {

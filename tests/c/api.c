@@ -13,6 +13,9 @@ void freeing_in_every_order(void);
 void stop_races_with_everything(void);
 void a_fork_while_a_vm_runs(void);
 void many_at_once(void);
+/* drive.c */
+void vcpus_on_the_callers_threads(void);
+void devices_on_the_callers_loop(void);
 
 static void guest_and_device(void)
 {
@@ -445,6 +448,8 @@ static const struct {
     CASE(stop_races_with_everything),
     CASE(a_fork_while_a_vm_runs),
     CASE(many_at_once),
+    CASE(vcpus_on_the_callers_threads),
+    CASE(devices_on_the_callers_loop),
     CASE(doorbells_ring),
 };
 

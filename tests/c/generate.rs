@@ -32,7 +32,7 @@ const NULL_IS_GOOD: [&str; 9] =
     ["error", "user", "destroy", "options", "kvm", "initrd", "uuid", "cause", "taken"];
 
 /// What the numbers of an enumeration are called.
-const ENUMERATIONS: [&str; 4] = ["mode", "register_", "console", "level"];
+const ENUMERATIONS: [&str; 5] = ["mode", "register_", "platform", "console", "level"];
 
 /// What the program needs before `main`.
 const PROLOGUE: &str = r#"#include <stdio.h>
@@ -48,6 +48,7 @@ static vmbed_builder *some_builder, *out_builder;
 static vmbed_vm *some_vm, *out_vm;
 static vmbed_events *some_events, *out_events;
 static vmbed_event *some_event, *out_event;
+static vmbed_dispatcher *some_dispatcher, *out_dispatcher;
 static uint8_t bytes[4096];
 static size_t count;
 static int32_t number, calls;
@@ -104,13 +105,14 @@ static void must_live(void)
     vmbed_error_free(err), err = NULL;
     vmbed_host_free(out_host), vmbed_probe_free(out_probe), vmbed_config_free(out_config), vmbed_builder_free(out_builder);
     vmbed_vm_free(out_vm), vmbed_events_free(out_events), vmbed_event_free(out_event);
+    vmbed_dispatcher_free(out_dispatcher), out_dispatcher = NULL;
     out_host = NULL, out_probe = NULL, out_config = NULL, out_builder = NULL, out_vm = NULL, out_events = NULL, out_event = NULL;
 }
 
 int main(void)
 {
     if (vmbed_host_open(NULL, &some_host, NULL) || vmbed_config_new_linux("/k", &some_linux, NULL) || vmbed_events_new(&some_events, NULL) ||
-        vmbed_probe_new(NULL, &some_probe, NULL))
+        vmbed_probe_new(NULL, &some_probe, NULL) || vmbed_dispatcher_new(&some_dispatcher, NULL))
         abort();
     vmbed_config_validate(NULL, &some_error);
     (void)number, (void)count, (void)f_log, (void)f_console, (void)f_thread, (void)f_destroy, (void)some_event;

@@ -14,6 +14,7 @@ mod assets;
 mod boot;
 mod c;
 mod devices;
+mod drive;
 mod ends;
 mod guest;
 mod many;
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
     let mut trials = Vec::new();
     boot::add(&mut trials);
     devices::add(&mut trials);
+    drive::add(&mut trials);
     ends::add(&mut trials);
     net::add(&mut trials);
     c::add(&mut trials);

@@ -5,13 +5,14 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use event_manager::{EventSet, Events};
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_S_OK;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::request::{Action, HEADER, ID_LEN, Limits, Refusal, parse, status_address};
 use crate::block::{BlockBackend, IoRequest, Op, Submitted};
 use crate::memory::Memory;
+use crate::reactor::{self, Watch};
 use crate::sys::fd::wait_readable;
 use crate::sys::io::Pieces;
 use crate::virtio::Signals;
@@ -264,8 +265,8 @@ fn put_answer(
     queue.complete(memory, head, if put.is_ok() { written } else { 0 })
 }
 
-impl MutEventSubscriber for Worker {
-    fn init(&mut self, ops: &mut EventOps) {
+impl reactor::Worker for Worker {
+    fn init(&mut self, ops: &mut Watch) {
         let mut added = ops.add(Events::new(self.queue.doorbell(), EventSet::IN));
         if let Some(fd) = self.disk.backend.completion_fd() {
             added = added.and(ops.add(Events::new_raw(fd.as_raw_fd(), EventSet::IN)));
@@ -278,7 +279,7 @@ impl MutEventSubscriber for Worker {
         self.queue.rearm();
     }
 
-    fn process(&mut self, events: Events, _: &mut EventOps) {
+    fn process(&mut self, events: Events, _: &mut Watch) {
         if events.fd() == self.queue.doorbell().as_raw_fd() {
             self.queue.silence();
         }

@@ -4,13 +4,14 @@
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use event_manager::{EventSet, Events};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::rx::{Overflow, Received, Rx};
 use super::tx::{Sent, Tx, report};
 use crate::memory::Memory;
 use crate::net::NetBackend;
+use crate::reactor::{self, Watch};
 use crate::virtio::Signals;
 use crate::virtio::queue::{Queue, QueueFault};
 
@@ -145,7 +146,7 @@ impl Worker {
 
     /// Brings the loop's registration in line with what is wanted. What wants nothing is not registered
     /// at all: epoll reports errors unasked, for ever.
-    fn watch(&mut self, ops: &mut EventOps) {
+    fn watch(&mut self, ops: &mut Watch) {
         let fd = self.backend.fd().as_raw_fd();
         let wanted = (!self.wants.is_empty()).then_some((fd, self.wants));
         if wanted == self.watched {
@@ -173,8 +174,8 @@ impl Worker {
     }
 }
 
-impl MutEventSubscriber for Worker {
-    fn init(&mut self, ops: &mut EventOps) {
+impl reactor::Worker for Worker {
+    fn init(&mut self, ops: &mut Watch) {
         let fds = [
             self.rx.queue.doorbell().as_raw_fd(),
             self.tx.queue.doorbell().as_raw_fd(),
@@ -189,7 +190,7 @@ impl MutEventSubscriber for Worker {
         self.rx.queue.rearm();
     }
 
-    fn process(&mut self, events: Events, ops: &mut EventOps) {
+    fn process(&mut self, events: Events, ops: &mut Watch) {
         let fd = events.fd();
         if fd == self.rx.queue.doorbell().as_raw_fd() {
             self.rx.queue.silence();
