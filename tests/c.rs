@@ -190,7 +190,7 @@ fn valgrind(stage: &Stage) {
         command.args(["-q", "--error-exitcode=99", "--leak-check=full", "--track-fds=yes"]);
         // Possible losses are thread-local storage of threads that end while the program does.
         command.args(["--errors-for-leak-kinds=definite,indirect"]).arg(stage.directory.join("api"));
-        command.env("LD_LIBRARY_PATH", stage.directory.join("usr/lib")).env("VMBED_ROUNDS", "60");
+        command.env("LD_LIBRARY_PATH", stage.directory.join("usr/lib")).env("VMBED_ROUNDS", "100");
         let output = run(command.arg(name));
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(!said.contains("Open file descriptor") || inherited(&said), "{name}: {said}");
@@ -204,7 +204,7 @@ fn sanitizers(stage: &Stage) {
     // What memory a process keeps is the allocator's business, and that is another one here.
     for name in list::listed("c").iter().filter(|name| **name != "cycles_leave_nothing") {
         let mut command = stage.program("api-sanitized", &[name]);
-        command.env("ASAN_OPTIONS", "detect_leaks=1:strict_string_checks=1").env("VMBED_ROUNDS", "300");
+        command.env("ASAN_OPTIONS", "detect_leaks=1:strict_string_checks=1").env("VMBED_ROUNDS", "1000");
         assert_eq!(text(run(&mut command)), format!("ok {name}\n"));
     }
 }

@@ -198,6 +198,23 @@ impl VmBuilder {
     /// that `name` in the VM's events: how a guest calls for the thread that polls them, with data in its memory or in
     /// the value. The guest does not wait for a reader. Reads find all-ones.
     ///
+    /// ```
+    /// use std::time::Duration;
+    /// use vmbed::{BareBoot, CpuMode, EventKind, Host, VmConfig};
+    ///
+    /// // mov al, 7; out 0x10, al; jmp $
+    /// let config = VmConfig::bare(BareBoot::new(CpuMode::Real, 0x1000, [0xb0, 7, 0xe6, 0x10, 0xeb, 0xfe]));
+    /// let vm = Host::open()?.builder(config).pio_doorbell("done", 0x10, 1).build()?;
+    /// vm.start()?;
+    /// while let Some(event) = vm.events().wait_event(Duration::from_secs(60)) {
+    ///     if let EventKind::Doorbell { value, .. } = event.kind {
+    ///         assert_eq!(value, 7);
+    ///         break;
+    ///     }
+    /// }
+    /// # Ok::<(), vmbed::Error>(())
+    /// ```
+    ///
     /// [`build`](Self::build) fails as for [`pio_device`](Self::pio_device).
     pub fn pio_doorbell(mut self, name: impl Into<String>, port: u16, len: u16) -> Self {
         self.add_pio_doorbell(name.into(), port, len);

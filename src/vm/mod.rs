@@ -32,7 +32,8 @@ use crate::events::{EventStream, StopCause, VmId};
 /// callbacks, that happens right after the callback has returned.
 ///
 /// A child of a fork has no part in its parent's VMs: there, calls that change or wait answer `InvalidState`, dropping
-/// does nothing, and event streams stay empty. It may build VMs of its own.
+/// does nothing, and event streams stay empty; nothing else may be asked. It may build VMs of its own, from a
+/// [`Host`](crate::Host) that it has opened itself.
 ///
 /// Methods that wait for the VM (`pause`, `stop`, `wait`, …) answer `InvalidState` when a callback of this
 /// same VM calls them, since they would wait for themselves; [`request_stop`](Vm::request_stop) never waits.
