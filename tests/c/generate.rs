@@ -24,8 +24,17 @@ impl Parameter {
     }
 }
 
-const STRUCTURES: [&str; 6] =
-    ["vmbed_host_options", "vmbed_usage", "vmbed_disk", "vmbed_net", "vmbed_registers", "vmbed_device_ops"];
+const STRUCTURES: [&str; 9] = [
+    "vmbed_verdict",
+    "vmbed_memory",
+    "vmbed_vcpu_statistics",
+    "vmbed_host_options",
+    "vmbed_usage",
+    "vmbed_disk",
+    "vmbed_net",
+    "vmbed_registers",
+    "vmbed_device_ops",
+];
 
 /// Where the header says that NULL is good, for every function that has the parameter.
 const NULL_IS_GOOD: [&str; 9] =
@@ -48,7 +57,9 @@ static vmbed_builder *some_builder, *out_builder;
 static vmbed_vm *some_vm, *out_vm;
 static vmbed_events *some_events, *out_events;
 static vmbed_event *some_event, *out_event;
+static vmbed_dispatcher *some_dispatcher, *out_dispatcher;
 static uint8_t bytes[4096];
+static uint32_t numbers[4];
 static size_t count;
 static int32_t number, calls;
 
@@ -63,6 +74,9 @@ static void f_destroy(void *u) { (void)u; }
 #define STRUCTURE(type) static union { type s; uint8_t room[sizeof(type) + 64]; } the_##type
 STRUCTURE(vmbed_host_options);
 STRUCTURE(vmbed_usage);
+STRUCTURE(vmbed_verdict);
+STRUCTURE(vmbed_memory);
+STRUCTURE(vmbed_vcpu_statistics);
 STRUCTURE(vmbed_disk);
 STRUCTURE(vmbed_net);
 STRUCTURE(vmbed_registers);
@@ -73,6 +87,9 @@ static void good(void)
     static const uint8_t code[] = {0xf4};
     memset(&the_vmbed_host_options, 0, sizeof the_vmbed_host_options), the_vmbed_host_options.s.size = sizeof(vmbed_host_options);
     memset(&the_vmbed_usage, 0, sizeof the_vmbed_usage), the_vmbed_usage.s.size = sizeof(vmbed_usage);
+    memset(&the_vmbed_verdict, 0, sizeof the_vmbed_verdict), the_vmbed_verdict.s.size = sizeof(vmbed_verdict);
+    memset(&the_vmbed_memory, 0, sizeof the_vmbed_memory), the_vmbed_memory.s.size = sizeof(vmbed_memory);
+    memset(&the_vmbed_vcpu_statistics, 0, sizeof the_vmbed_vcpu_statistics), the_vmbed_vcpu_statistics.s.size = sizeof(vmbed_vcpu_statistics);
     memset(&the_vmbed_disk, 0, sizeof the_vmbed_disk), the_vmbed_disk.s = (vmbed_disk){.size = sizeof(vmbed_disk), .path = "/d"};
     memset(&the_vmbed_net, 0, sizeof the_vmbed_net), the_vmbed_net.s = (vmbed_net){.size = sizeof(vmbed_net), .tap = "t"};
     memset(&the_vmbed_registers, 0, sizeof the_vmbed_registers), the_vmbed_registers.s.size = sizeof(vmbed_registers);
@@ -104,16 +121,17 @@ static void must_live(void)
     vmbed_error_free(err), err = NULL;
     vmbed_host_free(out_host), vmbed_probe_free(out_probe), vmbed_config_free(out_config), vmbed_builder_free(out_builder);
     vmbed_vm_free(out_vm), vmbed_events_free(out_events), vmbed_event_free(out_event);
+    vmbed_dispatcher_free(out_dispatcher), out_dispatcher = NULL;
     out_host = NULL, out_probe = NULL, out_config = NULL, out_builder = NULL, out_vm = NULL, out_events = NULL, out_event = NULL;
 }
 
 int main(void)
 {
     if (vmbed_host_open(NULL, &some_host, NULL) || vmbed_config_new_linux("/k", &some_linux, NULL) || vmbed_events_new(&some_events, NULL) ||
-        vmbed_probe_new(NULL, &some_probe, NULL))
+        vmbed_probe_new(NULL, &some_probe, NULL) || vmbed_dispatcher_new(&some_dispatcher, NULL))
         abort();
     vmbed_config_validate(NULL, &some_error);
-    (void)number, (void)count, (void)f_log, (void)f_console, (void)f_thread, (void)f_destroy, (void)some_event;
+    (void)number, (void)numbers, (void)count, (void)f_log, (void)f_console, (void)f_thread, (void)f_destroy, (void)some_event;
 "#;
 
 /// The program, and how many calls it will count.
@@ -188,6 +206,7 @@ fn value(parameter: &Parameter) -> String {
         _ if kind.contains("vmbed_") => format!("some_{object}"),
         "const char *" => "\"x\"".to_owned(),
         "const uint8_t *" | "uint8_t *" => "bytes".to_owned(),
+        "const uint32_t *" => "numbers".to_owned(),
         "size_t *" => "&count".to_owned(),
         "int32_t *" => "&number".to_owned(),
         "void *" => "NULL".to_owned(),
