@@ -49,7 +49,7 @@ lint: ## formatting, clippy with warnings denied, shellcheck
 	cargo clippy --all-targets --features serde,internals -- -D warnings
 	cargo clippy --lib -- -D warnings
 	shellcheck -x tests/setup tests/lab/run tests/lab/place tests/lab/here-or-lab tests/lab/selftest tests/assets/fetch \
-		tests/assets/busybox-initrd tests/assets/debian-root tests/demo/run tests/demo/inside tests/stranger/run benches/figures/run benches/figures/inside .ci/run
+		tests/assets/busybox-initrd tests/assets/debian-root tests/demo/run tests/demo/inside tests/stranger/run tests/placement/run benches/figures/run benches/figures/inside .ci/run
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
 
 test: setup lint ## everything that must pass, about 10 minutes on 2 cores
@@ -59,6 +59,7 @@ test: setup lint ## everything that must pass, about 10 minutes on 2 cores
 
 test-all: test ## and the long forms
 	tests/lab/selftest
+	tests/placement/run
 
 bench: setup ## measure, print each figure with its limit, fail beyond one
 	cargo bench --features internals
