@@ -52,7 +52,7 @@ lint: ## formatting, clippy with warnings denied, shellcheck
 	cargo clippy --all-targets --features serde,internals -- -D warnings
 	cargo clippy --lib -- -D warnings
 	shellcheck -x tests/setup tests/lab/run tests/lab/place tests/lab/here-or-lab tests/lab/selftest tests/assets/fetch \
-		tests/assets/busybox-initrd tests/assets/debian-root tests/demo/run tests/demo/inside tests/stranger/run benches/figures/run benches/figures/inside fuzz/run .ci/run
+		tests/assets/busybox-initrd tests/assets/debian-root tests/demo/run tests/demo/inside tests/stranger/run tests/placement/run benches/figures/run benches/figures/inside fuzz/run .ci/run
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
 
 test: setup lint ## everything that must pass, about 10 minutes on 2 cores
@@ -65,6 +65,7 @@ test-all: test ## and the long forms
 	VMBED_ROUNDS=10000 cargo test --features serde,internals --test api -- handles_from
 	for suite in c api; do VMBED_ROUNDS=5000 cargo test --features serde,internals --test $$suite -- stop_races; done
 	tests/lab/selftest
+	tests/placement/run
 
 SECONDS ?= 60
 fuzz: setup ## every fuzz target for SECONDS=60 seconds: executions, coverage, and how deep it went

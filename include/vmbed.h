@@ -204,7 +204,8 @@ const char *vmbed_error_source(const vmbed_error *error,
                                size_t index);
 
 /**
- * The `index`th bad field of a configuration, from 0, as one would write it: `disks[1].path`. NULL past the last.
+ * The `index`th bad field of a configuration, from 0, as one would write it: `disks[1].path`; of a refusal by the
+ * ledger the `index`th constraint, whose problem is how it stands. NULL past the last.
  * It belongs to the error.
  */
 const char *vmbed_error_field(const vmbed_error *error,
@@ -294,6 +295,12 @@ int32_t vmbed_log_set(int32_t level,
 
 /* The host ------------------------------------------------------------------------------------------------- */
 
+/** Memory is charged to the process's cgroup: everything of all processes in it. */
+#define VMBED_CHARGED_BY_CGROUP 1
+
+/** No cgroup counts: everything of the machine's that is not available to others. */
+#define VMBED_CHARGED_BY_MACHINE 2
+
 /** What a host may give to its VMs. Zero a field, or all but the size, for its default. */
 typedef struct {
     /** sizeof(struct vmbed_host_options) */
@@ -311,9 +318,26 @@ typedef struct {
     double memory_ratio;
     /** How many vCPUs a core may carry (cpu_allocation_ratio). 0: as many as you like. */
     double vcpu_ratio;
+    /** The least memory that one VM may have, in bytes (Placement's min_unit). 0: 1. */
+    uint64_t memory_min_unit;
+    /** The most memory that one VM may have, whatever the ratio, in bytes (max_unit). 0: `memory`. */
+    uint64_t memory_max_unit;
+    /** A VM's memory is a multiple of it, in bytes (step_size). 0: 1. */
+    uint64_t memory_step;
+    /** Swap space that guests may be paged out to, in bytes. */
+    uint64_t swap;
+    /**
+     * How long the host takes to react when memory gets short, in milliseconds: what guests have lately touched in
+     * such a time must stay free beside a newcomer's guarantee.
+     */
+    uint64_t reaction_time;
+    /** The numbers of the host's CPUs that are kept for VMs with dedicated vCPUs. NULL: none. */
+    const uint32_t *dedicated_cpus;
+    /** How many they are. */
+    size_t dedicated_count;
 } vmbed_host_options;
 
-/** What the VMs of a host hold, and what there is. */
+/** What the VMs of a host hold, what there is, and how much of it is really there. Sizes are in bytes. */
 typedef struct {
     /** sizeof(struct vmbed_usage) */
     size_t size;
@@ -325,6 +349,43 @@ typedef struct {
     uint64_t vcpus;
     /** cores x ratio; UINT64_MAX where vCPUs are not limited. */
     uint64_t vcpu_capacity;
+    /** vCPUs that have a core each. */
+    uint64_t dedicated_vcpus;
+    /** Cores that are kept for such. */
+    uint64_t dedicated_cpus;
+    /** Counts every change of the ledger, for vmbed_host_set_shares(). */
+    uint64_t generation;
+    /** How many VMs there are, or are being built. */
+    uint64_t vms;
+    /** total - reserved: what guarantees and overhead must fit into. */
+    uint64_t memory_usable;
+    /** Swap space that guests may be paged out to. */
+    uint64_t swap;
+    /** The sum of what guests can touch without anybody's consent. */
+    uint64_t entitlement;
+    /** The sum of what VMs will always have. */
+    uint64_t guarantee;
+    /** The sum of what VMs cost beside their memory, as the ledger's model has it. */
+    uint64_t overhead;
+    /** Guest memory that exists, resident or swapped out. */
+    uint64_t backing;
+    /** Guest memory that KVM has mapped for guests; 0 where its statistics say nothing. */
+    uint64_t stage2;
+    /** Guest memory that cannot be paged out. */
+    uint64_t pinned;
+    /** This process's own resident memory beside its guests'. */
+    uint64_t process;
+    /** What the kernel charges. */
+    uint64_t charged;
+    /**
+     * What is charged less backing and process: kernel memory, files, other processes. Negative while guests are
+     * swapped out, which nobody is charged for as memory.
+     */
+    int64_t unattributed;
+    /** To whom it is charged, one of VMBED_CHARGED_BY_*. */
+    int32_t charged_by;
+    /** 0. */
+    int32_t unused;
 } vmbed_usage;
 
 /**
@@ -903,6 +964,179 @@ int32_t vmbed_vcpu_run(vmbed_vm *vm,
 int32_t vmbed_vcpu_interrupt(vmbed_vm *vm,
                              uint32_t vcpu,
                              vmbed_error **error);
+
+/* What was promised, and what is there --------------------------------------------------------------------- */
+
+/** One VM's memory keeps to the least, the most and the step that one VM may have. */
+#define VMBED_CONSTRAINT_MEMORY_UNITS 0
+
+/** One VM's shared vCPUs keep to the least, the most and the step that one VM may have. */
+#define VMBED_CONSTRAINT_VCPU_UNITS 1
+
+/** The VMs' memory sizes together stay within (total - reserved) x ratio. */
+#define VMBED_CONSTRAINT_NOMINAL 2
+
+/** Guarantees and overhead together stay within total - reserved. */
+#define VMBED_CONSTRAINT_GUARANTEE 3
+
+/** Everything that guests can touch, and overhead, stays within total - reserved + swap, unless the VM may be stopped. */
+#define VMBED_CONSTRAINT_SOLVENCY 4
+
+/** Free memory after the newcomer's guarantee covers what guests touch during the reaction time. */
+#define VMBED_CONSTRAINT_HEADROOM 5
+
+/** The VMs' shared vCPUs together stay within cores x ratio. */
+#define VMBED_CONSTRAINT_VCPUS 6
+
+/** Each dedicated vCPU has a core of its own. */
+#define VMBED_CONSTRAINT_DEDICATED_VCPUS 7
+
+/** How one constraint stands to a claim, in bytes or vCPUs. */
+typedef struct {
+    /** The most that may be promised. UINT64_MAX: not limited. */
+    uint64_t limit;
+    /** What is promised without this claim. */
+    uint64_t used;
+    /** What the claim asks for. */
+    uint64_t wanted;
+    /** What would be left; negative is how much is missing. */
+    int64_t left;
+    /** 1 where this alone forbids the claim, else 0. */
+    uint64_t broken;
+} vmbed_slack;
+
+/** The ledger's answer to a claim. */
+typedef struct {
+    /** sizeof(struct vmbed_verdict) */
+    size_t size;
+    /** The constraint that forbids the claim, one of VMBED_CONSTRAINT_*; -1 where it fits. */
+    int32_t binding;
+    /** How many there are in `slack`. */
+    uint32_t count;
+    /** Every constraint, by VMBED_CONSTRAINT_*. */
+    vmbed_slack slack[8];
+} vmbed_verdict;
+
+/** A VM's memory in bytes: what was promised, and what is there. */
+typedef struct {
+    /** sizeof(struct vmbed_memory) */
+    size_t size;
+    /** The most that the VM may ever have: its configured size. */
+    uint64_t max;
+    /** What its guest can touch without anybody's consent. */
+    uint64_t entitlement;
+    /** What it will always have. */
+    uint64_t guarantee;
+    /** What the VM costs beside its memory, as the ledger's model has it. */
+    uint64_t overhead;
+    /** Counts the changes of the promises, from 1 on. */
+    uint64_t generation;
+    /** What exists: what was ever touched, in memory or in swap. Exact to the page. */
+    uint64_t backing;
+    /** What of it is in memory. */
+    uint64_t resident;
+    /** What of it is in swap. */
+    uint64_t swapped;
+    /** What of it this process maps with huge pages. */
+    uint64_t huge;
+    /** What of it cannot be paged out. vmbed pins nothing so far. */
+    uint64_t pinned;
+    /** What KVM has mapped for the guest; 0 where its statistics say nothing. */
+    uint64_t stage2;
+} vmbed_memory;
+
+/** What a vCPU got of the host. */
+typedef struct {
+    /** sizeof(struct vmbed_vcpu_statistics) */
+    size_t size;
+    /** The kernel's id of the thread that runs it; 0 while none does. */
+    int32_t thread;
+    /** The host's CPU that it is confined to; -1 where there is none, or more than one. */
+    int32_t cpu;
+    /** How long its threads ran, in the guest or for it, in nanoseconds. */
+    uint64_t run_time;
+    /** How long its threads were ready to run and had no CPU, in nanoseconds. What a guest knows as stolen time. */
+    uint64_t run_delay;
+} vmbed_vcpu_statistics;
+
+/**
+ * Fills `verdict`, whose size is set, with what the ledger would answer to a VM of this configuration. Nothing is
+ * built or booked. Does not block for long.
+ */
+int32_t vmbed_host_verdict(const vmbed_host *host,
+                           const vmbed_config *config,
+                           vmbed_verdict *verdict,
+                           vmbed_error **error);
+
+/**
+ * Fills `verdict`, whose size is set, with the one behind an error of status VMBED_ERR_REFUSED. False for every other
+ * error, for NULL and for a wrong size.
+ */
+bool vmbed_error_verdict(const vmbed_error *error,
+                         vmbed_verdict *verdict);
+
+/**
+ * Changes what there is to give while VMs run: all of `options` (NULL for the defaults) but the path of the KVM. Less
+ * than is promised is accepted; from then on nothing is booked but what does not worsen that. `generation` is the one
+ * of the vmbed_usage that the change is based on, UINT64_MAX for any. Does not block for long.
+ *
+ * VMBED_ERR_INVALID_ARGUMENT with every bad field; VMBED_ERR_INVALID_STATE where the generation is another one by now.
+ */
+int32_t vmbed_host_set_shares(vmbed_host *host,
+                              const vmbed_host_options *options,
+                              uint64_t generation,
+                              vmbed_error **error);
+
+/**
+ * Sets what the ledger promises the VM: `guarantee` bytes of its memory that it will always have, 0 by default, and in
+ * `victim`, -1 by default, the class in which it may be stopped when the host runs out of memory, 0 to 255, the lowest
+ * first. A VM with a class is admitted where memory and swap could not hold all that guests may touch.
+ */
+int32_t vmbed_config_set_promise(vmbed_config *config,
+                                 uint64_t guarantee,
+                                 int32_t victim,
+                                 vmbed_error **error);
+
+/** Says whether each vCPU has a core of the host's for itself, of those that vmbed_host_options keeps for such. */
+int32_t vmbed_config_set_dedicated(vmbed_config *config,
+                                   bool dedicated,
+                                   vmbed_error **error);
+
+/** Confines vCPU `vcpu` to the host's CPUs with these `length` numbers. Once one is confined, all must be. */
+int32_t vmbed_config_set_affinity(vmbed_config *config,
+                                  uint32_t vcpu,
+                                  const uint32_t *cpus,
+                                  size_t length,
+                                  vmbed_error **error);
+
+/**
+ * Fills `memory`, whose size is set. In every state. Costs microseconds and a walk over page tables: milliseconds for
+ * each GiB that is there in small pages.
+ */
+int32_t vmbed_vm_get_memory(const vmbed_vm *vm,
+                            vmbed_memory *memory,
+                            vmbed_error **error);
+
+/**
+ * Changes how many bytes of memory the VM will always have. Less than before always passes. `generation` is the one of
+ * the vmbed_memory that the change is based on, UINT64_MAX for any. Does not block for long.
+ *
+ * VMBED_ERR_INVALID_ARGUMENT for more than the VM's memory; VMBED_ERR_REFUSED by the ledger; VMBED_ERR_INVALID_STATE where
+ * the generation is another one by now. Then nothing has changed.
+ */
+int32_t vmbed_vm_set_guarantee(vmbed_vm *vm,
+                               uint64_t guarantee,
+                               uint64_t generation,
+                               vmbed_error **error);
+
+/**
+ * Fills `statistics`, whose size is set, with what vCPU `vcpu` got. In every state; the times stand still once it runs
+ * no more. Does not block for long. VMBED_ERR_INVALID_ARGUMENT where there is no such vCPU.
+ */
+int32_t vmbed_vm_get_vcpu_statistics(const vmbed_vm *vm,
+                                     uint32_t vcpu,
+                                     vmbed_vcpu_statistics *statistics,
+                                     vmbed_error **error);
 
 /* What happened -------------------------------------------------------------------------------------------- */
 

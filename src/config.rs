@@ -42,6 +42,9 @@ pub struct VmConfig {
     /// for [`VmConfig::bare`] 2 MiB.
     #[cfg_attr(feature = "serde", serde(default = "default_memory"))]
     pub memory: Bytes,
+    /// What the host's ledger promises it.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub promise: PromiseConfig,
     /// What runs first.
     pub boot: Boot,
     /// What is soldered on the board.
@@ -86,6 +89,7 @@ impl VmConfig {
             uuid: None,
             cpus: CpuConfig::default(),
             memory: default_memory(),
+            promise: PromiseConfig::default(),
             boot,
             platform,
             console: ConsoleKind::default(),
@@ -103,6 +107,21 @@ impl VmConfig {
         let problems = validate::problems(self);
         if problems.is_empty() { Ok(()) } else { Err(Error::invalid_fields(problems)) }
     }
+}
+
+/// What the host's ledger promises a VM. `docs/overcommit.md` explains both.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
+#[non_exhaustive]
+pub struct PromiseConfig {
+    /// How much of its memory the VM will always have, at most all of it. Guarantees are never overcommitted.
+    /// Default 0.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub guarantee: Bytes,
+    /// The VM may be stopped when the host runs out of memory, the lowest class first; so it is admitted where
+    /// the host's memory and swap could not hold all that its guests may touch. Default `None`: it may not.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub victim: Option<u8>,
 }
 
 /// What is soldered on the board.
@@ -221,6 +240,16 @@ pub struct CpuConfig {
     /// Sockets; must divide the number of cores. Default 1.
     #[cfg_attr(feature = "serde", serde(default = "one"))]
     pub sockets: u16,
+    /// Each vCPU has a core of the host's for itself, of those that
+    /// [`HostConfig::dedicated_cpus`](crate::HostConfig::dedicated_cpus) sets aside, and runs nowhere else. Default
+    /// `false`.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub dedicated: bool,
+    /// The host's CPUs that each vCPU may run on, by their numbers: none, or a list for each vCPU. Default: wherever
+    /// the process may, save for dedicated ones. For threads of the library only
+    /// ([`VmBuilder::caller_vcpus`](crate::VmBuilder::caller_vcpus) refuses it).
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub affinity: Vec<Vec<u32>>,
     /// CPUID bits to take away from or to force on the guest, over what KVM and vmbed offer.
     #[cfg_attr(feature = "serde", serde(default))]
     pub masks: Vec<CpuidMask>,
@@ -233,7 +262,14 @@ fn one() -> u16 {
 
 impl Default for CpuConfig {
     fn default() -> Self {
-        Self { count: 1, threads_per_core: 1, sockets: 1, masks: Vec::new() }
+        Self {
+            count: 1,
+            threads_per_core: 1,
+            sockets: 1,
+            dedicated: false,
+            affinity: Vec::new(),
+            masks: Vec::new(),
+        }
     }
 }
 

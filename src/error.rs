@@ -143,12 +143,19 @@ impl Error {
         error
     }
 
+    /// The same error with what it has to say about single fields.
+    pub(crate) fn with_fields(mut self, fields: Vec<FieldError>) -> Self {
+        self.0.fields = fields;
+        self
+    }
+
     /// What sort of failure this is.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
     }
 
-    /// The bad fields of a configuration; empty for every other error.
+    /// The bad fields of a configuration; of a refusal by the ledger every constraint by its name, with how it
+    /// stands. Empty for every other error.
     pub fn fields(&self) -> &[FieldError] {
         &self.0.fields
     }

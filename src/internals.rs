@@ -38,10 +38,12 @@ use crate::virtio::transport::{Bells, Doorbells, VirtioPci};
 mod bench;
 pub mod driver;
 mod kernel;
+mod ledger;
 mod served;
 
 pub use bench::{BenchBus, BenchQueue};
 pub use kernel::{Loaded, load_kernel};
+pub use ledger::{PlacementInventory, PlacementLedger};
 use served::{Device, Handle};
 
 /// Where the memory-mapped configuration space is.

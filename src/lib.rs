@@ -77,18 +77,20 @@ mod virtio;
 mod vm;
 
 // The machine that VMs run on: what it can do, and what it has promised.
-pub use budget::Usage;
-pub use host::{Finding, Host, HostConfig, Probe};
+pub use budget::{Constraint, Slack, Verdict};
+pub use host::{ChargedBy, Finding, Host, HostConfig, Probe, Usage};
 
 // What a VM is to be: plain data.
 pub use config::{
     BareBoot, Boot, ConsoleKind, CpuConfig, CpuMode, CpuidMask, CpuidRegister, DiskConfig, LinuxBoot,
-    MacAddress, NetConfig, PciAddress, Platform, Uuid, VmConfig,
+    MacAddress, NetConfig, PciAddress, Platform, PromiseConfig, Uuid, VmConfig,
 };
 pub use units::Bytes;
 
 // A VM in the making, and its life.
-pub use vm::{Registers, ThreadInfo, ThreadRole, VcpuReturn, Vm, VmBuilder, VmState};
+pub use vm::{
+    Registers, ThreadInfo, ThreadRole, VcpuReturn, VcpuStatistics, Vm, VmBuilder, VmMemory, VmState,
+};
 
 // The embedder's event loop, where its devices may be served.
 pub use reactor::Dispatcher;

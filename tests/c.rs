@@ -201,8 +201,10 @@ fn valgrind(stage: &Stage) {
 fn sanitizers(stage: &Stage) {
     let options = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"];
     stage.compile("api-sanitized", &API, &options, &stage.flags);
-    // What memory a process keeps is the allocator's business, and that is another one here.
-    for name in list::listed("c").iter().filter(|name| **name != "cycles_leave_nothing") {
+    // What memory a process keeps is the allocator's business, and that is another one here. After a fork this one's
+    // locks may be held for ever by threads that the child has not (gcc 12).
+    let unfit = ["cycles_leave_nothing", "a_fork_while_a_vm_runs"];
+    for name in list::listed("c").iter().filter(|name| !unfit.contains(name)) {
         let mut command = stage.program("api-sanitized", &[name]);
         command.env("ASAN_OPTIONS", "detect_leaks=1:strict_string_checks=1").env("VMBED_ROUNDS", "1000");
         assert_eq!(text(run(&mut command)), format!("ok {name}\n"));

@@ -149,7 +149,7 @@ fn no_permission() {
 fn too_much_memory() {
     let mut config = bare();
     config.memory = Bytes::gib(1 << 14);
-    refused(config, ErrorKind::Refused, &["memory", "are free", "ratio"]);
+    refused(config, ErrorKind::Refused, &["memory_units", "wants 16 TiB", "nominal", "are missing", "ratio"]);
 }
 
 fn kernels() {

@@ -8,7 +8,7 @@ fn root() -> &'static Path {
 }
 
 /// The sections in the order in which a reader wants them: a file of `src/capi` and its title.
-const SECTIONS: [(&str, &str); 9] = [
+const SECTIONS: [(&str, &str); 10] = [
     ("library", "The library"),
     ("error", "Errors"),
     ("device", "Devices of your own"),
@@ -17,6 +17,7 @@ const SECTIONS: [(&str, &str); 9] = [
     ("config", "What a VM is to be"),
     ("vm", "A VM's life"),
     ("drive", "Loops and threads of your own"),
+    ("ledger", "What was promised, and what is there"),
     ("events", "What happened"),
 ];
 

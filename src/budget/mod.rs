@@ -1,182 +1,337 @@
 #![forbid(unsafe_code)]
 //! The ledger: what this process has promised of the host. Pure arithmetic: no KVM, no clock, no I/O.
 //!
-//! So far it holds the nominal invariant, with OpenStack Placement's arithmetic: the sum of what the VMs
-//! may have stays within (total − reserved) × ratio, for memory and for vCPUs.
+//! A claim is judged against every [`Constraint`] under one lock, and booked if none is broken:
+//!
+//! ```text
+//! claim ──▶ refused, with the verdict
+//!   └─────▶ Claimed ── commit ──▶ Reservation ── change ──▶ …
+//!              └── drop             └── drop: given back
+//! ```
+//! `docs/overcommit.md` has the quantities and the invariants, with an example. Memory and vCPUs are counted as
+//! OpenStack Placement counts them, generations included; `tests/placement` compares the two.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::lock;
 use crate::units::Bytes;
 
-/// One resource of a provider, as Placement's inventories have it.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Inventory {
-    pub total: u64,
-    pub reserved: u64,
-    /// Positive and finite.
-    pub ratio: f64,
+mod overhead;
+mod provider;
+#[cfg(test)]
+mod tests;
+mod verdict;
+
+pub(crate) use overhead::{Shape, overhead};
+pub(crate) use provider::{Inventory, Provider};
+pub use verdict::{Constraint, Slack, Verdict};
+
+/// What a VM wants.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Claim {
+    /// The most that the VM may ever have (M).
+    pub memory: Bytes,
+    /// What its guest can touch without our consent (E).
+    pub entitlement: Bytes,
+    /// What it will always have (G).
+    pub guarantee: Bytes,
+    /// What cannot be taken back because it is pinned (P).
+    pub pinned: Bytes,
+    /// What the VM costs beside its memory (O).
+    pub overhead: Bytes,
+    /// The VM may be stopped for want of memory, the lowest class first; so it may be insolvent.
+    pub victim: Option<u8>,
+    /// vCPUs that share cores.
+    pub vcpus: u64,
+    /// vCPUs with a core each.
+    pub dedicated: u64,
 }
 
-impl Inventory {
-    /// (total − reserved) × ratio, rounded down as Placement does.
-    fn capacity(&self) -> u64 {
-        // Saturates at both ends; a ratio that is not a number gives 0.
-        (self.total.saturating_sub(self.reserved) as f64 * self.ratio) as u64
+impl Claim {
+    /// max(G, P).
+    fn guaranteed(&self) -> u64 {
+        self.guarantee.max(self.pinned).get()
+    }
+
+    /// max(G, P) + O.
+    fn kept(&self) -> u128 {
+        u128::from(self.guaranteed()) + u128::from(self.overhead.get())
+    }
+
+    /// E + O.
+    fn touchable(&self) -> u128 {
+        u128::from(self.entitlement.get()) + u128::from(self.overhead.get())
     }
 }
 
-/// What a VM wants.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Claim {
+/// A sample of the host's memory, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Headroom {
+    /// What is free; `None` where nobody can say.
+    pub free: Option<u64>,
+    /// What must stay so: measured fault rate × reaction time.
+    pub needed: u64,
+}
+
+/// Sums over the consumers. Wide enough that 2⁶⁴ claims of 2⁶⁴ bytes do not wrap.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Totals {
+    consumers: u64,
+    memory: u128,
+    entitlement: u128,
+    guaranteed: u128,
+    overhead: u128,
+    kept: u128,
+    touchable: u128,
+    vcpus: u128,
+    dedicated: u128,
+    /// Guarantees that were claimed and not yet committed.
+    pending: u128,
+}
+
+impl Totals {
+    fn apply(&mut self, claim: &Claim, sum: impl Fn(u128, u128) -> u128) {
+        let parts = [
+            (&mut self.memory, claim.memory.get().into()),
+            (&mut self.entitlement, claim.entitlement.get().into()),
+            (&mut self.guaranteed, claim.guaranteed().into()),
+            (&mut self.overhead, claim.overhead.get().into()),
+            (&mut self.kept, claim.kept()),
+            (&mut self.touchable, claim.touchable()),
+            (&mut self.vcpus, claim.vcpus.into()),
+            (&mut self.dedicated, claim.dedicated.into()),
+        ];
+        for (total, part) in parts {
+            *total = sum(*total, part);
+        }
+    }
+
+    fn add(&mut self, claim: &Claim) {
+        self.apply(claim, u128::saturating_add);
+    }
+
+    fn remove(&mut self, claim: &Claim) {
+        self.apply(claim, u128::saturating_sub);
+    }
+}
+
+/// What the consumers of a ledger hold, and what there is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Promised {
+    pub provider: Provider,
+    /// Counts every change of the books.
+    pub generation: u64,
+    pub consumers: u64,
     pub memory: Bytes,
+    pub entitlement: Bytes,
+    pub guarantee: Bytes,
+    pub overhead: Bytes,
     pub vcpus: u64,
+    pub dedicated: u64,
 }
 
 /// The accounts of one host.
-pub(crate) struct Ledger {
-    memory: Inventory,
-    /// `None`: vCPUs are not limited.
-    vcpus: Option<Inventory>,
-    used: Mutex<Used>,
-}
+pub(crate) struct Ledger(Mutex<Books>);
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Used {
-    memory: u64,
-    vcpus: u64,
-}
-
-/// What the VMs of a host hold, and what there is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Usage {
-    /// The sum of the VMs' memory sizes.
-    pub memory: Bytes,
-    /// (total − reserved) × ratio.
-    pub memory_capacity: Bytes,
-    /// The sum of the VMs' vCPUs.
-    pub vcpus: u64,
-    /// cores × ratio; `None` when vCPUs are not limited.
-    pub vcpu_capacity: Option<u64>,
+struct Books {
+    provider: Provider,
+    /// The cores for dedicated vCPUs, by the host's numbers.
+    cores: BTreeSet<u32>,
+    taken: BTreeSet<u32>,
+    totals: Totals,
+    generation: u64,
 }
 
 impl Ledger {
-    pub fn new(memory: Inventory, vcpus: Option<Inventory>) -> Arc<Self> {
-        Arc::new(Self { memory, vcpus, used: Mutex::default() })
+    /// `cores` are those for dedicated vCPUs: they are what the provider's `dedicated` becomes.
+    pub fn new(provider: Provider, cores: BTreeSet<u32>) -> Arc<Self> {
+        let provider = Provider { dedicated: cores.len() as u64, ..provider };
+        let (taken, totals) = (BTreeSet::new(), Totals::default());
+        Arc::new(Self(Mutex::new(Books { provider, cores, taken, totals, generation: 0 })))
     }
 
-    /// Books `claim`, or says which constraint forbids it and by how much.
-    pub fn claim(self: &Arc<Self>, claim: Claim) -> Result<Reservation> {
-        let mut used = lock(&self.used);
-        let memory = fit("memory", &self.memory, used.memory, claim.memory.get(), |n| Bytes(n).to_string())?;
-        let vcpus = match &self.vcpus {
-            Some(inventory) => fit("vCPUs", inventory, used.vcpus, claim.vcpus, |n| n.to_string())?,
-            None => used.vcpus.saturating_add(claim.vcpus),
-        };
-        *used = Used { memory, vcpus };
-        Ok(Reservation { ledger: self.clone(), claim })
+    /// What the ledger would answer, with nothing booked.
+    pub fn judge(&self, claim: &Claim, headroom: Headroom) -> Verdict {
+        let books = lock(&self.0);
+        verdict::judge(&books.provider, &books.totals, None, claim, headroom)
     }
 
-    pub fn usage(&self) -> Usage {
-        let used = *lock(&self.used);
-        Usage {
-            memory: Bytes(used.memory),
-            memory_capacity: Bytes(self.memory.capacity()),
-            vcpus: used.vcpus,
-            vcpu_capacity: self.vcpus.as_ref().map(Inventory::capacity),
+    /// Books `claim`, or says which constraint forbids it and how every one stands.
+    pub fn claim(self: &Arc<Self>, claim: Claim, headroom: Headroom) -> Result<Claimed> {
+        let mut books = lock(&self.0);
+        let verdict = verdict::judge(&books.provider, &books.totals, None, &claim, headroom);
+        if let Some(refusal) = verdict.refusal(&books.provider) {
+            return Err(refusal);
         }
+        let count = usize::try_from(claim.dedicated).unwrap_or(usize::MAX);
+        let cores: Vec<u32> = books.cores.difference(&books.taken).copied().take(count).collect();
+        books.taken.extend(&cores);
+        books.totals.add(&claim);
+        books.totals.consumers += 1;
+        books.totals.pending += u128::from(claim.guaranteed());
+        books.generation += 1;
+        Ok(Claimed { booking: Booking { ledger: self.clone(), claim, cores, pending: true }, verdict })
+    }
+
+    /// Replaces what there is to give. Less than is promised is accepted: then nothing passes but what does not
+    /// worsen it. Answers the new generation.
+    ///
+    /// # Errors
+    /// `InvalidState` where `generation` is given and is not the ledger's: somebody else was here.
+    pub fn set_provider(
+        &self,
+        generation: Option<u64>,
+        provider: Provider,
+        cores: BTreeSet<u32>,
+    ) -> Result<u64> {
+        let mut books = lock(&self.0);
+        same_generation("the ledger", books.generation, generation)?;
+        books.provider = Provider { dedicated: cores.len() as u64, ..provider };
+        books.cores = cores;
+        books.generation += 1;
+        Ok(books.generation)
+    }
+
+    pub fn promised(&self) -> Promised {
+        let Books { provider, totals, generation, .. } = &*lock(&self.0);
+        let short = |n: u128| u64::try_from(n).unwrap_or(u64::MAX);
+        Promised {
+            provider: *provider,
+            generation: *generation,
+            consumers: totals.consumers,
+            memory: Bytes(short(totals.memory)),
+            entitlement: Bytes(short(totals.entitlement)),
+            guarantee: Bytes(short(totals.guaranteed)),
+            overhead: Bytes(short(totals.overhead)),
+            vcpus: short(totals.vcpus),
+            dedicated: short(totals.dedicated),
+        }
+    }
+
+    /// The cores that are set aside for dedicated vCPUs.
+    pub fn cores(&self) -> BTreeSet<u32> {
+        lock(&self.0).cores.clone()
     }
 }
 
-/// The new use, or the refusal in the inventory's own terms.
-fn fit(
-    what: &str,
-    inventory: &Inventory,
-    used: u64,
-    wanted: u64,
-    show: impl Fn(u64) -> String,
-) -> Result<u64> {
-    let capacity = inventory.capacity();
-    match used.checked_add(wanted) {
-        Some(sum) if sum <= capacity => Ok(sum),
-        _ => {
+fn same_generation(whose: &str, is: u64, expected: Option<u64>) -> Result<()> {
+    match expected {
+        Some(expected) if expected != is => {
             let why = format!(
-                "the ledger refuses {} of {what}: {} of {} are promised, {} are free \
-                 (total {}, reserved {}, ratio {})",
-                show(wanted),
-                show(used),
-                show(capacity),
-                show(capacity.saturating_sub(used)),
-                show(inventory.total),
-                show(inventory.reserved),
-                inventory.ratio
+                "the generation of {whose} is {is}, not {expected}: it has changed since; look at it again"
             );
-            Err(Error::new(ErrorKind::Refused, why))
+            Err(Error::new(ErrorKind::InvalidState, why))
         }
+        _ => Ok(()),
     }
 }
 
-/// A booked claim. Dropping it gives it back.
-pub(crate) struct Reservation {
+/// What is on the books for one consumer. Dropping it takes it off.
+struct Booking {
     ledger: Arc<Ledger>,
     claim: Claim,
+    cores: Vec<u32>,
+    pending: bool,
+}
+
+impl Booking {
+    fn settle(&mut self, books: &mut Books) {
+        if std::mem::take(&mut self.pending) {
+            let guaranteed = self.claim.guaranteed().into();
+            books.totals.pending = books.totals.pending.saturating_sub(guaranteed);
+        }
+    }
+}
+
+impl Drop for Booking {
+    fn drop(&mut self) {
+        let ledger = self.ledger.clone();
+        let mut books = lock(&ledger.0);
+        self.settle(&mut books);
+        books.totals.remove(&self.claim);
+        books.totals.consumers -= 1;
+        books.taken.retain(|core| !self.cores.contains(core));
+        books.generation += 1;
+    }
+}
+
+/// A claim that was accepted, of a VM that is being made. Dropping it gives it back.
+pub(crate) struct Claimed {
+    booking: Booking,
+    verdict: Verdict,
+}
+
+impl Claimed {
+    /// How every constraint stood.
+    pub fn verdict(&self) -> &Verdict {
+        &self.verdict
+    }
+
+    /// The cores of its dedicated vCPUs, one each.
+    pub fn cores(&self) -> &[u32] {
+        &self.booking.cores
+    }
+
+    /// The memory that may be mapped for it.
+    pub fn memory(&self) -> Bytes {
+        self.booking.claim.memory
+    }
+
+    /// The VM is there: its guarantee is no longer looked for in what is free.
+    pub fn commit(mut self) -> Reservation {
+        let ledger = self.booking.ledger.clone();
+        let mut books = lock(&ledger.0);
+        self.booking.settle(&mut books);
+        drop(books);
+        Reservation(Mutex::new(Held { booking: self.booking, generation: 1 }))
+    }
+}
+
+/// What a VM holds. Dropping it gives it back.
+pub(crate) struct Reservation(Mutex<Held>);
+
+struct Held {
+    booking: Booking,
+    generation: u64,
 }
 
 impl Reservation {
-    /// The memory that may be mapped for it.
-    pub fn memory(&self) -> Bytes {
-        self.claim.memory
-    }
-}
-
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        let mut used = lock(&self.ledger.used);
-        used.memory -= self.claim.memory.get();
-        used.vcpus -= self.claim.vcpus;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn ledger(total: u64, reserved: u64, ratio: f64) -> Arc<Ledger> {
-        let vcpus = Inventory { total: 2, reserved: 0, ratio: 4.0 };
-        Ledger::new(Inventory { total, reserved, ratio }, Some(vcpus))
+    /// The claim as it stands, and how often it was changed, from 1 on.
+    pub fn terms(&self) -> (Claim, u64) {
+        let held = lock(&self.0);
+        (held.booking.claim, held.generation)
     }
 
-    fn claim(memory: u64, vcpus: u64) -> Claim {
-        Claim { memory: Bytes(memory), vcpus }
-    }
-
-    #[test]
-    fn claims_fit_to_the_byte_and_are_given_back() {
-        let ledger = ledger(1000, 100, 1.5);
-        let first = ledger.claim(claim(1000, 1)).unwrap();
-        let refused = ledger.claim(claim(351, 1)).err().unwrap();
-        assert_eq!(refused.kind(), ErrorKind::Refused);
-        assert!(refused.to_string().contains("350 bytes are free"), "{refused}");
-        let second = ledger.claim(claim(350, 1)).unwrap();
-        assert_eq!(ledger.usage().memory, Bytes(1350));
-        drop((first, second));
-        assert_eq!((ledger.usage().memory, ledger.usage().vcpus), (Bytes(0), 0));
-    }
-
-    #[test]
-    fn a_refused_claim_books_nothing() {
-        let ledger = ledger(1000, 0, 1.0);
-        assert!(ledger.claim(claim(1, 9)).is_err());
-        assert!(ledger.claim(claim(u64::MAX, 1)).is_err());
-        assert_eq!(ledger.usage().memory, Bytes(0));
-        let _all = ledger.claim(claim(1000, 8)).unwrap();
-        assert!(ledger.claim(claim(u64::MAX, 0)).is_err(), "does not wrap");
-    }
-
-    #[test]
-    fn more_reserved_than_there_is_leaves_nothing() {
-        assert!(ledger(10, 20, 1.0).claim(claim(1, 1)).is_err());
+    /// Replaces the claim by what `change` makes of it, all but its dedicated vCPUs. A change that does not worsen an
+    /// over-capacity passes. Answers the consumer's new generation.
+    ///
+    /// # Errors
+    /// `Refused` with the verdict; `InvalidState` where `generation` is given and is not the consumer's.
+    pub fn change(
+        &self,
+        generation: Option<u64>,
+        headroom: Headroom,
+        change: impl FnOnce(&mut Claim),
+    ) -> Result<u64> {
+        let mut held = lock(&self.0);
+        same_generation("the VM's claim", held.generation, generation)?;
+        let old = held.booking.claim;
+        let mut new = old;
+        change(&mut new);
+        new.dedicated = old.dedicated;
+        let ledger = held.booking.ledger.clone();
+        let mut books = lock(&ledger.0);
+        let verdict = verdict::judge(&books.provider, &books.totals, Some(&old), &new, headroom);
+        if let Some(refusal) = verdict.refusal(&books.provider) {
+            return Err(refusal);
+        }
+        books.totals.remove(&old);
+        books.totals.add(&new);
+        books.generation += 1;
+        held.booking.claim = new;
+        held.generation += 1;
+        Ok(held.generation)
     }
 }

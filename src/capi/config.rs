@@ -26,7 +26,7 @@ pub struct vmbed_config(());
 
 handle!(vmbed_config holds Mutex<VmConfig>);
 
-fn change(
+pub(super) fn change(
     config: *const vmbed_config,
     error: *mut *mut vmbed_error,
     f: impl FnOnce(&mut VmConfig) -> Result<()>,

@@ -4,6 +4,8 @@ use std::ffi::{CString, c_char};
 
 use super::answer;
 use super::handle::{self, handle};
+use super::ledger::vmbed_verdict;
+use crate::budget::Verdict;
 use crate::error::{Error, ErrorKind};
 
 /// It worked.
@@ -82,6 +84,7 @@ pub(super) struct Failure {
     message: CString,
     chain: Vec<CString>,
     fields: Vec<[CString; 3]>,
+    pub(super) verdict: Option<vmbed_verdict>,
 }
 
 /// Why a call failed. Every function that can fail takes a `vmbed_error **error` last: NULL if you do not want
@@ -101,6 +104,7 @@ pub(super) fn make(error: Error) -> *mut vmbed_error {
             .iter()
             .map(|f| [&f.field, &f.problem, &f.remedy].map(|t| c_text(t.as_str())))
             .collect(),
+        verdict: Verdict::of(&error).map(vmbed_verdict::of),
         message: c_text(error.to_string()),
     })
 }
@@ -139,7 +143,8 @@ pub unsafe extern "C" fn vmbed_error_source(error: *const vmbed_error, index: us
     look(error, std::ptr::null(), |e| Some(e.chain.get(index)?.as_ptr()))
 }
 
-/// The `index`th bad field of a configuration, from 0, as one would write it: `disks[1].path`. NULL past the last.
+/// The `index`th bad field of a configuration, from 0, as one would write it: `disks[1].path`; of a refusal by the
+/// ledger the `index`th constraint, whose problem is how it stands. NULL past the last.
 /// It belongs to the error.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_error_field(error: *const vmbed_error, index: usize) -> *const c_char {

@@ -1,13 +1,15 @@
 //! The machine that VMs run on.
 
 use std::ffi::{CString, c_char};
+use std::mem::offset_of;
+use std::time::Duration;
 
-use super::arguments::{Out, Sized_, fill, optional, path, structure};
+use super::arguments::{Out, Sized_, fill, numbers, optional, path, structure};
 use super::error::{c_text, vmbed_error};
 use super::handle::{self, handle};
 use super::{answer, call};
 use crate::error::Result;
-use crate::host::{Host, HostConfig, Probe};
+use crate::host::{ChargedBy, Host, HostConfig, Probe};
 use crate::units::Bytes;
 
 struct Finding {
@@ -115,15 +117,30 @@ pub struct vmbed_host_options {
     pub memory_ratio: f64,
     /// How many vCPUs a core may carry (cpu_allocation_ratio). 0: as many as you like.
     pub vcpu_ratio: f64,
+    /// The least memory that one VM may have, in bytes (Placement's min_unit). 0: 1.
+    pub memory_min_unit: u64,
+    /// The most memory that one VM may have, whatever the ratio, in bytes (max_unit). 0: `memory`.
+    pub memory_max_unit: u64,
+    /// A VM's memory is a multiple of it, in bytes (step_size). 0: 1.
+    pub memory_step: u64,
+    /// Swap space that guests may be paged out to, in bytes.
+    pub swap: u64,
+    /// How long the host takes to react when memory gets short, in milliseconds: what guests have lately touched in
+    /// such a time must stay free beside a newcomer's guarantee.
+    pub reaction_time: u64,
+    /// The numbers of the host's CPUs that are kept for VMs with dedicated vCPUs. NULL: none.
+    pub dedicated_cpus: *const u32,
+    /// How many they are.
+    pub dedicated_count: usize,
 }
 
 // SAFETY: it is repr(C) with its size first, and all zeroes is a value.
 unsafe impl Sized_ for vmbed_host_options {
-    const FIRST: usize = size_of::<Self>();
+    const FIRST: usize = offset_of!(Self, memory_min_unit);
     const NAME: &'static str = "vmbed_host_options";
 }
 
-fn host_config(options: *const vmbed_host_options) -> Result<HostConfig> {
+pub(super) fn host_config(options: *const vmbed_host_options) -> Result<HostConfig> {
     let mut config = HostConfig::default();
     if options.is_null() {
         return Ok(config);
@@ -139,6 +156,19 @@ fn host_config(options: *const vmbed_host_options) -> Result<HostConfig> {
     if options.memory_ratio != 0.0 {
         config.memory_ratio = options.memory_ratio;
     }
+    for (given, field) in [
+        (options.memory_min_unit, &mut config.memory_min_unit),
+        (options.memory_step, &mut config.memory_step),
+    ] {
+        if given != 0 {
+            *field = Bytes(given);
+        }
+    }
+    config.memory_max_unit = (options.memory_max_unit != 0).then_some(Bytes(options.memory_max_unit));
+    config.swap = Bytes(options.swap);
+    config.reaction_time = Duration::from_millis(options.reaction_time);
+    config.dedicated_cpus =
+        numbers(options.dedicated_cpus, options.dedicated_count, "dedicated_cpus")?.to_vec();
     config.vcpu_ratio = (options.vcpu_ratio != 0.0).then_some(options.vcpu_ratio);
     Ok(config)
 }
@@ -160,7 +190,12 @@ pub unsafe extern "C" fn vmbed_host_open(
     })
 }
 
-/// What the VMs of a host hold, and what there is.
+/// Memory is charged to the process's cgroup: everything of all processes in it.
+pub const VMBED_CHARGED_BY_CGROUP: i32 = 1;
+/// No cgroup counts: everything of the machine's that is not available to others.
+pub const VMBED_CHARGED_BY_MACHINE: i32 = 2;
+
+/// What the VMs of a host hold, what there is, and how much of it is really there. Sizes are in bytes.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct vmbed_usage {
@@ -174,11 +209,46 @@ pub struct vmbed_usage {
     pub vcpus: u64,
     /// cores x ratio; UINT64_MAX where vCPUs are not limited.
     pub vcpu_capacity: u64,
+    /// vCPUs that have a core each.
+    pub dedicated_vcpus: u64,
+    /// Cores that are kept for such.
+    pub dedicated_cpus: u64,
+    /// Counts every change of the ledger, for vmbed_host_set_shares().
+    pub generation: u64,
+    /// How many VMs there are, or are being built.
+    pub vms: u64,
+    /// total - reserved: what guarantees and overhead must fit into.
+    pub memory_usable: u64,
+    /// Swap space that guests may be paged out to.
+    pub swap: u64,
+    /// The sum of what guests can touch without anybody's consent.
+    pub entitlement: u64,
+    /// The sum of what VMs will always have.
+    pub guarantee: u64,
+    /// The sum of what VMs cost beside their memory, as the ledger's model has it.
+    pub overhead: u64,
+    /// Guest memory that exists, resident or swapped out.
+    pub backing: u64,
+    /// Guest memory that KVM has mapped for guests; 0 where its statistics say nothing.
+    pub stage2: u64,
+    /// Guest memory that cannot be paged out.
+    pub pinned: u64,
+    /// This process's own resident memory beside its guests'.
+    pub process: u64,
+    /// What the kernel charges.
+    pub charged: u64,
+    /// What is charged less backing and process: kernel memory, files, other processes. Negative while guests are
+    /// swapped out, which nobody is charged for as memory.
+    pub unattributed: i64,
+    /// To whom it is charged, one of VMBED_CHARGED_BY_*.
+    pub charged_by: i32,
+    /// 0.
+    pub unused: i32,
 }
 
 // SAFETY: it is repr(C) with its size first, and all zeroes is a value.
 unsafe impl Sized_ for vmbed_usage {
-    const FIRST: usize = size_of::<Self>();
+    const FIRST: usize = offset_of!(Self, dedicated_vcpus);
     const NAME: &'static str = "vmbed_usage";
 }
 
@@ -197,6 +267,26 @@ pub unsafe extern "C" fn vmbed_host_usage(
             memory_capacity: now.memory_capacity.get(),
             vcpus: now.vcpus,
             vcpu_capacity: now.vcpu_capacity.unwrap_or(u64::MAX),
+            dedicated_vcpus: now.dedicated_vcpus,
+            dedicated_cpus: now.dedicated_cpus,
+            generation: now.generation,
+            vms: now.vms,
+            memory_usable: now.memory_usable.get(),
+            swap: now.swap.get(),
+            entitlement: now.entitlement.get(),
+            guarantee: now.guarantee.get(),
+            overhead: now.overhead.get(),
+            backing: now.backing.get(),
+            stage2: now.stage2.get(),
+            pinned: now.pinned.get(),
+            process: now.process.get(),
+            charged: now.charged.get(),
+            unattributed: now.unattributed,
+            charged_by: match now.charged_by {
+                ChargedBy::Cgroup => VMBED_CHARGED_BY_CGROUP,
+                ChargedBy::Machine => VMBED_CHARGED_BY_MACHINE,
+            },
+            unused: 0,
         };
         fill(usage, &value)
     })

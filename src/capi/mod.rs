@@ -20,6 +20,7 @@ mod error;
 mod events;
 mod handle;
 mod host;
+mod ledger;
 mod library;
 mod log;
 mod vm;

@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     fn ids(count: u16, threads_per_core: u16, sockets: u16) -> Vec<u32> {
-        let cpus = CpuConfig { count, threads_per_core, sockets, masks: vec![] };
+        let cpus = CpuConfig { count, threads_per_core, sockets, ..CpuConfig::default() };
         let topology = Topology::new(&cpus);
         (0..u32::from(count)).map(|i| topology.apic_id(i)).collect()
     }

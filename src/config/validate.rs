@@ -11,6 +11,8 @@ pub(crate) const MAX_VCPUS: u16 = 254;
 /// The kernel's limit is 2048 with the NUL (x86 COMMAND_LINE_SIZE).
 pub(crate) const MAX_CMDLINE: usize = 2047;
 const PAGE: u64 = 4096;
+/// What `sched_setaffinity` is given room for (`CPU_SETSIZE`).
+pub(crate) const MAX_HOST_CPUS: u32 = 1024;
 /// Below this the tables and a real-mode guest do not fit.
 const MIN_BARE_MEMORY: u64 = 64 << 10;
 const MIN_LINUX_MEMORY: u64 = 32 << 20;
@@ -27,6 +29,7 @@ pub(super) fn problems(config: &VmConfig) -> Vec<FieldError> {
     let mut found = Found(Vec::new());
     found.name(&config.name);
     found.cpus(&config.cpus);
+    found.affinity(&config.cpus);
     found.memory(config);
     match &config.boot {
         Boot::Linux(linux) => found.linux(linux, config.platform),
@@ -79,6 +82,25 @@ impl Found {
         }
     }
 
+    fn affinity(&mut self, cpus: &CpuConfig) {
+        let lists = cpus.affinity.len();
+        if lists != 0 && cpus.dedicated {
+            self.add("cpus.affinity", "is set, but dedicated vCPUs run where the host puts them", "none");
+        } else if lists != 0 && lists != usize::from(cpus.count) {
+            let problem = format!("has {lists} lists for {} vCPUs", cpus.count);
+            self.add("cpus.affinity", problem, "none, or one for each vCPU");
+        }
+        for (i, list) in cpus.affinity.iter().enumerate() {
+            if list.is_empty() {
+                self.add(format!("cpus.affinity[{i}]"), "is empty", "at least one CPU");
+            }
+            if let Some(cpu) = list.iter().find(|cpu| **cpu >= MAX_HOST_CPUS) {
+                let problem = format!("names CPU {cpu}");
+                self.add(format!("cpus.affinity[{i}]"), problem, format!("below {MAX_HOST_CPUS}"));
+            }
+        }
+    }
+
     fn memory(&mut self, config: &VmConfig) {
         let size = config.memory.get();
         let least = if matches!(config.boot, Boot::Linux(_)) { MIN_LINUX_MEMORY } else { MIN_BARE_MEMORY };
@@ -87,6 +109,10 @@ impl Found {
             self.add("memory", format!("is {}", config.memory), range);
         } else if !size.is_multiple_of(PAGE) {
             self.add("memory", format!("is {}", config.memory), "a multiple of 4 KiB");
+        }
+        if config.promise.guarantee > config.memory {
+            let problem = format!("is {}", config.promise.guarantee);
+            self.add("promise.guarantee", problem, format!("at most memory, {}", config.memory));
         }
     }
 
@@ -284,7 +310,7 @@ mod tests {
             (252, 1, 84, false),
             (252, 1, 63, true),
         ] {
-            config.cpus = CpuConfig { count, threads_per_core: threads, sockets, masks: vec![] };
+            config.cpus = CpuConfig { count, threads_per_core: threads, sockets, ..CpuConfig::default() };
             assert_eq!(config.validate().is_ok(), ok, "{count}/{threads}/{sockets}");
         }
     }

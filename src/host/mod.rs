@@ -2,23 +2,31 @@
 //! The machine that VMs run on: its KVM, what that can do, and the ledger of what was promised.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Cap, Kvm};
 
-use crate::budget::{Inventory, Ledger, Usage};
+use crate::budget::{Ledger, Verdict};
 use crate::config::VmConfig;
-use crate::error::{Error, ErrorKind, FieldError, Result};
-use crate::units::Bytes;
+use crate::error::{Error, ErrorKind, Result};
+use crate::memory::Roll;
+use crate::sys::lock;
 use crate::vcpu::cpuid::HostCpu;
 use crate::vm::{HostParts, Vm, VmBuilder};
 
-mod limits;
 mod probe;
+mod samples;
+mod shares;
+mod usage;
 
 pub use probe::{Finding, Probe};
+pub use samples::ChargedBy;
+use samples::Samples;
+pub use shares::HostConfig;
+pub use usage::Usage;
 
 /// A machine's KVM and the ledger of the VMs made from it.
 ///
@@ -30,54 +38,10 @@ pub use probe::{Finding, Probe};
 /// # Ok::<(), vmbed::Error>(())
 /// ```
 #[derive(Clone)]
-pub struct Host(Arc<HostParts>);
-
-/// What a [`Host`] may give to its VMs, and where its KVM is.
-#[derive(Clone, Debug, PartialEq)]
-#[non_exhaustive]
-pub struct HostConfig {
-    /// The KVM device. Default `/dev/kvm`.
-    pub kvm: PathBuf,
-    /// Memory to share out. Default: the smaller of the machine's and of the limits of this process's
-    /// cgroup and those above it.
-    pub memory: Option<Bytes>,
-    /// What of it is kept for the host itself. Default 512 MiB.
-    pub memory_reserved: Bytes,
-    /// How often the rest may be promised (OpenStack's `ram_allocation_ratio`). Default 1.0.
-    pub memory_ratio: f64,
-    /// How many vCPUs a core may carry (`cpu_allocation_ratio`). Default `None`: as many as you like.
-    pub vcpu_ratio: Option<f64>,
-}
-
-impl Default for HostConfig {
-    fn default() -> Self {
-        Self {
-            kvm: "/dev/kvm".into(),
-            memory: None,
-            memory_reserved: Bytes::mib(512),
-            memory_ratio: 1.0,
-            vcpu_ratio: None,
-        }
-    }
-}
-
-impl HostConfig {
-    fn validate(&self) -> Result<()> {
-        let mut fields = Vec::new();
-        let good = |ratio: f64| ratio.is_finite() && ratio > 0.0;
-        let mut check = |field: &str, ratio: f64| {
-            if !good(ratio) {
-                fields.push(FieldError::new(field, format!("is {ratio}"), "a finite number above 0"));
-            }
-        };
-        check("memory_ratio", self.memory_ratio);
-        check("vcpu_ratio", self.vcpu_ratio.unwrap_or(1.0));
-        if let Some(memory) = self.memory.filter(|m| *m < self.memory_reserved) {
-            let problem = format!("{} of {memory} are reserved", self.memory_reserved);
-            fields.push(FieldError::new("memory_reserved", problem, "at most memory"));
-        }
-        if fields.is_empty() { Ok(()) } else { Err(Error::invalid_fields(fields)) }
-    }
+pub struct Host {
+    parts: Arc<HostParts>,
+    samples: Arc<Samples>,
+    reaction: Arc<Mutex<Duration>>,
 }
 
 impl Host {
@@ -112,18 +76,23 @@ impl Host {
         let (probe, kvm) = probe::look(&config.kvm);
         probe.verdict()?;
         let kvm = kvm.ok_or_else(|| Error::new(ErrorKind::Internal, "the probe kept the KVM"))?;
-        let total = config.memory.map_or_else(limits::memory_total, Bytes::get);
-        let reserved = config.memory_reserved.get();
-        let memory = Inventory { total, reserved, ratio: config.memory_ratio };
-        let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
-        let vcpus = config.vcpu_ratio.map(|ratio| Inventory { total: cores, reserved: 0, ratio });
-        let cpu = host_cpu(&kvm)?;
-        Ok(Self(Arc::new(HostParts { cpu, ledger: Ledger::new(memory, vcpus), kvm })))
+        let (provider, cores) = config.provider();
+        let ledger = Ledger::new(provider, cores);
+        let roll = Arc::new(Roll::default());
+        let samples = Arc::new(Samples::open(roll.clone()));
+        let reaction = Arc::new(Mutex::new(config.reaction_time));
+        let headroom = {
+            let (samples, reaction) = (samples.clone(), reaction.clone());
+            Box::new(move || samples.headroom(*lock(&reaction)))
+        };
+        let (cpu, nested_paging) = (host_cpu(&kvm)?, probe::nested_paging());
+        let parts = Arc::new(HostParts { cpu, ledger, kvm, roll, nested_paging, headroom });
+        Ok(Self { parts, samples, reaction })
     }
 
     /// Starts the making of a VM: attach to the builder what is not data, then build.
     pub fn builder(&self, config: VmConfig) -> VmBuilder {
-        VmBuilder::new(self.0.clone(), config)
+        VmBuilder::new(self.parts.clone(), config)
     }
 
     /// Builds a VM from data alone.
@@ -134,9 +103,30 @@ impl Host {
         self.builder(config).build()
     }
 
-    /// What the VMs of this host hold, and what there is. Cheap; never blocks for long.
+    /// What the ledger would answer to a VM of this configuration, with nothing built or booked. Never blocks for
+    /// long.
+    pub fn verdict(&self, config: &VmConfig) -> Verdict {
+        self.parts.ledger.judge(&self.parts.claim_of(config), (self.parts.headroom)())
+    }
+
+    /// Changes what there is to give while VMs run: all of `config` but the path of the KVM. Less than is
+    /// promised is accepted; from then on nothing is booked but what does not worsen that. `generation`, if given,
+    /// is the [`Usage::generation`] that the change is based on. Answers the new one. Never blocks for long.
+    ///
+    /// # Errors
+    /// `InvalidArgument` that names every bad field; `InvalidState` when the generation is another one by now.
+    pub fn set_shares(&self, config: &HostConfig, generation: Option<u64>) -> Result<u64> {
+        config.validate()?;
+        let (provider, cores) = config.provider();
+        let generation = self.parts.ledger.set_provider(generation, provider, cores)?;
+        *lock(&self.reaction) = config.reaction_time;
+        Ok(generation)
+    }
+
+    /// What the VMs of this host hold, what there is, and how much of it is really there. Costs two system calls
+    /// a VM, and waits for nothing but a VM's making or end.
     pub fn usage(&self) -> Usage {
-        self.0.ledger.usage()
+        Usage::new(self.parts.ledger.promised(), &self.parts.roll, &self.samples)
     }
 }
 
@@ -154,22 +144,4 @@ fn host_cpu(kvm: &Kvm) -> Result<HostCpu> {
         supported: supported.as_slice().to_vec(),
         tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bad_shares_are_named_together() {
-        let config = HostConfig {
-            memory: Some(Bytes::mib(1)),
-            memory_ratio: f64::NAN,
-            vcpu_ratio: Some(-1.0),
-            ..HostConfig::default()
-        };
-        let error = Host::open_with(config).err().unwrap();
-        let fields: Vec<_> = error.fields().iter().map(|f| f.field.as_str()).collect();
-        assert_eq!(fields, ["memory_ratio", "vcpu_ratio", "memory_reserved"]);
-    }
 }

@@ -30,6 +30,14 @@ pub struct Finding {
     pub kind: ErrorKind,
 }
 
+/// Whether the processor walks guests' page tables itself: a module of KVM says so.
+pub(super) fn nested_paging() -> bool {
+    ["kvm_intel/parameters/ept", "kvm_amd/parameters/npt"].into_iter().any(|switch| {
+        let text = std::fs::read_to_string(Path::new("/sys/module").join(switch)).unwrap_or_default();
+        matches!(text.trim(), "Y" | "1")
+    })
+}
+
 impl Probe {
     /// Whether VMs can be built here.
     pub fn is_usable(&self) -> bool {

@@ -13,9 +13,11 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion}
 use crate::error::{Error, ErrorKind, Result};
 
 pub(crate) use backing::HUGE;
+pub(crate) use residency::{Enrolled, Roll};
 
 mod backing;
 pub(crate) mod layout;
+mod residency;
 pub(crate) mod slots;
 
 /// The guest's memory. Cheap to clone; the mapping lives until the last clone is gone.

@@ -198,7 +198,7 @@ mod tests {
 
     #[test]
     fn the_guest_sees_its_own_topology() {
-        let cpus = CpuConfig { count: 12, threads_per_core: 2, sockets: 2, masks: vec![] };
+        let cpus = CpuConfig { count: 12, threads_per_core: 2, sockets: 2, ..CpuConfig::default() };
         let cpuid = build(&host(), &cpus, 9, 2_000_000).unwrap();
         // Socket 1, core 1, thread 1: 0b1_01_1.
         let id = 0b1011;

@@ -17,6 +17,7 @@ mod exit;
 mod gate;
 pub(crate) mod msrs;
 pub(crate) mod regs;
+mod times;
 
 pub(crate) use exit::Surroundings;
 use gate::{Entered, Pass};
@@ -27,6 +28,7 @@ pub(crate) use gate::{Gate, Target};
 pub(crate) struct Vcpu {
     pub index: u32,
     fd: Mutex<VcpuFd>,
+    account: times::Account,
 }
 
 /// Why [`Vcpu::serve`] came back.
@@ -46,7 +48,7 @@ impl Vcpu {
         let fd = vm
             .create_vcpu(u64::from(apic_id))
             .map_err(|e| Error::errno_of(format!("creating vCPU {index} (KVM_CREATE_VCPU)"), e))?;
-        let vcpu = Self { index, fd: Mutex::new(fd) };
+        let vcpu = Self { index, fd: Mutex::new(fd), account: times::Account::default() };
         vcpu.with(|fd| vcpu.block_inside(fd, &SignalSet::full()))?;
         Ok(vcpu)
     }
@@ -54,6 +56,11 @@ impl Vcpu {
     /// Access to the vCPU's state. Only while it stands: blocks while the guest runs.
     pub fn with<R>(&self, f: impl FnOnce(&mut VcpuFd) -> R) -> R {
         f(&mut lock(&self.fd))
+    }
+
+    /// The thread that serves it, and how long its threads ran and waited.
+    pub fn times(&self) -> (Option<i32>, times::Times) {
+        self.account.read()
     }
 
     /// Runs the guest on the calling thread: from the gate into the guest and back, until the vCPU leaves
@@ -72,6 +79,7 @@ impl Vcpu {
             Entered::Busy => return Served::Busy,
             Entered::Left => return Served::Left { last: false },
         }
+        let open = self.account.open();
         let returns = match catch_unwind(AssertUnwindSafe(|| self.run(around, gate, stop, theirs))) {
             Ok(returns) => returns,
             Err(panic) => {
@@ -79,6 +87,7 @@ impl Vcpu {
                 false
             }
         };
+        drop(open);
         if returns {
             gate.give_back(index);
             Served::Returned

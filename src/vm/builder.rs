@@ -5,25 +5,27 @@ use std::fmt;
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, mpsc};
 
 use kvm_ioctls::{Kvm, VmFd};
 
 use super::Vm;
+use super::accounts;
 use super::board::{self, Board, Plan, Wiring};
 use super::doorbell::Doorbell;
 use super::machine::{Control, End, Machine, VmState};
 use crate::boot::{self, Entry, Identity, Protocol};
-use crate::budget::{Claim, Ledger};
+use crate::budget::{Claim, Headroom, Ledger, Shape, overhead};
 use crate::bus::{Bus, Device};
 use crate::config::topology::Topology;
 use crate::config::{Boot, CpuMode, Platform, Uuid, VmConfig};
 use crate::console::Output;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, Reporter, StopCause, StopLine, VmId};
-use crate::memory::{Memory, layout, slots};
+use crate::memory::{Memory, Roll, layout, slots};
 use crate::reactor::{Dispatcher, own, panic_text};
 use crate::sys;
+use crate::units::Bytes;
 use crate::vcpu::cpuid::{self, HostCpu};
 use crate::vcpu::{Gate, Surroundings, Vcpu, msrs, regs};
 
@@ -32,6 +34,35 @@ pub(crate) struct HostParts {
     pub kvm: Kvm,
     pub cpu: HostCpu,
     pub ledger: Arc<Ledger>,
+    /// The memory of every VM made from it.
+    pub roll: Arc<Roll>,
+    /// The processor walks guests' page tables itself.
+    pub nested_paging: bool,
+    /// A sample of the host's memory, for a claim.
+    pub headroom: Box<dyn Fn() -> Headroom + Send + Sync>,
+}
+
+impl HostParts {
+    /// What a VM of this configuration asks of the ledger.
+    pub fn claim_of(&self, config: &VmConfig) -> Claim {
+        let count = config.cpus.count.into();
+        let (vcpus, dedicated) = if config.cpus.dedicated { (0, count) } else { (count, 0) };
+        let threads = match config.platform {
+            Platform::Pc => 1 + config.disks.len() as u64,
+            Platform::Bare => 0,
+        };
+        let shape = Shape { memory: config.memory, vcpus: count, threads, nested_paging: self.nested_paging };
+        Claim {
+            memory: config.memory,
+            entitlement: config.memory,
+            guarantee: config.promise.guarantee,
+            pinned: Bytes(0),
+            overhead: overhead(shape),
+            victim: config.promise.victim,
+            vcpus,
+            dedicated,
+        }
+    }
 }
 
 /// What a thread of the library is for.
@@ -304,13 +335,18 @@ impl VmBuilder {
         let Self { host, mut config, pio, mmio, doorbells, events, wiring, hook, caller_vcpus } = self;
         let id = next_id();
         config.uuid.get_or_insert_with(random_uuid);
-        let claim = Claim { memory: config.memory, vcpus: config.cpus.count.into() };
-        let reservation = host.ledger.claim(claim)?;
+        let claimed = host.ledger.claim(host.claim_of(&config), (host.headroom)())?;
+        log::debug!("VM {id:?} may have {}: {:?}", claimed.memory(), claimed.verdict());
+        if caller_vcpus && !config.cpus.affinity.is_empty() {
+            let why = "cpus.affinity is for vmbed's own threads: confine those that call run_vcpu yourself";
+            return Err(Error::new(ErrorKind::InvalidArgument, why));
+        }
+        let confined = accounts::confine(&config.cpus, claimed.cores(), &host.ledger.cores())?;
         let events = events.map_or_else(EventStream::new, Ok)?;
         let reporter = Reporter::new(id, events.clone());
         doorbells.iter().for_each(|doorbell| doorbell.connect(&reporter));
 
-        let memory = Memory::new(reservation.memory().get())?;
+        let memory = Memory::new(claimed.memory().get())?;
         let vm = Arc::new(create_vm(&host.kvm)?);
         slots::plug(&vm, &memory)?;
 
@@ -349,9 +385,12 @@ impl VmBuilder {
             around,
             vcpus,
             caller_vcpus,
+            confined,
+            meter: host.roll.enrol(id.0, &memory, &vm),
             vm,
             memory,
-            _reservation: reservation,
+            reservation: claimed.commit(),
+            host,
             control: Mutex::new(Control::default()),
             state: Mutex::new(VmState::Built),
             state_changed: Condvar::new(),
@@ -524,7 +563,20 @@ fn start_threads(machine: Arc<Machine>, threads: &Threads) -> Result<Vm> {
     }
     for index in 0..machine.vcpus.len() {
         let own = machine.clone();
-        keep(threads.spawn(ThreadRole::Vcpu, index as u32, move || own.serve_vcpu(index))?);
+        let cpus = machine.confined.get(index).cloned().unwrap_or_default();
+        let (told, answer) = mpsc::channel();
+        let body = move || {
+            let confined = if cpus.is_empty() { Ok(()) } else { sys::thread::set_affinity(&cpus) };
+            // Dropped at once where nobody waits for it.
+            let _ = told.send(confined.map_err(|e| {
+                Error::os(format!("confining vCPU {index} to the CPUs {cpus:?} (sched_setaffinity)"), e)
+            }));
+            own.serve_vcpu(index);
+        };
+        keep(threads.spawn(ThreadRole::Vcpu, index as u32, body)?);
+        if !machine.confined.get(index).is_none_or(Vec::is_empty) {
+            answer.recv().unwrap_or(Ok(()))?;
+        }
     }
     Ok(vm)
 }

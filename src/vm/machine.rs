@@ -17,11 +17,12 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::VmFd;
 
 use super::board::Board;
+use super::builder::HostParts;
 use super::clock;
 use crate::budget::Reservation;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventKind, EventStream, Reporter, StopCause, StopLine, VmId};
-use crate::memory::Memory;
+use crate::memory::{Enrolled, Memory};
 use crate::reactor::own;
 use crate::sys::signal::SignalSet;
 use crate::sys::{fork, lock};
@@ -85,10 +86,14 @@ pub(super) struct Machine {
     pub vcpus: Vec<Vcpu>,
     /// The embedder's threads run them.
     pub caller_vcpus: bool,
+    /// The host's CPUs that each vCPU is confined to; empty for none in particular.
+    pub confined: Vec<Vec<u32>>,
+    pub meter: Enrolled,
     pub vm: Arc<VmFd>,
     pub memory: Memory,
     /// Gives back what was booked, when it is dropped.
-    pub _reservation: Reservation,
+    pub reservation: Reservation,
+    pub host: Arc<HostParts>,
     /// Serializes start, pause and resume. Never taken by the threads of the VM itself.
     pub control: Mutex<Control>,
     pub state: Mutex<VmState>,
@@ -156,7 +161,7 @@ impl Machine {
         Ok(())
     }
 
-    fn vcpu(&self, index: u32) -> Result<&Vcpu> {
+    pub(super) fn vcpu(&self, index: u32) -> Result<&Vcpu> {
         self.vcpus.get(index as usize).ok_or_else(|| {
             let why = format!("there is no vCPU {index}: this VM has {}", self.vcpus.len());
             Error::new(ErrorKind::InvalidArgument, why)

@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+mod accounts;
 mod board;
 mod builder;
 mod clock;
@@ -13,6 +14,7 @@ mod doorbell;
 mod machine;
 mod registers;
 
+pub use accounts::{VcpuStatistics, VmMemory};
 #[cfg(feature = "internals")]
 pub(crate) use board::describe;
 pub(crate) use builder::HostParts;
@@ -23,6 +25,7 @@ pub use registers::Registers;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, StopCause, VmId};
+use crate::units::Bytes;
 
 /// A virtual machine in this process.
 ///
@@ -196,6 +199,31 @@ impl Vm {
     /// The guest's memory size in bytes.
     pub fn memory_size(&self) -> u64 {
         self.machine.memory.size()
+    }
+
+    /// What the VM's memory was promised, and what of it is really there. In every state. Costs microseconds and
+    /// a walk over page tables: milliseconds for each GiB that is there in small pages.
+    pub fn memory(&self) -> VmMemory {
+        self.machine.memory_accounts()
+    }
+
+    /// Changes how much memory the VM will always have. Less than before always passes. `generation`, if given, is
+    /// the [`VmMemory::generation`] that the change is based on. Answers the new one. Never blocks for long.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for more than the VM's memory; `Refused` by the ledger; `InvalidState` when the generation is
+    /// another one by now. Then nothing has changed.
+    pub fn set_guarantee(&self, guarantee: Bytes, generation: Option<u64>) -> Result<u64> {
+        self.machine.set_guarantee(guarantee, generation)
+    }
+
+    /// How much of the host vCPU `vcpu` got. In every state; the times stand still once it runs no more. Never
+    /// blocks for long.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when there is no such vCPU.
+    pub fn vcpu_statistics(&self, vcpu: u32) -> Result<VcpuStatistics> {
+        self.machine.vcpu_accounts(vcpu)
     }
 
     /// A vCPU's general registers. Waits for a `pause` or `resume` in progress, for nothing else.

@@ -9,7 +9,7 @@ use vmbed::{
     Bytes, ErrorKind, EventKind, EventStream, Host, HostConfig, LinuxBoot, StopCause, VmConfig, VmState,
 };
 
-use crate::guest::{LONG, Port, SPINS, TALKS, host, real, run, unread};
+use crate::guest::{LONG, Port, SPINS, TALKS, host, real, run, unread, wait_until};
 
 pub fn guest_and_device() {
     let port = Arc::new(Port::default());
@@ -171,4 +171,25 @@ pub fn a_probe_says_what_is_missing() {
     let probe = Host::probe_at("/nonexistent/kvm");
     let bad = probe.findings.iter().find(|f| f.problem.is_some()).expect("no such device");
     assert!(!bad.remedy.is_empty(), "{probe}");
+}
+
+pub fn what_is_promised_and_what_is_there() {
+    let host = host();
+    let vm = host.build(real(&SPINS)).unwrap();
+    let (usage, memory) = (host.usage(), vm.memory());
+    assert_eq!(usage.vms, 1);
+    assert_eq!((memory.max, memory.guarantee, memory.generation), (Bytes::mib(2), Bytes(0), 1));
+    assert_eq!(memory.backing, usage.backing);
+    vm.write_memory(0x10_0000, &[1; 4096]).unwrap();
+    assert_eq!(vm.memory().backing, Bytes(usage.backing.0 + 4096));
+    let generation = vm.set_guarantee(Bytes::mib(1), Some(memory.generation)).unwrap();
+    assert!(generation > memory.generation);
+    let stale = vm.set_guarantee(Bytes(0), Some(memory.generation)).unwrap_err();
+    assert!(stale.kind() == ErrorKind::InvalidState && stale.to_string().contains("generation"), "{stale}");
+    assert_eq!(vm.set_guarantee(Bytes::mib(3), None).unwrap_err().kind(), ErrorKind::InvalidArgument);
+    vm.start().unwrap();
+    wait_until("the vCPU to have run a millisecond", || {
+        vm.vcpu_statistics(0).unwrap().run_time >= Duration::from_millis(1)
+    });
+    assert_eq!(vm.vcpu_statistics(1).unwrap_err().kind(), ErrorKind::InvalidArgument);
 }

@@ -18,7 +18,7 @@ macro_rules! cases {
 }
 
 cases! {
-    life: doorbells_ring guest_and_device events_in_order registers_and_memory every_bad_field_at_once data_are_destroyed_once
+    life: doorbells_ring guest_and_device events_in_order registers_and_memory every_bad_field_at_once what_is_promised_and_what_is_there data_are_destroyed_once
         log_lines_go_where_they_are_wanted a_probe_says_what_is_missing;
     callbacks: a_device_that_fails_is_the_cause a_callback_that_panics a_callback_stops_its_vm a_callback_frees_its_vm
         a_callback_reenters a_callback_that_blocks other_callbacks_reenter_and_free;

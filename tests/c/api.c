@@ -138,6 +138,65 @@ static void every_bad_field_at_once(void)
     FAILS(VMBED_ERR_INVALID_ARGUMENT, "memory_ratio", vmbed_host_open(&never, &host, &error));
 }
 
+static void what_is_promised_and_what_is_there(void)
+{
+    struct guest g = make(spins, sizeof spins, NULL);
+    vmbed_usage usage = {.size = sizeof usage};
+    OK(vmbed_host_usage(g.host, &usage, &error));
+    CHECK(usage.vms == 1 && usage.memory == 2 << 20 && usage.entitlement == 2 << 20 && usage.vcpus == 1);
+    CHECK(usage.backing >= 4096 && usage.backing <= 2 << 20 && usage.process > 4096 && usage.overhead > 4096);
+    CHECK(usage.unattributed == (int64_t)(usage.charged - usage.backing - usage.process));
+    vmbed_memory memory = {.size = sizeof memory};
+    OK(vmbed_vm_get_memory(g.vm, &memory, &error));
+    CHECK(memory.max == 2 << 20 && memory.guarantee == 0 && memory.generation == 1 && memory.backing == usage.backing);
+    CHECK(memory.resident + memory.swapped == memory.backing && memory.overhead == usage.overhead);
+    uint8_t page[4096] = {1};
+    OK(vmbed_vm_write_memory(g.vm, 0x100000, page, sizeof page, &error));
+    OK(vmbed_vm_get_memory(g.vm, &memory, &error));
+    CHECK(memory.backing == usage.backing + sizeof page);
+
+    OK(vmbed_vm_set_guarantee(g.vm, 1 << 20, memory.generation, &error));
+    FAILS(VMBED_ERR_INVALID_STATE, "generation", vmbed_vm_set_guarantee(g.vm, 0, memory.generation, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "at most", vmbed_vm_set_guarantee(g.vm, 3 << 20, UINT64_MAX, &error));
+    vmbed_host_options none = {.size = sizeof none, .memory = 4096, .memory_reserved = 1, .swap = 4096};
+    FAILS(VMBED_ERR_INVALID_STATE, "generation", vmbed_host_set_shares(g.host, &none, 0, &error));
+    OK(vmbed_host_set_shares(g.host, &none, UINT64_MAX, &error));
+    OK(vmbed_vm_set_guarantee(g.vm, 4096, UINT64_MAX, &error));
+
+    vmbed_verdict verdict = {.size = sizeof verdict};
+    OK(vmbed_host_verdict(g.host, g.config, &verdict, &error));
+    CHECK(verdict.binding == VMBED_CONSTRAINT_MEMORY_UNITS && verdict.count == 8);
+    CHECK(verdict.slack[VMBED_CONSTRAINT_NOMINAL].wanted == 2 << 20 && verdict.slack[VMBED_CONSTRAINT_NOMINAL].left < 0);
+    vmbed_builder *builder;
+    vmbed_vm *vm;
+    vmbed_error *error = NULL;
+    OK(vmbed_builder_new(g.host, g.config, &builder, &error));
+    CHECK(vmbed_builder_build(builder, &vm, &error) == VMBED_ERR_REFUSED);
+    vmbed_verdict why = {.size = sizeof why};
+    CHECK(vmbed_error_verdict(error, &why) && !memcmp(&why, &verdict, sizeof why));
+    CHECK(!strcmp(vmbed_error_field(error, VMBED_CONSTRAINT_SOLVENCY), "solvency") && !vmbed_error_verdict(NULL, &why));
+    vmbed_error_free(error);
+    vmbed_builder_free(builder);
+
+    OK(vmbed_config_set_promise(g.config, 4096, 255, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "victim is 256", vmbed_config_set_promise(g.config, 0, 256, &error));
+    uint32_t cpu = 0;
+    OK(vmbed_config_set_affinity(g.config, 0, &cpu, 1, &error));
+    OK(vmbed_config_set_dedicated(g.config, true, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "cpus.affinity", vmbed_config_validate(g.config, &error));
+
+    OK(vmbed_vm_start(g.vm, &error));
+    vmbed_vcpu_statistics vcpu = {.size = sizeof vcpu};
+    for (int i = 0; vcpu.run_time < 1000000; i++) {
+        CHECK(i < 60000 && "the vCPU has run a millisecond within a minute");
+        usleep(1000);
+        OK(vmbed_vm_get_vcpu_statistics(g.vm, 0, &vcpu, &error));
+        CHECK(vcpu.thread > 0 && vcpu.cpu == -1);
+    }
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "no vCPU 1", vmbed_vm_get_vcpu_statistics(g.vm, 1, &vcpu, &error));
+    drop(&g);
+}
+
 static void data_are_destroyed_once(void)
 {
     struct port port = {0};
@@ -430,6 +489,7 @@ static const struct {
     CASE(registers_and_memory),
     CASE(structure_sizes),
     CASE(every_bad_field_at_once),
+    CASE(what_is_promised_and_what_is_there),
     CASE(data_are_destroyed_once),
     CASE(a_device_that_fails_is_the_cause),
     CASE(a_callback_stops_its_vm),

@@ -24,8 +24,17 @@ impl Parameter {
     }
 }
 
-const STRUCTURES: [&str; 6] =
-    ["vmbed_host_options", "vmbed_usage", "vmbed_disk", "vmbed_net", "vmbed_registers", "vmbed_device_ops"];
+const STRUCTURES: [&str; 9] = [
+    "vmbed_verdict",
+    "vmbed_memory",
+    "vmbed_vcpu_statistics",
+    "vmbed_host_options",
+    "vmbed_usage",
+    "vmbed_disk",
+    "vmbed_net",
+    "vmbed_registers",
+    "vmbed_device_ops",
+];
 
 /// Where the header says that NULL is good, for every function that has the parameter.
 const NULL_IS_GOOD: [&str; 9] =
@@ -34,8 +43,13 @@ const NULL_IS_GOOD: [&str; 9] =
 /// What the numbers of an enumeration are called.
 const ENUMERATIONS: [&str; 5] = ["mode", "register_", "platform", "console", "level"];
 
+/// Structures that have grown since the baseline, and their first new field.
+const GROWN: [(&str, &str); 2] =
+    [("vmbed_host_options", "memory_min_unit"), ("vmbed_usage", "dedicated_vcpus")];
+
 /// What the program needs before `main`.
-const PROLOGUE: &str = r#"#include <stdio.h>
+const PROLOGUE: &str = r#"#include <stddef.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <vmbed.h>
@@ -50,6 +64,7 @@ static vmbed_events *some_events, *out_events;
 static vmbed_event *some_event, *out_event;
 static vmbed_dispatcher *some_dispatcher, *out_dispatcher;
 static uint8_t bytes[4096];
+static uint32_t numbers[4];
 static size_t count;
 static int32_t number, calls;
 
@@ -64,6 +79,9 @@ static void f_destroy(void *u) { (void)u; }
 #define STRUCTURE(type) static union { type s; uint8_t room[sizeof(type) + 64]; } the_##type
 STRUCTURE(vmbed_host_options);
 STRUCTURE(vmbed_usage);
+STRUCTURE(vmbed_verdict);
+STRUCTURE(vmbed_memory);
+STRUCTURE(vmbed_vcpu_statistics);
 STRUCTURE(vmbed_disk);
 STRUCTURE(vmbed_net);
 STRUCTURE(vmbed_registers);
@@ -74,6 +92,9 @@ static void good(void)
     static const uint8_t code[] = {0xf4};
     memset(&the_vmbed_host_options, 0, sizeof the_vmbed_host_options), the_vmbed_host_options.s.size = sizeof(vmbed_host_options);
     memset(&the_vmbed_usage, 0, sizeof the_vmbed_usage), the_vmbed_usage.s.size = sizeof(vmbed_usage);
+    memset(&the_vmbed_verdict, 0, sizeof the_vmbed_verdict), the_vmbed_verdict.s.size = sizeof(vmbed_verdict);
+    memset(&the_vmbed_memory, 0, sizeof the_vmbed_memory), the_vmbed_memory.s.size = sizeof(vmbed_memory);
+    memset(&the_vmbed_vcpu_statistics, 0, sizeof the_vmbed_vcpu_statistics), the_vmbed_vcpu_statistics.s.size = sizeof(vmbed_vcpu_statistics);
     memset(&the_vmbed_disk, 0, sizeof the_vmbed_disk), the_vmbed_disk.s = (vmbed_disk){.size = sizeof(vmbed_disk), .path = "/d"};
     memset(&the_vmbed_net, 0, sizeof the_vmbed_net), the_vmbed_net.s = (vmbed_net){.size = sizeof(vmbed_net), .tap = "t"};
     memset(&the_vmbed_registers, 0, sizeof the_vmbed_registers), the_vmbed_registers.s.size = sizeof(vmbed_registers);
@@ -115,7 +136,7 @@ int main(void)
         vmbed_probe_new(NULL, &some_probe, NULL) || vmbed_dispatcher_new(&some_dispatcher, NULL))
         abort();
     vmbed_config_validate(NULL, &some_error);
-    (void)number, (void)count, (void)f_log, (void)f_console, (void)f_thread, (void)f_destroy, (void)some_event;
+    (void)number, (void)numbers, (void)count, (void)f_log, (void)f_console, (void)f_thread, (void)f_destroy, (void)some_event;
 "#;
 
 /// The program, and how many calls it will count.
@@ -142,7 +163,10 @@ pub fn wrong_arguments(header: &str) -> (String, usize) {
             }
             if let Some(name) = parameter.structure() {
                 let size = |size: &str| format!("the_{name}.s.size = {size};");
-                for short in ["0", "1", &format!("sizeof({name}) - 1"), "SIZE_MAX"] {
+                let first = GROWN.iter().find(|(grown, _)| *grown == name);
+                let first = first
+                    .map_or(format!("sizeof({name})"), |(_, field)| format!("offsetof({name}, {field})"));
+                for short in ["0", "1", &format!("{first} - 1"), "SIZE_MAX"] {
                     wrong.push((good[i].clone(), true, size(short)));
                 }
                 if parameter.kind.starts_with("const") {
@@ -203,6 +227,7 @@ fn value(parameter: &Parameter) -> String {
         _ if kind.contains("vmbed_") => format!("some_{object}"),
         "const char *" => "\"x\"".to_owned(),
         "const uint8_t *" | "uint8_t *" => "bytes".to_owned(),
+        "const uint32_t *" => "numbers".to_owned(),
         "size_t *" => "&count".to_owned(),
         "int32_t *" => "&number".to_owned(),
         "void *" => "NULL".to_owned(),
