@@ -40,6 +40,10 @@ use crate::units::Bytes;
 ///
 /// Methods that wait for the VM (`pause`, `stop`, `wait`, …) answer `InvalidState` when a callback of this
 /// same VM calls them, since they would wait for themselves; [`request_stop`](Vm::request_stop) never waits.
+///
+/// A SIGURG sent to the whole process may be taken by a vCPU that runs its guest, and is lost then: vmbed
+/// wakes vCPUs with that signal. The kernel asks the main thread first if it does not block it; one sent to
+/// a thread always arrives there.
 pub struct Vm {
     machine: Arc<Machine>,
 }
