@@ -225,12 +225,6 @@ impl EventLoop {
         }
     }
 
-    /// Keeps the loop busy for that long.
-    #[cfg(test)]
-    pub fn hold(&self, time: std::time::Duration) {
-        self.call(move |_| std::thread::sleep(time)).unwrap();
-    }
-
     /// Ends the thread and waits for it. What was attached is dropped.
     pub fn stop(&self) {
         let Self::Thread(own) = self else { return };

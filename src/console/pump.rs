@@ -195,3 +195,52 @@ impl Drop for EndOnPanic<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, pipe};
+    use std::time::{Duration, Instant};
+
+    use super::super::Console;
+    use super::*;
+    use crate::events::StopLine;
+    use crate::reactor::{Dispatcher, EventLoop};
+
+    /// A pump whose fd is found stuck and free again, with output that comes just before the latter.
+    struct Late(Pump, Console);
+
+    impl reactor::Worker for Late {
+        fn init(&mut self, ops: &mut Watch) {
+            self.0.init(ops);
+            lock(&self.0.shared.state).disarm();
+            self.0.watch_output(true, ops);
+            self.1.write(b"late");
+            assert_eq!(lock(&self.0.shared.state).armed, None, "a stuck fd needs no timer");
+            self.0.watch_output(false, ops);
+        }
+
+        fn process(&mut self, events: Events, ops: &mut Watch) {
+            self.0.process(events, ops);
+        }
+    }
+
+    #[test]
+    fn output_that_came_while_the_fd_was_stuck_needs_no_further_write() {
+        let console = Console::new();
+        let (mut reader, writer) = pipe().unwrap();
+        let timer = console.0.open(true).unwrap();
+        let pump = Pump::new(console.0.clone(), timer, Some(Output::Fd(writer.into())), None);
+        let dispatcher = Dispatcher::new().unwrap();
+        let stop = StopLine::new(|cause| panic!("{cause}"));
+        let place = EventLoop::turned_by(&dispatcher);
+        let _pump = place.attach(Late(pump, console.clone()), "console", &stop).unwrap();
+        let end = Instant::now() + Duration::from_secs(20);
+        while lock(&console.0.state).delivered < 4 {
+            assert!(Instant::now() < end, "waited 20 s for output that came while the fd was stuck");
+            dispatcher.dispatch().unwrap();
+        }
+        let mut bytes = [0; 4];
+        reader.read_exact(&mut bytes).unwrap();
+        assert_eq!(&bytes, b"late");
+    }
+}

@@ -4,7 +4,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixDatagram;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::NetBackend;
@@ -26,6 +26,9 @@ pub(crate) struct Control {
     pub errno: Arc<AtomicI32>,
     /// What the next `reopen` finds.
     pub next: Arc<Mutex<Option<UnixDatagram>>>,
+    /// How often it was called.
+    #[cfg_attr(not(test), allow(dead_code, reason = "tests count"))]
+    pub looks: Arc<AtomicU32>,
 }
 
 impl Pair {
@@ -38,7 +41,8 @@ impl Pair {
         let (near, far) = UnixDatagram::pair()?;
         near.set_nonblocking(true)?;
         far.set_nonblocking(true)?;
-        let control = Control { far: Arc::new(far), errno: Arc::default(), next: Arc::default() };
+        let (errno, next, looks) = Default::default();
+        let control = Control { far: Arc::new(far), errno, next, looks };
         Ok((Self { socket: near, control: control.clone() }, control))
     }
 
@@ -86,6 +90,7 @@ impl NetBackend for Pair {
     }
 
     fn reopen(&mut self) -> Result<()> {
+        self.control.looks.fetch_add(1, Ordering::SeqCst);
         match lock(&self.control.next).take() {
             Some(socket) => {
                 let ready = socket.set_nonblocking(true);

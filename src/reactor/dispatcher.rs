@@ -20,10 +20,10 @@ use crate::sys::{self, fork, lock};
 /// VMs may share one dispatcher. Clones are the same dispatcher.
 ///
 /// ```no_run
-/// # use vmbed::{BareBoot, CpuMode, Dispatcher, EventKind, Host, VmConfig};
+/// # use vmbed::{Dispatcher, EventKind, Host, VmConfig};
 /// # use std::os::fd::AsFd;
 /// # fn poll_readable(_: &[std::os::fd::BorrowedFd]) {}
-/// # let config = VmConfig::linux("vmlinuz");
+/// # let config = VmConfig::linux(vmbed::LinuxBoot::new("vmlinuz"));
 /// let dispatcher = Dispatcher::new()?;
 /// let vm = Host::open()?.builder(config).dispatcher(&dispatcher).console_output(std::io::stdout())?.build()?;
 /// vm.start()?;

@@ -7,7 +7,6 @@ use std::time::Duration;
 use virtio_bindings::bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::worker::RETRY;
 use super::*;
 use crate::events::{EventKind, EventStream, StopLine};
 use crate::memory::Memory;
@@ -313,33 +312,6 @@ fn a_frame_kept_for_one_driver_is_not_cut_up_for_the_next() {
     b.net.process_queues();
     assert_eq!(b.rx.take_used().map(|(_, len)| len), Some(72), "the new driver's first frame is whole");
     assert_eq!(b.rx.take_used(), None);
-}
-
-/// A doorbell that is heard in the same turn as the timer, and before it, looks for the backend itself.
-#[test]
-fn a_doorbell_beside_the_timer_does_not_stop_the_loop() {
-    let event_loop = EventLoop::start("test", |f| Ok(std::thread::spawn(f))).unwrap();
-    let place = Place::Loop(event_loop.clone(), StopLine::new(|cause| panic!("{cause}")));
-    let mut b = bench_on(place, MRG);
-    b.rx.send(&[(BUFFERS, 1526, WRITE)]);
-    b.rx.ring_doorbell();
-    b.far.errno.store(libc::EBADFD, Ordering::SeqCst);
-    b.far.put(&frame(60));
-    let event = b.events.wait_event(Duration::from_secs(10)).unwrap().kind;
-    assert!(matches!(event, EventKind::BackendError { .. }), "{event:?}");
-    // The loop is busy until the timer has run out, and the doorbell rings meanwhile.
-    std::thread::scope(|scope| {
-        scope.spawn(|| event_loop.hold(RETRY + Duration::from_millis(300)));
-        std::thread::sleep(Duration::from_millis(100));
-        b.tx.send(&[(FRAME, 72, 0)]);
-        b.tx.ring_doorbell();
-    });
-    b.tx.wait_used();
-    let (near, far) = UnixDatagram::pair().unwrap();
-    *lock(&b.far.next) = Some(near);
-    far.send(&[vec![0; 12], frame(62)].concat()).unwrap();
-    assert_eq!(b.rx.wait_used().1, 74, "it looks again");
-    assert_eq!(b.net.deactivate().len(), 2);
 }
 
 /// Row 29.

@@ -16,7 +16,7 @@ use crate::virtio::Signals;
 use crate::virtio::queue::{Queue, QueueFault};
 
 /// How often a backend that is gone is looked for.
-pub(super) const RETRY: Duration = Duration::from_secs(1);
+const RETRY: Duration = Duration::from_secs(1);
 
 pub(super) struct Worker {
     rx: Rx,
@@ -209,5 +209,39 @@ impl reactor::Worker for Worker {
         }
         self.process_queues();
         self.watch(ops);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+
+    use super::*;
+    use crate::events::StopLine;
+    use crate::net::pair::Pair;
+    use crate::reactor::{Dispatcher, EventLoop};
+    use crate::virtio::net::rx::Overflow;
+    use crate::virtio::queue_driver::{Driver, signals};
+
+    #[test]
+    fn a_doorbell_and_the_timer_in_one_turn_do_not_put_the_loop_to_sleep() {
+        let memory = Memory::new(1 << 20).unwrap();
+        let (near, far) = (Driver::new(&memory, 0x4000, 16), Driver::new(&memory, 0xc000, 16));
+        let rx = Rx::new(near.queue(), false, Overflow::default());
+        let (backend, control) = Pair::new();
+        control.errno.store(libc::EBADFD, Ordering::SeqCst);
+        let timer = TimerFd::new().unwrap();
+        let mut worker =
+            Worker::new(rx, Tx::new(far.queue()), memory, signals("net0").0, Box::new(backend), timer);
+        worker.link = Link::Gone { look: Instant::now() };
+        let dispatcher = Dispatcher::new().unwrap();
+        let stop = StopLine::new(|cause| panic!("{cause}"));
+        let worker = EventLoop::turned_by(&dispatcher).attach(worker, "net0", &stop).unwrap();
+        // The doorbell, which activation rings, is first in the turn; then the timer.
+        worker.with(|worker| worker.timer.reset(Duration::from_millis(1), None).unwrap());
+        std::thread::sleep(Duration::from_millis(20));
+        dispatcher.dispatch().unwrap();
+        // Who waited for the timer has slept until it ran out, and looked once more.
+        assert_eq!(control.looks.load(Ordering::SeqCst), 1);
     }
 }
