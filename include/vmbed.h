@@ -1077,7 +1077,8 @@ bool vmbed_error_verdict(const vmbed_error *error,
 
 /**
  * Changes what there is to give while VMs run: all of `options` (NULL for the defaults) but the path of the KVM. Less
- * than is promised is accepted; from then on nothing is booked but what does not worsen that. `generation` is the one
+ * than is promised is accepted; from then on nothing is booked but what does not worsen that. vCPUs that exist stay on
+ * the CPUs that they have. `generation` is the one
  * of the vmbed_usage that the change is based on, UINT64_MAX for any. Does not block for long.
  *
  * VMBED_ERR_INVALID_ARGUMENT with every bad field; VMBED_ERR_INVALID_STATE where the generation is another one by now.

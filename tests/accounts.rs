@@ -91,7 +91,11 @@ fn a_refusal_carries_its_verdict() {
     let verdict = Verdict::of(&error).expect("a refusal carries its verdict");
     assert_eq!(verdict.binding, Some(Constraint::Nominal));
     assert_eq!(verdict.slack(Constraint::Nominal).left, -(288 << 20));
-    assert_eq!(verdict, &host.verdict(&config), "asking and trying agree");
+    // All but what the machine had free at the moment.
+    let asked = host.verdict(&config);
+    for constraint in Constraint::ALL.into_iter().filter(|c| *c != Constraint::Headroom) {
+        assert_eq!(verdict.slack(constraint), asked.slack(constraint), "asking and trying agree");
+    }
     // Twice as much may be promised, but not kept: guarantees, and then what guests can touch.
     let mut shares = shares();
     shares.memory_ratio = 2.0;

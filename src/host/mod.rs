@@ -110,7 +110,8 @@ impl Host {
     }
 
     /// Changes what there is to give while VMs run: all of `config` but the path of the KVM. Less than is
-    /// promised is accepted; from then on nothing is booked but what does not worsen that. `generation`, if given,
+    /// promised is accepted; from then on nothing is booked but what does not worsen that. vCPUs that exist stay on
+    /// the CPUs that they have. `generation`, if given,
     /// is the [`Usage::generation`] that the change is based on. Answers the new one. Never blocks for long.
     ///
     /// # Errors

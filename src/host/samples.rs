@@ -81,15 +81,24 @@ impl Source {
         File::open(path).ok().map(Self)
     }
 
-    fn read<R>(&self, parse: impl FnOnce(&str) -> Option<R>) -> Option<R> {
-        let mut buffer = [0; 4096];
+    /// The first `N` bytes.
+    fn read<const N: usize, R>(&self, parse: impl FnOnce(&[u8]) -> Option<R>) -> Option<R> {
+        let mut buffer = [0; N];
         let count = self.0.read_at(&mut buffer, 0).ok()?;
-        parse(std::str::from_utf8(buffer.get(..count)?).ok()?)
+        parse(buffer.get(..count)?)
     }
 
     fn number(&self) -> Option<u64> {
-        self.read(|text| text.trim().parse().ok())
+        self.read::<32, _>(leading)
     }
+}
+
+/// The number that a text begins with. Short, since usage is asked for often.
+fn leading(text: &[u8]) -> Option<u64> {
+    let digits = text.iter().take_while(|byte| byte.is_ascii_digit());
+    let add = |sum: u64, digit: &u8| sum.checked_mul(10)?.checked_add(u64::from(digit - b'0'));
+    text.first().filter(|byte| byte.is_ascii_digit())?;
+    digits.into_iter().try_fold(0, add)
 }
 
 /// What memory is charged by.
@@ -128,6 +137,8 @@ struct Pace {
     rate: u64,
 }
 
+/// What is wanted of `/proc/meminfo` is in its first three lines.
+const MEMINFO: usize = 192;
 /// Two samples nearer than this say nothing about a rate.
 const INTERVAL: Duration = Duration::from_millis(100);
 
@@ -158,7 +169,10 @@ impl Samples {
             return (bytes, ChargedBy::Cgroup);
         }
         let used = self.meminfo.as_ref().and_then(|m| {
-            m.read(|text| Some(meminfo(text, "MemTotal:")?.saturating_sub(meminfo(text, "MemAvailable:")?)))
+            m.read::<MEMINFO, _>(|text| {
+                let text = std::str::from_utf8(text).ok()?;
+                Some(meminfo(text, "MemTotal:")?.saturating_sub(meminfo(text, "MemAvailable:")?))
+            })
         });
         (used.unwrap_or(0), ChargedBy::Machine)
     }
@@ -166,9 +180,9 @@ impl Samples {
     /// The process's own memory beside its guests': anonymous pages that are resident.
     pub fn process(&self) -> u64 {
         let pages = self.statm.as_ref().and_then(|s| {
-            s.read(|text| {
-                let mut numbers = text.split_ascii_whitespace().skip(1).map(str::parse::<u64>);
-                let (resident, shared) = (numbers.next()?.ok()?, numbers.next()?.ok()?);
+            s.read::<128, _>(|text| {
+                let mut numbers = text.split(|byte| *byte == b' ').skip(1);
+                let (resident, shared) = (leading(numbers.next()?)?, leading(numbers.next()?)?);
                 Some(resident.saturating_sub(shared))
             })
         });
@@ -178,9 +192,13 @@ impl Samples {
     /// What is free, of the machine and below the own cgroup's limit, file pages included; and how much of it
     /// must stay so.
     pub fn headroom(&self, reaction: Duration) -> Headroom {
-        let machine = self.meminfo.as_ref().and_then(|m| m.read(|text| meminfo(text, "MemAvailable:")));
+        let machine = self.meminfo.as_ref();
+        let machine = machine.and_then(|m| m.read::<MEMINFO, _>(available));
         let group = self.group.as_ref().and_then(|g| {
-            let pages = g.stat.as_ref().and_then(|s| s.read(|text| Some(file_pages(text, &g.file))));
+            let pages = g.stat.as_ref();
+            let pages = pages.and_then(|s| {
+                s.read::<4096, _>(|text| Some(file_pages(std::str::from_utf8(text).ok()?, &g.file)))
+            });
             let kept = g.usage.number()?.saturating_sub(pages.unwrap_or(0));
             Some(g.limit?.saturating_sub(kept))
         });
@@ -209,6 +227,10 @@ impl Pace {
         }
         self.rate
     }
+}
+
+fn available(text: &[u8]) -> Option<u64> {
+    meminfo(std::str::from_utf8(text).ok()?, "MemAvailable:")
 }
 
 fn file_pages(stat: &str, names: &[&str; 2]) -> u64 {
@@ -266,6 +288,10 @@ mod tests {
         let headroom = samples.headroom(Duration::from_secs(1));
         assert!(headroom.free.unwrap() > 1 << 20 && headroom.free.unwrap() <= memory_total());
         assert_eq!(headroom.needed, 0, "no guest, no rate");
+        assert_eq!(
+            [&b"12 3"[..], b"7\n", b"x1", b"", b"99999999999999999999"].map(leading),
+            [Some(12), Some(7), None, None, None]
+        );
         assert!(samples.charged().0 > 1 << 20 && samples.process() > 4096);
         assert_eq!(
             file_pages("cache 5\ninactive_file 4096\nactive_file 8192\n", &["inactive_file", "active_file"]),

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use kvm_ioctls::VmFd;
 use vm_memory::mmap::GuestRegionMmap;
@@ -33,11 +33,12 @@ pub(crate) struct Residency {
     pub huge: Bytes,
 }
 
-/// Reads what is there of one VM.
+/// Reads what is there of one VM. Field order is drop order: what keeps the VM in the kernel goes before its memory.
 struct Meter {
+    /// Opened when somebody asks first; `None` where KVM says nothing.
+    stage2: OnceLock<Option<StageTwo>>,
+    vm: Option<Arc<VmFd>>,
     memory: Memory,
-    /// `None` where KVM says nothing.
-    stage2: Option<StageTwo>,
 }
 
 impl Meter {
@@ -47,7 +48,8 @@ impl Meter {
     }
 
     fn quick(&self) -> Quick {
-        let mapped = self.stage2.as_ref().map_or(0, StageTwo::mapped);
+        let open = || self.vm.as_ref().and_then(|vm| StageTwo::open(vm).ok());
+        let mapped = self.stage2.get_or_init(open).as_ref().map_or(0, StageTwo::mapped);
         Quick { backing: Bytes(self.backing()), stage2: Bytes(mapped) }
     }
 
@@ -96,8 +98,8 @@ pub(crate) struct Roll(Mutex<BTreeMap<u64, Arc<Meter>>>);
 
 impl Roll {
     /// Puts a VM on the roll, until what is returned is dropped.
-    pub fn enrol(self: &Arc<Self>, id: u64, memory: &Memory, vm: &VmFd) -> Enrolled {
-        let meter = Arc::new(Meter { memory: memory.clone(), stage2: StageTwo::open(vm).ok() });
+    pub fn enrol(self: &Arc<Self>, id: u64, memory: &Memory, vm: &Arc<VmFd>) -> Enrolled {
+        let meter = Arc::new(Meter { stage2: OnceLock::new(), vm: Some(vm.clone()), memory: memory.clone() });
         lock(&self.0).insert(id, meter.clone());
         Enrolled { roll: self.clone(), id, meter }
     }
@@ -144,7 +146,7 @@ mod tests {
     use super::*;
 
     fn meter(memory: &Memory) -> Meter {
-        Meter { memory: memory.clone(), stage2: None }
+        Meter { stage2: OnceLock::new(), vm: None, memory: memory.clone() }
     }
 
     #[test]

@@ -79,7 +79,7 @@ impl Vcpu {
             Entered::Busy => return Served::Busy,
             Entered::Left => return Served::Left { last: false },
         }
-        let open = self.account.open();
+        let open = self.account.open(theirs.is_none());
         let returns = match catch_unwind(AssertUnwindSafe(|| self.run(around, gate, stop, theirs))) {
             Ok(returns) => returns,
             Err(panic) => {

@@ -173,7 +173,10 @@ static void what_is_promised_and_what_is_there(void)
     OK(vmbed_builder_new(g.host, g.config, &builder, &error));
     CHECK(vmbed_builder_build(builder, &vm, &error) == VMBED_ERR_REFUSED);
     vmbed_verdict why = {.size = sizeof why};
-    CHECK(vmbed_error_verdict(error, &why) && !memcmp(&why, &verdict, sizeof why));
+    CHECK(vmbed_error_verdict(error, &why));
+    /* All but what the machine had free at the moment. */
+    why.slack[VMBED_CONSTRAINT_HEADROOM] = verdict.slack[VMBED_CONSTRAINT_HEADROOM];
+    CHECK(!memcmp(&why, &verdict, sizeof why));
     CHECK(!strcmp(vmbed_error_field(error, VMBED_CONSTRAINT_SOLVENCY), "solvency") && !vmbed_error_verdict(NULL, &why));
     vmbed_error_free(error);
     vmbed_builder_free(builder);
@@ -191,8 +194,8 @@ static void what_is_promised_and_what_is_there(void)
         CHECK(i < 60000 && "the vCPU has run a millisecond within a minute");
         usleep(1000);
         OK(vmbed_vm_get_vcpu_statistics(g.vm, 0, &vcpu, &error));
-        CHECK(vcpu.thread > 0 && vcpu.cpu == -1);
     }
+    CHECK(vcpu.thread > 0 && vcpu.cpu == -1);
     FAILS(VMBED_ERR_INVALID_ARGUMENT, "no vCPU 1", vmbed_vm_get_vcpu_statistics(g.vm, 1, &vcpu, &error));
     drop(&g);
 }
