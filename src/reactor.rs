@@ -4,7 +4,7 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -47,13 +47,21 @@ struct Calls {
 impl Calls {
     /// Does `f` on the loop's thread and waits for what it returns; `None` when the loop has ended.
     fn call<R: Send + 'static>(&self, f: impl FnOnce(&mut Manager) -> R + Send + 'static) -> Option<R> {
+        // An error means that the call was dropped with the queue.
+        self.begin(f)?.recv().ok()
+    }
+
+    /// The same without waiting: what `f` returns comes later.
+    fn begin<R: Send + 'static>(
+        &self,
+        f: impl FnOnce(&mut Manager) -> R + Send + 'static,
+    ) -> Option<Receiver<R>> {
         let (answer, answered) = channel();
         let call: Call = Box::new(move |manager| drop(answer.send(f(manager))));
         lock(&self.queue).as_mut()?.push(call);
         // Full only when it rings anyway.
         let _ = self.bell.write(1);
-        // An error means that the call was dropped with the queue.
-        answered.recv().ok()
+        Some(answered)
     }
 
     fn take(&self) -> Vec<Call> {
@@ -126,6 +134,16 @@ impl EventLoop {
         let id = self.calls.call(move |manager| manager.add_subscriber(guarded));
         let id = id.ok_or_else(|| self.gone())?;
         Ok(Attached { home: Some((self.clone(), id)), worker })
+    }
+
+    /// Does `f` on the loop's thread, before it serves anything else, while the caller goes on. The second
+    /// closure waits for what `f` returns. Dropped instead, nothing waits, and the result is dropped over there.
+    pub fn meanwhile<R: Send + 'static>(
+        self: &Arc<Self>,
+        f: impl FnOnce() -> R + Send + 'static,
+    ) -> impl FnOnce() -> Result<R> {
+        let (own, begun) = (self.clone(), self.calls.begin(move |_| f()));
+        move || begun.and_then(|answered| answered.recv().ok()).ok_or_else(|| own.gone())
     }
 
     /// Ends the thread and waits for it. What was attached is dropped.

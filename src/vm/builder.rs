@@ -21,7 +21,7 @@ use crate::console::Output;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, Reporter, StopCause, StopLine, VmId};
 use crate::memory::{Memory, layout, slots};
-use crate::reactor::panic_text;
+use crate::reactor::{EventLoop, panic_text};
 use crate::sys;
 use crate::vcpu::cpuid::{self, HostCpu};
 use crate::vcpu::{Gate, Surroundings, Vcpu, msrs, regs};
@@ -231,11 +231,23 @@ impl VmBuilder {
         let reporter = Reporter::new(id, events.clone());
 
         let memory = Memory::new(reservation.memory().get())?;
-        let vm = Arc::new(create_vm(&host.kvm)?);
-        slots::plug(&vm, &memory)?;
-
         let end = Arc::new(End { cause: OnceLock::new(), gate: Gate::new(config.cpus.count.into()) });
         let threads = Threads { id, hook, stop: end.line() };
+        let main_loop = (config.platform == Platform::Pc).then(|| threads.start_loop(0)).transpose()?;
+        let (vm, entry) = match &main_loop {
+            // KVM_CREATE_VM waits for grace periods of the host's kernel, several milliseconds; loading a kernel
+            // takes longer, and needs nothing but memory.
+            Some(main_loop) => {
+                let own = host.clone();
+                let created = main_loop.meanwhile(move || create_vm(&own.kvm));
+                let entry = load(&config, &memory)?;
+                (created()??, entry)
+            }
+            None => (create_vm(&host.kvm)?, load(&config, &memory)?),
+        };
+        let vm = Arc::new(vm);
+        slots::plug(&vm, &memory)?;
+
         let mut buses = Buses::default();
         let stop = end.line();
         let plan = Plan {
@@ -246,11 +258,10 @@ impl VmBuilder {
             stop: &stop,
             threads: &threads,
         };
-        let board = Board::make(&plan, wiring, &mut buses)?;
+        let board = Board::make(&plan, main_loop, wiring, &mut buses)?;
         buses.attach(pio, mmio, &memory)?;
 
         let vcpus = create_vcpus(&host, &vm, &config)?;
-        let entry = load(&config, &memory)?;
         place_vcpus(&vcpus, &config, &entry)?;
 
         let around = Surroundings {
@@ -349,6 +360,11 @@ impl Threads {
         };
         sys::thread::spawn(format!("vmbed-{kind}{index}"), body)
             .map_err(|e| Error::os(format!("starting the thread of {kind} {index}"), e))
+    }
+
+    /// Starts the `index`th event loop of the VM.
+    pub fn start_loop(&self, index: u32) -> Result<Arc<EventLoop>> {
+        EventLoop::start(&format!("vmbed-dev{index}"), |body| self.spawn(ThreadRole::Device, index, body))
     }
 }
 
