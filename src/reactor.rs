@@ -297,6 +297,22 @@ mod tests {
     }
 
     #[test]
+    fn a_call_meanwhile_waits_for_nobody_until_it_is_asked_for() {
+        let event_loop = start();
+        let (go, gone) = channel();
+        let caller = std::thread::current().id();
+        let finish = event_loop.meanwhile(move || {
+            let told = gone.recv_timeout(Duration::from_secs(10)).is_ok();
+            (told, std::thread::current().id() != caller)
+        });
+        // Not reached before the call has ended, had it been waited for.
+        go.send(()).unwrap();
+        assert_eq!(finish().unwrap(), (true, true), "(told by its caller, on another thread)");
+        event_loop.stop();
+        assert!(event_loop.meanwhile(|| ())().is_err(), "the loop has ended");
+    }
+
+    #[test]
     fn a_worker_is_called_then_given_back() {
         let (heard, hears) = channel();
         let (bell, ring) = {
