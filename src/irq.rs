@@ -17,9 +17,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::sys::lock;
 use crate::units::Gsi;
 
-/// Pins of the IOAPIC, and so the first GSI of a message-signalled vector: one for each interrupt of the ISA
-/// bus. All else is MSI-X, and a kernel touches every pin many times while it boots.
-pub(crate) const IOAPIC_PINS: u32 = 16;
+/// Pins of the IOAPIC, and so the first GSI of a message-signalled vector: up to the highest that something is
+/// on (`legacy/ports.rs`). All else is MSI-X, and a kernel touches every pin some twenty times while it boots.
+pub(crate) const IOAPIC_PINS: u32 = 10;
 
 /// KVM's limit of routes (`KVM_MAX_IRQ_ROUTES`).
 const MAX_ROUTES: usize = 4096;

@@ -4,7 +4,7 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -94,6 +94,12 @@ pub(crate) struct LoopThread {
 type Manager = EventManager<Guarded>;
 type Call = Box<dyn FnOnce(&mut Manager) + Send>;
 
+impl LoopThread {
+    fn gone(&self) -> Error {
+        Error::new(ErrorKind::Internal, format!("event loop '{}' has ended", self.name))
+    }
+}
+
 /// What other threads want done on the loop's thread. (event-manager has the like, but the children of a
 /// fork inherit its eventfd.)
 struct Calls {
@@ -105,13 +111,21 @@ struct Calls {
 impl Calls {
     /// Does `f` on the loop's thread and waits for what it returns; `None` when the loop has ended.
     fn call<R: Send + 'static>(&self, f: impl FnOnce(&mut Manager) -> R + Send + 'static) -> Option<R> {
+        // An error means that the call was dropped with the queue.
+        self.begin(f)?.recv().ok()
+    }
+
+    /// The same without waiting: what `f` returns comes later.
+    fn begin<R: Send + 'static>(
+        &self,
+        f: impl FnOnce(&mut Manager) -> R + Send + 'static,
+    ) -> Option<Receiver<R>> {
         let (answer, answered) = channel();
         let call: Call = Box::new(move |manager| drop(answer.send(f(manager))));
         lock(&self.queue).as_mut()?.push(call);
         // Full only when it rings anyway.
         let _ = self.bell.write(1);
-        // An error means that the call was dropped with the queue.
-        answered.recv().ok()
+        Some(answered)
     }
 
     fn take(&self) -> Vec<Call> {
@@ -218,10 +232,24 @@ impl EventLoop {
     /// Does `f` between two turns and waits for what it returns.
     fn call<R: Send + 'static>(&self, f: impl FnOnce(&mut Manager) -> R + Send + 'static) -> Result<R> {
         match self {
-            Self::Thread(own) => own.calls.call(f).ok_or_else(|| {
-                Error::new(ErrorKind::Internal, format!("event loop '{}' has ended", own.name))
-            }),
+            Self::Thread(own) => own.calls.call(f).ok_or_else(|| own.gone()),
             Self::Caller(dispatcher) => Ok(dispatcher.0.call(f)),
+        }
+    }
+
+    /// Does `f` on the loop's thread, before it serves anything else, while the caller goes on. The second
+    /// closure waits for what `f` returns. Dropped instead, nothing waits, and the result is dropped over there.
+    /// A loop without a thread does it when it is asked for.
+    pub fn meanwhile<'a, R: Send + 'static>(
+        &'a self,
+        f: impl FnOnce() -> R + Send + 'static,
+    ) -> Box<dyn FnOnce() -> Result<R> + 'a> {
+        match self {
+            Self::Thread(own) => {
+                let begun = own.calls.begin(move |_| f());
+                Box::new(move || begun.and_then(|answered| answered.recv().ok()).ok_or_else(|| own.gone()))
+            }
+            Self::Caller(_) => Box::new(move || Ok(f())),
         }
     }
 
@@ -382,6 +410,22 @@ mod tests {
 
     fn start() -> Arc<EventLoop> {
         EventLoop::start("test", |f| Ok(std::thread::spawn(f))).unwrap()
+    }
+
+    #[test]
+    fn a_call_meanwhile_waits_for_nobody_until_it_is_asked_for() {
+        let event_loop = start();
+        let (go, gone) = channel();
+        let caller = std::thread::current().id();
+        let finish = event_loop.meanwhile(move || {
+            let told = gone.recv_timeout(Duration::from_secs(10)).is_ok();
+            (told, std::thread::current().id() != caller)
+        });
+        // Not reached before the call has ended, had it been waited for.
+        go.send(()).unwrap();
+        assert_eq!(finish().unwrap(), (true, true), "(told by its caller, on another thread)");
+        event_loop.stop();
+        assert!(event_loop.meanwhile(|| ())().is_err(), "the loop has ended");
     }
 
     #[test]

@@ -30,14 +30,14 @@ const SHORT_MATCH: usize = MIN_MATCH + MORE - 1;
 /// The most that a sequence without a second byte of length may read: literals are copied by 32.
 const LONGER_SEQUENCE: usize = 1 + 1 + MORE + 255 + 32 + 2 + 1;
 
-/// How many bytes the sequence with this token unpacks to; 0 where the token does not say all.
-static SHORT: [u8; 256] = {
-    let mut table = [0; 256];
+/// By token, how long the match is; for a token that does not say all, more than any offset.
+static SHORT: [u32; 256] = {
+    let mut table = [1 << 16; 256];
     let mut token = 0;
     while token < 256 {
         let (literals, length) = (token >> 4, token & 15);
         if literals != MORE && length != MORE {
-            table[token] = (literals + length + MIN_MATCH) as u8;
+            table[token] = (length + MIN_MATCH) as u32;
         }
         token += 1;
     }
@@ -175,8 +175,40 @@ fn offset(input: &[u8; INPUT], at: usize) -> usize {
     input[at..].first_chunk().map_or(0, |bytes| u16::from_le_bytes(*bytes).into())
 }
 
-/// A sequence of the second kind: its lengths have a further byte each at most. Returns where it ends in
-/// both; `None` where it is of the third kind, or damaged.
+/// Sequences of the first kind, 90 of 100: their tokens say all, and their matches do not overlap what they
+/// make. Returns where they end in both. Copies of fixed lengths, the excess of which is overwritten by
+/// what follows. A function of its own, without a call: all that it works on stays in registers.
+#[inline(never)]
+fn short_sequences(
+    input: &[u8; INPUT],
+    mut at: usize,
+    last: usize,
+    window: &mut [u8; WINDOW],
+    mut end: usize,
+) -> (usize, usize) {
+    // Two comparisons serve for all accesses.
+    let last = last.min(INPUT - LONGER_SEQUENCE);
+    while at <= last && end < LIMIT {
+        let token = usize::from(input[at]);
+        let length = SHORT[token] as usize;
+        let literals = token >> 4;
+        copy::<16>(input, at + 1, window, end);
+        let offset = offset(input, at + 1 + literals);
+        let start = end + literals;
+        let Some(from) = start.checked_sub(offset) else { break };
+        if offset < length {
+            break;
+        }
+        repeat::<16>(window, from, start);
+        repeat::<{ SHORT_MATCH - 16 }>(window, from + 16, start + 16);
+        end = start + length;
+        at += 3 + literals;
+    }
+    (at, end)
+}
+
+/// A sequence of the second kind: its lengths have a further byte each at most, its match may overlap what
+/// it makes. Returns where it ends in both; `None` where it is of the third kind, or damaged.
 #[inline(never)]
 fn longer_sequence(
     input: &[u8; INPUT],
@@ -261,36 +293,20 @@ impl<F: FnMut(&[u8]) -> Result<()>> Unpacker<F> {
         }
     }
 
-    /// The common case, 97 of 100. Copies of fixed lengths, the excess of which is overwritten by what
-    /// follows.
+    /// The common case: all but the last sequence of a block, and very long ones.
     fn short_sequences<R>(&mut self, packed: &mut Packed<R>) {
-        // Of known lengths, so that two comparisons serve for all accesses.
+        // Of known lengths, so that no access needs a comparison of its own.
         let Some(window) = self.window.first_chunk_mut::<WINDOW>() else { return };
         let Some(input) = packed.buffer.first_chunk::<INPUT>() else { return };
         let Some(last) = packed.here.end.min(INPUT).checked_sub(LONGER_SEQUENCE) else { return };
         let (mut at, mut end) = (packed.here.start, self.end);
-        while at <= last && end < LIMIT {
-            let token = input[at];
-            let made = usize::from(SHORT[usize::from(token)]);
-            let literals = usize::from(token >> 4);
-            copy::<16>(input, at + 1, window, end);
-            let offset = offset(input, at + 1 + literals);
-            let start = end + literals;
-            let Some(from) = start.checked_sub(offset) else { break };
-            if made != 0 && offset >= SHORT_MATCH {
-                repeat::<16>(window, from, start);
-                repeat::<{ SHORT_MATCH - 16 }>(window, from + 16, start + 16);
-                end += made;
-                at += 3 + literals;
-            } else if made != 0 && offset >= 8 {
-                [0, 8, 16].iter().for_each(|i| repeat::<8>(window, from + i, start + i));
-                end += made;
-                at += 3 + literals;
-            } else if let Some(next) = longer_sequence(input, at, window, end) {
-                (at, end) = next;
-            } else {
+        loop {
+            (at, end) = short_sequences(input, at, last, window, end);
+            if at > last || end >= LIMIT {
                 break;
             }
+            let Some(next) = longer_sequence(input, at, window, end) else { break };
+            (at, end) = next;
         }
         self.end = end;
         packed.here.start = at;

@@ -106,7 +106,7 @@ pub(crate) fn linux(
 /// slabs) and the end of its memory (page structures, hash tables, per-CPU data). Seen on Debian's 6.1
 /// with 256 MiB, whose first 6,000 page faults these save; less than this it never uses.
 fn boot_window(memory: &Memory, kernel: &Range<u64>) -> Vec<Range<u64>> {
-    const AFTER: u64 = 16 << 20;
+    const AFTER: u64 = 18 << 20;
     const LAST: u64 = 10 << 20;
     if memory.size() < 128 << 20 {
         return Vec::new();

@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap};
 use kvm_ioctls::VmFd;
 
-use super::builder::{Buses, ThreadRole, Threads};
+use super::builder::{Buses, Threads};
 use super::devices;
 use crate::boot::{self, acpi};
 use crate::config::topology::Topology;
-use crate::config::{ConsoleKind, Platform, VmConfig};
+use crate::config::{ConsoleKind, VmConfig};
 use crate::console::{Console, Output, Pump};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{Reporter, StopLine};
@@ -58,20 +58,19 @@ pub(super) struct Board {
 }
 
 impl Board {
-    /// Makes the devices and puts them on the buses.
-    pub fn make(plan: &Plan<'_>, wiring: Wiring, buses: &mut Buses) -> Result<Self> {
-        if plan.config.platform == Platform::Bare {
-            return Ok(Self::default());
-        }
+    /// Makes the devices and puts them on the buses. A bare platform has no main loop.
+    pub fn make(
+        plan: &Plan<'_>,
+        main_loop: Option<Arc<EventLoop>>,
+        wiring: Wiring,
+        buses: &mut Buses,
+    ) -> Result<Self> {
+        let Some(main_loop) = main_loop else { return Ok(Self::default()) };
         split_irqchip(plan.vm)?;
         let routes = Routes::new(Some(plan.vm.clone()));
         let ioapic = Ioapic::new(routes.clone());
         let window = layout::IOAPIC;
         buses.mmio.insert("ioapic", window.start, window.end - window.start, ioapic.clone())?;
-        let main_loop = match &wiring.dispatcher {
-            Some(dispatcher) => EventLoop::turned_by(dispatcher),
-            None => plan.start_loop(0)?,
-        };
         let console = Console::new();
         let mut board = Self { ioapic: Some(ioapic.clone()), ..Self::default() };
         board.power = Some(legacy(plan, &ioapic, &console, buses)?);
@@ -152,15 +151,6 @@ impl Board {
             }
             None => Err(Error::new(ErrorKind::Unsupported, "shutdown: a bare platform has no power button")),
         }
-    }
-}
-
-impl Plan<'_> {
-    /// Starts the `index`th loop of the VM.
-    pub fn start_loop(&self, index: u32) -> Result<Arc<EventLoop>> {
-        EventLoop::start(&format!("vmbed-dev{index}"), |body| {
-            self.threads.spawn(ThreadRole::Device, index, body)
-        })
     }
 }
 

@@ -23,7 +23,7 @@ use crate::console::Output;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, Reporter, StopCause, StopLine, VmId};
 use crate::memory::{Memory, Roll, layout, slots};
-use crate::reactor::{Dispatcher, own, panic_text};
+use crate::reactor::{Dispatcher, EventLoop, own, panic_text};
 use crate::sys;
 use crate::units::Bytes;
 use crate::vcpu::cpuid::{self, HostCpu};
@@ -347,11 +347,27 @@ impl VmBuilder {
         doorbells.iter().for_each(|doorbell| doorbell.connect(&reporter));
 
         let memory = Memory::new(claimed.memory().get())?;
-        let vm = Arc::new(create_vm(&host.kvm)?);
-        slots::plug(&vm, &memory)?;
-
         let end = Arc::new(End { cause: OnceLock::new(), gate: Gate::new(config.cpus.count.into()) });
         let threads = Threads { id, hook, stop: end.line(id) };
+        let main_loop = match (config.platform, &wiring.dispatcher) {
+            (Platform::Bare, _) => None,
+            (Platform::Pc, Some(dispatcher)) => Some(EventLoop::turned_by(dispatcher)),
+            (Platform::Pc, None) => Some(threads.start_loop(0)?),
+        };
+        let (vm, entry) = match &main_loop {
+            // KVM_CREATE_VM waits for grace periods of the host's kernel, several milliseconds; loading a kernel
+            // takes longer, and needs nothing but memory.
+            Some(main_loop) => {
+                let own = host.clone();
+                let created = main_loop.meanwhile(move || create_vm(&own.kvm));
+                let entry = load(&config, &memory)?;
+                (created()??, entry)
+            }
+            None => (create_vm(&host.kvm)?, load(&config, &memory)?),
+        };
+        let vm = Arc::new(vm);
+        slots::plug(&vm, &memory)?;
+
         let mut buses = Buses::default();
         let stop = end.line(id);
         let plan = Plan {
@@ -362,11 +378,10 @@ impl VmBuilder {
             stop: &stop,
             threads: &threads,
         };
-        let board = Board::make(&plan, wiring, &mut buses)?;
+        let board = Board::make(&plan, main_loop, wiring, &mut buses)?;
         buses.attach(pio, mmio, &memory)?;
 
         let vcpus = create_vcpus(&host, &vm, &config)?;
-        let entry = load(&config, &memory)?;
         place_vcpus(&vcpus, &config, &entry)?;
 
         let around = Surroundings {
@@ -471,6 +486,11 @@ impl Threads {
         };
         sys::thread::spawn(format!("vmbed-{kind}{index}"), body)
             .map_err(|e| Error::os(format!("starting the thread of {kind} {index}"), e))
+    }
+
+    /// Starts the `index`th event loop of the VM.
+    pub fn start_loop(&self, index: u32) -> Result<Arc<EventLoop>> {
+        EventLoop::start(&format!("vmbed-dev{index}"), |body| self.spawn(ThreadRole::Device, index, body))
     }
 }
 

@@ -68,7 +68,7 @@ pub(super) fn make(
     };
     let main_loop = loops[0].clone();
     for (i, disk) in config.disks.iter().enumerate() {
-        let own = plan.start_loop(loops.len() as u32)?;
+        let own = plan.threads.start_loop(loops.len() as u32)?;
         loops.push(own.clone());
         add(places.take(disk.pci), disk_device(i, disk, own, plan)?);
     }
