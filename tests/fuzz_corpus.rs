@@ -107,7 +107,7 @@ fn legacy_devices_talk_route_and_stop() {
     let (kept, more) = inputs("legacy");
     for input in &kept {
         let depth = legacy::run(input);
-        assert!(depth.said >= 4 && depth.read >= 100 && depth.stops >= 1 && depth.routed >= 10, "{depth:?}");
+        assert!(depth.said >= 4 && depth.read >= 100 && depth.stops >= 1 && depth.routed >= 1, "{depth:?}");
     }
     for input in &more {
         legacy::run(input);
