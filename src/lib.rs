@@ -25,7 +25,7 @@
 //!
 //! ```text
 //! sys  error  units  config  budget                          system calls, plain data, the ledger
-//! memory  irq  ioapic  reactor  events  console  bus         what devices stand on
+//! memory  irq  ioapic  reactor  events  console  bus  rate   what devices stand on
 //! block  net  pci  legacy                                    disks, networks, the bus, fixed ports
 //! virtio                                                     virtio devices and their transport
 //! vcpu  boot                                                 the run loop; what runs first
@@ -69,6 +69,8 @@ mod legacy;
 mod memory;
 mod net;
 mod pci;
+#[allow(dead_code, reason = "the switch comes next")]
+mod rate;
 mod reactor;
 mod sys;
 mod units;
@@ -85,6 +87,7 @@ pub use config::{
     BareBoot, Boot, ConsoleKind, CpuConfig, CpuMode, CpuidMask, CpuidRegister, DiskConfig, LinuxBoot,
     MacAddress, NetConfig, PciAddress, Platform, PromiseConfig, Uuid, VmConfig,
 };
+pub use rate::RateLimit;
 pub use units::Bytes;
 
 // A VM in the making, and its life.
