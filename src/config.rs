@@ -392,14 +392,16 @@ impl DiskConfig {
     }
 }
 
-/// A virtio-net card on a TAP interface.
+/// A virtio-net card, on a TAP interface or on what is attached to it when the VM is built.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[non_exhaustive]
 pub struct NetConfig {
     /// The name of an existing TAP interface with a single queue, 1 to 15 bytes. One that belongs to the
-    /// user (`ip tuntap add tap0 mode tap user $USER`) needs no capability.
-    pub tap: String,
+    /// user (`ip tuntap add tap0 mode tap user $USER`) needs no capability. `None` where a switch's port is
+    /// attached ([`VmBuilder::net_port`](crate::VmBuilder::net_port)).
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub tap: Option<String>,
     /// The guest's MAC address; a stable locally administered one is made from the VM's UUID when absent.
     #[cfg_attr(feature = "serde", serde(default))]
     pub mac: Option<MacAddress>,
@@ -411,7 +413,12 @@ pub struct NetConfig {
 impl NetConfig {
     /// A card on the TAP interface `tap`.
     pub fn tap(tap: impl Into<String>) -> Self {
-        Self { tap: tap.into(), mac: None, pci: None }
+        Self { tap: Some(tap.into()), mac: None, pci: None }
+    }
+
+    /// A card on what is attached when the VM is built ([`VmBuilder::net_port`](crate::VmBuilder::net_port)).
+    pub fn attached() -> Self {
+        Self { tap: None, mac: None, pci: None }
     }
 }
 

@@ -10,7 +10,7 @@
 //! 2. [`VmConfig`] says what a VM is to be. It is plain data (with the feature `serde`, also to and from
 //!    files), and [`VmConfig::validate`] names every bad field at once.
 //! 3. [`Host::builder`] gives a [`VmBuilder`]. What is not data is attached there: a [`Device`], the
-//!    console, an [`EventStream`] shared by several VMs, a hook for new threads.
+//!    console, an [`EventStream`] shared by several VMs, a port of a [`Switch`], a hook for new threads.
 //! 4. [`VmBuilder::build`] makes the [`Vm`], and [`Vm::start`] lets it run. Its [`Event`]s come in order
 //!    behind one pollable fd; the last is [`EventKind::Stopped`] with the [`StopCause`]. Dropping the `Vm`
 //!    ends everything that belongs to it.
@@ -69,7 +69,6 @@ mod legacy;
 mod memory;
 mod net;
 mod pci;
-#[allow(dead_code, reason = "the switch comes next")]
 mod rate;
 mod reactor;
 mod sys;
@@ -93,6 +92,12 @@ pub use units::Bytes;
 // A VM in the making, and its life.
 pub use vm::{
     Registers, ThreadInfo, ThreadRole, VcpuReturn, VcpuStatistics, Vm, VmBuilder, VmMemory, VmState,
+};
+
+// Networks inside of this process.
+pub use net::switch::{
+    Capture, CaptureSummary, DropReason, Guard, IpPrefix, PortOptions, PortStatistics, PortVlan, Switch,
+    SwitchOptions, SwitchPort, Traffic,
 };
 
 // The embedder's event loop, where its devices may be served.

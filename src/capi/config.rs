@@ -373,7 +373,8 @@ fn reserved(name: &str, value: u32) -> Result<()> {
 pub struct vmbed_net {
     /// sizeof(struct vmbed_net)
     pub size: usize,
-    /// The name of an existing TAP interface with a single queue. Not NULL.
+    /// The name of an existing TAP interface with a single queue. NULL where the card gets a switch's port
+    /// (vmbed_builder_net_port).
     pub tap: *const c_char,
     /// The guest's MAC address, `52:54:00:12:34:56`. NULL: a stable one that follows from the VM's UUID.
     pub mac: *const c_char,
@@ -396,7 +397,8 @@ pub unsafe extern "C" fn vmbed_config_add_net(
 ) -> i32 {
     change(config, error, |c| {
         let given = structure(net)?;
-        let mut net = NetConfig::tap(text(given.tap, "vmbed_net.tap")?);
+        let mut net = NetConfig::attached();
+        net.tap = optional(given.tap, "vmbed_net.tap", text)?.map(str::to_owned);
         net.mac = optional(given.mac, "vmbed_net.mac", text)?.map(str::parse).transpose()?;
         net.pci = optional(given.pci, "vmbed_net.pci", text)?.map(str::parse).transpose()?;
         c.nets.push(net);

@@ -175,7 +175,7 @@ impl Found {
             }
         }
         for (i, net) in config.nets.iter().enumerate() {
-            let tap = net.tap.as_str();
+            let tap = net.tap.as_deref().unwrap_or("none");
             let bad = |b: u8| !b.is_ascii_graphic() || matches!(b, b'/' | b':' | b'%');
             if tap.is_empty() || tap.len() > MAX_IFNAME || tap == "." || tap == ".." || tap.bytes().any(bad) {
                 let problem = format!("is {tap:?}");
@@ -189,7 +189,8 @@ impl Found {
             }
         }
         for pair in 0..config.nets.len() {
-            if let Some(other) = config.nets[..pair].iter().position(|n| n.tap == config.nets[pair].tap) {
+            let Some(tap) = &config.nets[pair].tap else { continue };
+            if let Some(other) = config.nets[..pair].iter().position(|n| n.tap.as_ref() == Some(tap)) {
                 self.add(
                     format!("nets[{pair}].tap"),
                     format!("is the same as nets[{other}].tap"),

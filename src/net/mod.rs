@@ -7,14 +7,12 @@ use std::os::fd::BorrowedFd;
 use crate::error::Result;
 use crate::sys::io::IoList;
 
-#[allow(dead_code, reason = "the switch comes next")]
 mod ether;
-#[allow(dead_code, reason = "the switch comes next")]
 mod offload;
-#[allow(dead_code, reason = "the switch comes next")]
 mod packet;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) mod pair;
+pub(crate) mod switch;
 mod tap;
 
 pub(crate) use tap::Tap;

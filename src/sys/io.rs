@@ -89,11 +89,64 @@ impl<'a> IoList<'a> {
         (pieces.as_ptr().cast(), pieces.len().min(MAX_PIECES) as libc::c_int)
     }
 
+    /// Reads its bytes, from the first on.
+    pub fn reader(&self) -> IoReader<'_> {
+        IoReader { pieces: &self.pieces[self.done..], offset: 0 }
+    }
+
+    /// Fills it with `bytes` from its beginning, as a file would; how many had room.
+    pub fn fill(&self, bytes: &[u8]) -> io::Result<usize> {
+        self.to_fill()?;
+        let mut rest = bytes;
+        for piece in &self.pieces[self.done..] {
+            let (now, later) = rest.split_at(piece.0.iov_len.min(rest.len()));
+            // SAFETY: the pointer and length are those of memory that the list borrows, and none of it is to be
+            // read only. The guest may change its memory meanwhile: the access is volatile.
+            unsafe { VolatileSlice::new(piece.0.iov_base.cast(), now.len()) }.copy_from(now);
+            rest = later;
+            if rest.is_empty() {
+                break;
+            }
+        }
+        Ok(bytes.len() - rest.len())
+    }
+
     fn to_fill(&self) -> io::Result<(*const libc::iovec, libc::c_int)> {
         if self.readonly {
             return Err(io::Error::from_raw_os_error(libc::EFAULT));
         }
         Ok(self.next())
+    }
+}
+
+/// A place in an [`IoList`]. Each byte is read once, and the guest may have changed it since it was last looked at.
+#[derive(Clone)]
+pub(crate) struct IoReader<'a> {
+    pieces: &'a [Piece],
+    /// Bytes of the first piece that are behind us.
+    offset: usize,
+}
+
+impl IoReader<'_> {
+    /// Copies the next bytes into memory of ours; how many there were.
+    pub fn read(&mut self, into: &mut [u8]) -> usize {
+        let mut rest = &mut *into;
+        while let Some((piece, later)) = self.pieces.split_first()
+            && !rest.is_empty()
+        {
+            let (now, next) = rest.split_at_mut((piece.0.iov_len - self.offset).min(rest.len()));
+            let base = piece.0.iov_base.cast::<u8>().wrapping_add(self.offset);
+            // SAFETY: within a piece, which is memory that the list borrows for as long as we live. The guest may
+            // change its memory meanwhile: the access is volatile.
+            unsafe { VolatileSlice::new(base, now.len()) }.copy_to(now);
+            self.offset += now.len();
+            if self.offset == piece.0.iov_len {
+                (self.pieces, self.offset) = (later, 0);
+            }
+            rest = next;
+        }
+        let left = rest.len();
+        into.len() - left
     }
 }
 
@@ -181,6 +234,37 @@ mod tests {
         memory.read_slice(&mut rest, GuestAddress(0x10)).unwrap();
         assert_eq!(&rest, b" guest");
         assert_eq!(read_at(file.as_fd(), &pieces.list(), u64::MAX).unwrap_err().raw_os_error(), Some(75));
+    }
+
+    #[test]
+    fn a_list_is_read_and_filled_without_a_file() {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
+        memory.write_slice(b"in the guest", GuestAddress(0x3000)).unwrap();
+        let mut pieces = Pieces::default();
+        let mut list = pieces.list();
+        list.push_bytes(b"what is ");
+        list.push_bytes(b"");
+        list.push(memory.get_slice(GuestAddress(0x3000), 12).unwrap());
+        let (mut reader, mut text) = (list.reader(), [0; 20]);
+        assert_eq!(reader.read(&mut text[..3]), 3);
+        let mut again = reader.clone();
+        assert_eq!(reader.read(&mut text[3..10]), 7);
+        assert_eq!(reader.read(&mut text[10..]), 10);
+        assert_eq!((reader.read(&mut [0; 4]), &text), (0, b"what is in the guest"));
+        let mut rest = [0; 99];
+        assert_eq!((again.read(&mut rest), &rest[..17]), (17, &b"t is in the guest"[..]));
+        assert!(list.fill(b"x").is_err(), "what is not to be written to is refused");
+
+        let mut head = [0; 2];
+        let mut list = pieces.list();
+        list.push_room(&mut head);
+        list.push(memory.get_slice(GuestAddress(0x10), 6).unwrap());
+        assert_eq!(list.fill(b"ours").unwrap(), 4);
+        assert_eq!(list.fill(b"longer than it").unwrap(), 8);
+        assert_eq!(&head, b"lo");
+        let mut rest = [0; 7];
+        memory.read_slice(&mut rest, GuestAddress(0x10)).unwrap();
+        assert_eq!(&rest, b"nger t\0");
     }
 
     #[test]

@@ -20,6 +20,7 @@ use crate::ioapic::Ioapic;
 use crate::irq::{IOAPIC_PINS, Routes};
 use crate::legacy::{Cmos, I8042, Power, PvPanic, Serial, ports};
 use crate::memory::{Memory, layout};
+use crate::net::switch::SwitchPort;
 use crate::pci::{ConfigPorts, Ecam, Root, Window};
 use crate::reactor::{Attached, Dispatcher, EventLoop};
 use crate::sys::{kvm, lock};
@@ -44,6 +45,8 @@ pub(super) struct Plan<'a> {
     pub reporter: &'a Reporter,
     pub stop: &'a StopLine,
     pub threads: &'a Threads,
+    /// Ports of switches, with the indices of the cards that are on them.
+    pub ports: &'a [(usize, SwitchPort)],
 }
 
 /// The devices of one VM. A bare platform has none.

@@ -8,9 +8,10 @@ use super::board::Plan;
 use crate::block::RawDisk;
 use crate::config::{ConsoleKind, DiskConfig, MacAddress, NetConfig, PciAddress, Uuid};
 use crate::console::Console;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::memory::layout;
-use crate::net::Tap;
+use crate::net::switch::SwitchPort;
+use crate::net::{NetBackend, Tap};
 use crate::reactor::{EventLoop, Place};
 use crate::virtio::blk::Blk;
 use crate::virtio::console::ConsolePort;
@@ -111,7 +112,37 @@ fn disk_device(
     Ok(Box::new(Blk::new(&id, &disk.serial, Box::new(backend), Place::Loop(own, plan.stop.clone()))))
 }
 
-/// A card on a TAP interface that exists.
+/// Whether each card has one network, before any is opened.
+///
+/// # Errors
+/// `InvalidArgument` with the cards that have none or two, and ports without a card.
+pub(super) fn check_networks(nets: &[NetConfig], ports: &[(usize, SwitchPort)]) -> Result<()> {
+    let invalid = |why: String| Err(Error::new(ErrorKind::InvalidArgument, why));
+    if let Some((index, port)) = ports.iter().find(|(index, _)| *index >= nets.len()) {
+        let why = format!("port '{}' is for net{index}, but there are {} cards", port.name(), nets.len());
+        return invalid(why);
+    }
+    for (i, net) in nets.iter().enumerate() {
+        let own: Vec<_> = ports.iter().filter(|(index, _)| *index == i).collect();
+        match (&net.tap, &own[..]) {
+            (Some(_), []) | (None, [_]) => {}
+            (None, []) => {
+                return invalid(format!(
+                    "net{i} has no network: name a TAP interface, or attach a port (net_port)"
+                ));
+            }
+            (Some(tap), [(_, port), ..]) => {
+                return invalid(format!("net{i} is on TAP interface '{tap}' and on port '{}'", port.name()));
+            }
+            (None, [(_, a), (_, b), ..]) => {
+                return invalid(format!("net{i} is on ports '{}' and '{}'", a.name(), b.name()));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A card on a switch's port, or on a TAP interface that exists.
 fn net_device(
     index: usize,
     net: &NetConfig,
@@ -120,8 +151,13 @@ fn net_device(
     plan: &Plan<'_>,
 ) -> Result<Box<dyn VirtioDevice>> {
     let id = format!("net{index}");
-    let backend = Tap::open(&id, &net.tap)?;
-    Ok(Box::new(Net::new(&id, mac, Box::new(backend), Place::Loop(shared, plan.stop.clone()))))
+    let port = plan.ports.iter().find(|(number, _)| *number == index);
+    let backend: Box<dyn NetBackend> = match (port, &net.tap) {
+        (Some((_, port)), _) => Box::new(port.plug().map_err(|e| e.context(id.clone()))?),
+        (None, Some(tap)) => Box::new(Tap::open(&id, tap)?),
+        (None, None) => return Err(Error::new(ErrorKind::InvalidArgument, format!("{id} has no network"))),
+    };
+    Ok(Box::new(Net::new(&id, mac, backend, Place::Loop(shared, plan.stop.clone()))))
 }
 
 #[cfg(test)]

@@ -1,0 +1,267 @@
+#![forbid(unsafe_code)]
+//! Frames on their way to one station: a bounded queue with an fd to poll.
+//!
+//! Its lock is held to put a buffer in or to take one out, never while one is filled or emptied. Buffers are
+//! made when they are first needed, and used again: the last one emptied first, since it is still in the
+//! processor's cache.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Mutex;
+use std::time::SystemTime;
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::net::{HEADER_LEN, MAX_FRAME};
+use crate::sys::lock;
+
+/// Buffers of each size: room for most frames, and for any. 3 MiB at most, none before they are needed.
+const SIZES: [(usize, usize); 2] = [(2048, 512), (HEADER_LEN + MAX_FRAME, 32)];
+
+/// One frame.
+pub(super) struct Item {
+    bytes: Buffer,
+    pub len: usize,
+    pub note: Option<Note>,
+}
+
+/// What a capture wants to know of a frame.
+#[derive(Clone, Copy)]
+pub(super) struct Note {
+    pub time: SystemTime,
+    /// The number of the port.
+    pub port: u16,
+    /// It came from the port's station, and does not go there.
+    pub inbound: bool,
+    /// What the frame's length was before it was cut off.
+    pub length: usize,
+}
+
+pub(super) type Buffer = Box<[u8]>;
+
+pub(super) struct Queue {
+    inner: Mutex<Inner>,
+    bell: EventFd,
+}
+
+#[derive(Default)]
+struct Inner {
+    ready: VecDeque<Item>,
+    /// Buffers without a frame, of each size.
+    spare: [Vec<Buffer>; 2],
+    /// Buffers that there are, of each size.
+    made: [usize; 2],
+    /// Nobody takes anything, and nothing is put in.
+    closed: bool,
+    /// Writes to the bell that nobody has read, or that are about to happen.
+    rung: u64,
+}
+
+impl Item {
+    pub fn bytes(&self) -> &[u8] {
+        self.bytes.get(..self.len).unwrap_or(&[])
+    }
+
+    pub fn into_buffer(self) -> Buffer {
+        self.bytes
+    }
+}
+
+impl Queue {
+    /// A closed one.
+    pub fn new() -> io::Result<Self> {
+        let bell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let inner = Inner { closed: true, ..Inner::default() };
+        Ok(Self { inner: Mutex::new(inner), bell })
+    }
+
+    /// Readable while a frame waits, and always writable.
+    pub fn bell(&self) -> &EventFd {
+        &self.bell
+    }
+
+    pub fn open(&self) {
+        lock(&self.inner).closed = false;
+    }
+
+    /// Throws away what waits, and what comes from now on; memory too.
+    pub fn close(&self) {
+        let mut inner = lock(&self.inner);
+        // The bell's count is what it was: whoever is about to ring it does so.
+        let old = std::mem::take(&mut *inner);
+        (inner.closed, inner.rung) = (true, old.rung);
+        inner.hush(&self.bell);
+    }
+
+    /// A buffer for `len` bytes. `None` when as many frames wait as may. It comes back with `put` or `give`.
+    pub fn take(&self, len: usize) -> Option<Buffer> {
+        let size = usize::from(len > SIZES[0].0);
+        let (room, most) = SIZES[size];
+        let mut inner = lock(&self.inner);
+        if inner.closed || len > room {
+            return None;
+        }
+        if let Some(buffer) = inner.spare[size].pop() {
+            return Some(buffer);
+        }
+        if inner.made[size] == most {
+            return None;
+        }
+        inner.made[size] += 1;
+        drop(inner);
+        Some(vec![0; room].into())
+    }
+
+    /// A frame of `len` bytes in a buffer of ours.
+    pub fn put(&self, bytes: Buffer, len: usize, note: Option<Note>) {
+        let mut inner = lock(&self.inner);
+        if inner.closed {
+            return;
+        }
+        inner.ready.push_back(Item { bytes, len, note });
+        if inner.rung == 0 {
+            inner.rung = 1;
+            drop(inner);
+            // Fails only where its count is at the top, and then it rings.
+            let _ = self.bell.write(1);
+        }
+    }
+
+    /// The next frame, for a buffer that is not needed any more.
+    pub fn pop(&self, used: Option<Buffer>) -> Option<Item> {
+        let mut inner = lock(&self.inner);
+        if let Some(buffer) = used.filter(|_| !inner.closed) {
+            let size = usize::from(buffer.len() > SIZES[0].0);
+            // One from before it was closed, and opened again, may be one too many.
+            if inner.spare[size].len() < inner.made[size] {
+                inner.spare[size].push(buffer);
+            }
+        }
+        let next = inner.ready.pop_front();
+        if next.is_none() {
+            inner.hush(&self.bell);
+        }
+        next
+    }
+}
+
+impl Inner {
+    /// The bell rings for nothing any more. It is read under the lock, so that no ring for something is lost.
+    fn hush(&mut self, bell: &EventFd) {
+        if self.rung > 0
+            && let Ok(count) = bell.read()
+        {
+            self.rung = self.rung.saturating_sub(count);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn queue() -> Queue {
+        let queue = Queue::new().unwrap();
+        assert!(queue.take(100).is_none(), "it is closed");
+        queue.open();
+        queue
+    }
+
+    fn put(queue: &Queue, byte: u8, len: usize) -> bool {
+        let Some(mut buffer) = queue.take(len) else { return false };
+        buffer[..len].fill(byte);
+        queue.put(buffer, len, None);
+        true
+    }
+
+    fn rings(queue: &Queue) -> bool {
+        let rings = queue.bell.read().is_ok();
+        if rings {
+            queue.bell.write(1).unwrap();
+        }
+        rings
+    }
+
+    #[test]
+    fn frames_come_out_in_order_and_the_bell_rings_while_there_are_any() {
+        let queue = queue();
+        assert!(!rings(&queue));
+        assert!(put(&queue, 1, 60) && put(&queue, 2, 70_00) && put(&queue, 3, 14));
+        let mut used = None;
+        for (byte, len) in [(1, 60), (2, 7000), (3, 14)] {
+            assert!(rings(&queue));
+            let item = queue.pop(used.take()).unwrap();
+            assert_eq!(item.bytes(), vec![byte; len]);
+            used = Some(item.into_buffer());
+        }
+        assert!(queue.pop(used).is_none() && !rings(&queue));
+        put(&queue, 4, 60);
+        assert!(rings(&queue));
+    }
+
+    #[test]
+    fn it_is_bounded_and_makes_no_more_buffers_than_it_needs() {
+        let queue = queue();
+        for _ in 0..10_000 {
+            put(&queue, 0, 60);
+            let item = queue.pop(None).unwrap();
+            assert!(queue.pop(Some(item.into_buffer())).is_none());
+        }
+        assert_eq!(lock(&queue.inner).made, [1, 0]);
+        assert_eq!((0..1000).filter(|_| put(&queue, 0, 2048)).count(), 512);
+        assert_eq!((0..1000).filter(|_| put(&queue, 0, 2049)).count(), 32);
+        assert!(!put(&queue, 0, 100_000));
+        let item = queue.pop(None).unwrap();
+        assert!(!put(&queue, 0, 60), "the buffer is out");
+        queue.pop(Some(item.into_buffer()));
+        assert!(put(&queue, 0, 60));
+    }
+
+    #[test]
+    fn what_is_closed_keeps_nothing_and_can_be_opened_again() {
+        let queue = queue();
+        put(&queue, 1, 60);
+        let late = queue.take(60).unwrap();
+        let old = queue.pop(None).unwrap();
+        put(&queue, 2, 60);
+        queue.close();
+        assert!(!rings(&queue) && queue.pop(None).is_none());
+        queue.put(late, 60, None);
+        assert!(queue.pop(None).is_none());
+        queue.open();
+        assert!(queue.pop(Some(old.into_buffer())).is_none());
+        assert_eq!((0..1000).filter(|_| put(&queue, 0, 60)).count(), 512);
+        assert!(rings(&queue));
+    }
+
+    #[test]
+    fn no_ring_is_lost_between_threads() {
+        let queue = queue();
+        const COUNT: usize = 20_000;
+        std::thread::scope(|scope| {
+            for byte in 0..2 {
+                let queue = &queue;
+                scope.spawn(move || {
+                    for _ in 0..COUNT {
+                        while !put(queue, byte, 60) {
+                            std::thread::yield_now();
+                        }
+                    }
+                });
+            }
+            let (mut got, mut used) = (0, None);
+            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+            while got < 2 * COUNT {
+                if let Some(item) = queue.pop(used.take()) {
+                    got += 1;
+                    used = Some(item.into_buffer());
+                    continue;
+                }
+                while !rings(&queue) {
+                    assert!(std::time::Instant::now() < deadline, "waited for frame {got}");
+                    std::thread::yield_now();
+                }
+            }
+        });
+    }
+}
