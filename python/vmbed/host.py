@@ -1,0 +1,217 @@
+"""The machine that VMs run on, and the making of VMs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Any, Callable, Protocol
+
+from . import device
+from ._lib import call, ffi, hold, let_go, lib, make, optional, structure, text
+from .config import Config
+from .device import Attached, Device
+from .events import Events
+from .vm import Vm
+
+
+class ThreadRole(IntEnum):
+    """What a thread of the library is for."""
+
+    VCPU = 0
+    DEVICE = 1
+    CONTROL = 2
+
+
+class HasFileno(Protocol):
+    """A file, socket, pipe or the like."""
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+
+
+def _fd(file: int | HasFileno) -> int:
+    return file if isinstance(file, int) else file.fileno()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; without a problem where it is as it should be."""
+
+    what: str
+    problem: str | None
+    remedy: str | None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the machine can do for VMs, what is missing, and how to mend it."""
+
+    usable: bool
+    findings: list[Finding]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the VMs of a host hold, what there is, and how much of it is really there: bytes, and vCPUs."""
+
+    memory: int
+    memory_capacity: int
+    vcpus: int
+    #: None where vCPUs are not limited.
+    vcpu_capacity: int | None
+    dedicated_vcpus: int
+    dedicated_cpus: int
+    generation: int
+    vms: int
+    memory_usable: int
+    swap: int
+    entitlement: int
+    guarantee: int
+    overhead: int
+    backing: int
+    stage2: int
+    pinned: int
+    process: int
+    charged: int
+    unattributed: int
+
+
+class Dispatcher:
+    """Serves devices of any number of VMs on your own event loop: poll its fd for reading, then call dispatch()."""
+
+    def __init__(self) -> None:
+        self._pointer = make(lib.vmbed_dispatcher_new, "dispatcher")
+
+    def fileno(self) -> int:
+        """For select, poll and asyncio's add_reader; it stays readable while there is work."""
+        return int(lib.vmbed_dispatcher_fd(self._pointer))
+
+    def dispatch(self) -> None:
+        """Serves what is ready, and returns. After STOPPED, one more call takes the guest's last words to its console."""
+        call(lib.vmbed_dispatcher_dispatch, self._pointer)
+
+
+class Builder:
+    """A VM in the making: its configuration, and what is not data. Methods answer the builder."""
+
+    def __init__(self, host: Any, config: Config) -> None:
+        self._pointer = make(lib.vmbed_builder_new, "builder", host, config._build())
+        self._exceptions: list[BaseException] = []
+
+    def _hold(self, target: object) -> Any:
+        return hold(Attached(target, self._exceptions))
+
+    def pio_device(self, name: str, port: int, length: int, attached: Device) -> Builder:
+        """Attaches a device of yours to `length` ports from `port`."""
+        arguments = (self._pointer, name.encode(), port, length, device.OPERATIONS, self._hold(attached))
+        call(lib.vmbed_builder_add_pio, *arguments)
+        return self
+
+    def mmio_device(self, name: str, address: int, length: int, attached: Device) -> Builder:
+        """The same for guest-physical addresses without memory."""
+        arguments = (self._pointer, name.encode(), address, length, device.OPERATIONS, self._hold(attached))
+        call(lib.vmbed_builder_add_mmio, *arguments)
+        return self
+
+    def pio_doorbell(self, name: str, port: int, length: int = 1) -> Builder:
+        """What the guest writes there is an event of kind DOORBELL."""
+        call(lib.vmbed_builder_add_pio_doorbell, self._pointer, name.encode(), port, length)
+        return self
+
+    def mmio_doorbell(self, name: str, address: int, length: int) -> Builder:
+        """The same for guest-physical addresses without memory."""
+        call(lib.vmbed_builder_add_mmio_doorbell, self._pointer, name.encode(), address, length)
+        return self
+
+    def events(self, events: Events) -> Builder:
+        """Sends the VM's events to a stream that it may share with others."""
+        call(lib.vmbed_builder_set_events, self._pointer, events._pointer)
+        return self
+
+    def console_output(self, output: int | HasFileno | Callable[[bytes], object]) -> Builder:
+        """Writes the guest's console to a file, fd (which is duplicated) or function, which must not wait for the VM."""
+        if isinstance(output, int) or hasattr(output, "fileno"):
+            call(lib.vmbed_builder_console_output, self._pointer, _fd(output))
+        else:
+            arguments = (self._pointer, device.console, self._hold(output), let_go)
+            call(lib.vmbed_builder_console_callback, *arguments)
+        return self
+
+    def console_input(self, source: int | HasFileno) -> Builder:
+        """Reads the guest's console input from a file or fd, which is duplicated."""
+        call(lib.vmbed_builder_console_input, self._pointer, _fd(source))
+        return self
+
+    def on_thread_start(self, hook: Callable[[int, ThreadRole, int, int], object]) -> Builder:
+        """Calls `hook(vm_id, role, index, tid)` on each thread of the library before it does anything else."""
+
+        def with_role(vm: int, role: int, index: int, tid: int) -> None:
+            hook(vm, ThreadRole(role), index, tid)
+
+        arguments = (self._pointer, device.thread, self._hold(with_role), let_go)
+        call(lib.vmbed_builder_on_thread_start, *arguments)
+        return self
+
+    def dispatcher(self, dispatcher: Dispatcher) -> Builder:
+        """Serves console, network cards and random numbers on your event loop."""
+        call(lib.vmbed_builder_set_dispatcher, self._pointer, dispatcher._pointer)
+        return self
+
+    def caller_vcpus(self) -> Builder:
+        """Leaves the vCPUs to threads of yours, which call :meth:`Vm.run_vcpu`."""
+        call(lib.vmbed_builder_caller_vcpus, self._pointer)
+        return self
+
+    def build(self) -> Vm:
+        """Makes the VM; nothing runs yet. The builder is done then, also where this raises."""
+        return Vm(make(lib.vmbed_builder_build, "vm", self._pointer), self._exceptions)
+
+
+class Host:
+    """An opened /dev/kvm, and the ledger of what its VMs were promised."""
+
+    def __init__(
+        self,
+        *,
+        kvm: str | os.PathLike[str] | None = None,
+        memory: int = 0,
+        memory_reserved: int = 0,
+        memory_ratio: float = 0.0,
+        vcpu_ratio: float = 0.0,
+        swap: int = 0,
+    ) -> None:
+        """Opens it. What is 0 has its default: all memory but 512 MiB, promised once, and any number of vCPUs."""
+        path = optional(None if kvm is None else os.fsencode(kvm))
+        shares = dict(memory=memory, memory_reserved=memory_reserved, swap=swap)
+        ratios = dict(memory_ratio=memory_ratio, vcpu_ratio=vcpu_ratio)
+        options = structure("vmbed_host_options", kvm=path, **shares, **ratios)
+        self._pointer = make(lib.vmbed_host_open, "host", options)
+
+    @staticmethod
+    def probe(kvm: str | os.PathLike[str] | None = None) -> Probe:
+        """Looks at everything that VMs need, and opens nothing for good."""
+        probe = make(lib.vmbed_probe_new, "probe", optional(None if kvm is None else os.fsencode(kvm)))
+        findings: list[Finding] = []
+        while (what := lib.vmbed_probe_what(probe, len(findings))) != ffi.NULL:
+            index = len(findings)
+            problem, remedy = lib.vmbed_probe_problem(probe, index), lib.vmbed_probe_remedy(probe, index)
+            findings.append(Finding(text(what), text(problem) or None, text(remedy) or None))
+        return Probe(bool(lib.vmbed_probe_is_usable(probe)), findings)
+
+    def builder(self, config: Config) -> Builder:
+        """Begins a VM."""
+        return Builder(self._pointer, config)
+
+    def build(self, config: Config) -> Vm:
+        """Makes a VM that needs nothing but its configuration."""
+        return self.builder(config).build()
+
+    def usage(self) -> Usage:
+        """What the VMs hold, and what there is."""
+        found = structure("vmbed_usage")
+        call(lib.vmbed_host_usage, self._pointer, found)
+        values = {f.name: getattr(found, f.name) for f in fields(Usage)}
+        if values["vcpu_capacity"] == (1 << 64) - 1:
+            values["vcpu_capacity"] = None
+        return Usage(**values)
