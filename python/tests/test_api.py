@@ -107,7 +107,7 @@ def test_what_is_promised_and_what_is_there() -> None:
     host = vmbed.Host()
     with builder(SPINS, host=host).build() as vm:
         usage, memory = host.usage(), vm.memory()
-        assert usage.vms == 1 and usage.vcpus == 1 and usage.vcpu_capacity is None
+        assert usage.vms == 1 and usage.vcpus == 1 and usage.vcpu_capacity == vmbed.UNLIMITED
         assert memory.max == 2 << 20 and memory.backing == usage.backing
         vm.write_memory(0x100000, b"\1" * 4096)
         assert vm.memory().backing == usage.backing + 4096

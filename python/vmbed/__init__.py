@@ -38,7 +38,7 @@ from .errors import (
     Unsupported,
 )
 from .events import Cause, Event, Events, Kind
-from .host import Builder, Dispatcher, Finding, Host, Probe, ThreadRole, Usage
+from .host import UNLIMITED, Builder, Dispatcher, Finding, Host, Probe, ThreadRole, Usage
 from .vm import Memory, Registers, State, VcpuReturn, VcpuStatistics, Vm
 
 _VERSION = lib.vmbed_version()
@@ -73,6 +73,6 @@ __all__ = [
     "BadImage", "BareConfig", "Builder", "Busy", "Cause", "Config", "Console", "CpuidMask", "Device", "Disk",
     "Dispatcher", "Error", "Event", "Events", "Exhausted", "Field", "Finding", "Host", "HostError", "Internal",
     "InvalidArgument", "InvalidState", "Kind", "LinuxConfig", "Memory", "Mode", "Net", "NotFound",
-    "PermissionDenied", "Platform", "Probe", "Refused", "Registers", "State", "ThreadRole", "TimedOut",
+    "PermissionDenied", "Platform", "UNLIMITED", "Probe", "Refused", "Registers", "State", "ThreadRole", "TimedOut",
     "Unsupported", "Usage", "VcpuReturn", "VcpuStatistics", "Vm", "features", "has_feature", "log_to",
 ]  # fmt: skip

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Generic, TypeVar
 
 from vmbed._cdef import ffi as _ffi
 
@@ -16,11 +17,15 @@ lib: Any = ffi.dlopen(str(Path(__file__).with_name("libvmbed.so.0")))
 _held: set[Any] = set()
 
 
+_new = ffi.new
+_ERROR = ffi.typeof("vmbed_error **")
+
+
 def call(function: Callable[..., int], *arguments: Any) -> None:
     """Makes a call that answers a status; raises what its error says."""
-    error = ffi.new("vmbed_error **")
+    error = _new(_ERROR)
     status = function(*arguments, error)
-    if status != lib.VMBED_OK:
+    if status:
         raise take_error(status, error[0])
 
 
@@ -48,6 +53,31 @@ def structure(kind: str, **fields: Any) -> Any:
     made = ffi.new(f"{kind} *", fields)
     made.size = ffi.sizeof(kind)
     return made
+
+
+T = TypeVar("T", bound=tuple[Any, ...])
+
+
+class Filled(Generic[T]):
+    """A structure of numbers that the library fills, as a named tuple of the same names: read at once, since embedders ask
+    for statistics often."""
+
+    _LETTERS = {"uint64_t": "Q", "int64_t": "q", "uint32_t": "I", "int32_t": "i"}
+
+    def __init__(self, kind: str, made: type[T]) -> None:
+        names: tuple[str, ...] = getattr(made, "_fields")
+        members = [(name, field.type.cname) for name, field in ffi.typeof(kind).fields[1 : len(names) + 1]]
+        assert tuple(name for name, _ in members) == names, f"{kind} is not {made.__name__}"
+        self._type, self._size, self._made = ffi.typeof(f"{kind} *"), ffi.sizeof(kind), made
+        letters = "".join(self._LETTERS[cname] for _, cname in members)
+        self._unpack = struct.Struct(f"=8x{letters}").unpack_from
+
+    def ask(self, function: Callable[..., int], *arguments: Any) -> T:
+        """What the function fills."""
+        found = _new(self._type)
+        found.size = self._size
+        call(function, *arguments, found)
+        return tuple.__new__(self._made, self._unpack(ffi.buffer(found)))
 
 
 def take_error(status: int, error: Any) -> Error:

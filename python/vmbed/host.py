@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Callable, Protocol
+from typing import Any, Callable, NamedTuple, Protocol
 
 from . import device
-from ._lib import call, ffi, hold, let_go, lib, make, optional, structure, text
+from ._lib import Filled, call, ffi, hold, let_go, lib, make, optional, structure, text
 from .config import Config
 from .device import Attached, Device
 from .events import Events
@@ -51,15 +51,14 @@ class Probe:
     findings: list[Finding]
 
 
-@dataclass(frozen=True)
-class Usage:
+class Usage(NamedTuple):
     """What the VMs of a host hold, what there is, and how much of it is really there: bytes, and vCPUs."""
 
     memory: int
     memory_capacity: int
     vcpus: int
-    #: None where vCPUs are not limited.
-    vcpu_capacity: int | None
+    #: `UNLIMITED` where vCPUs are not limited.
+    vcpu_capacity: int
     dedicated_vcpus: int
     dedicated_cpus: int
     generation: int
@@ -75,6 +74,11 @@ class Usage:
     process: int
     charged: int
     unattributed: int
+
+
+_USAGE = Filled("vmbed_usage", Usage)
+#: A capacity without limit.
+UNLIMITED = (1 << 64) - 1
 
 
 class Dispatcher:
@@ -209,9 +213,4 @@ class Host:
 
     def usage(self) -> Usage:
         """What the VMs hold, and what there is."""
-        found = structure("vmbed_usage")
-        call(lib.vmbed_host_usage, self._pointer, found)
-        values = {f.name: getattr(found, f.name) for f in fields(Usage)}
-        if values["vcpu_capacity"] == (1 << 64) - 1:
-            values["vcpu_capacity"] = None
-        return Usage(**values)
+        return _USAGE.ask(lib.vmbed_host_usage, self._pointer)

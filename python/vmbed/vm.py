@@ -7,9 +7,9 @@ import weakref
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
-from ._lib import call, ffi, lib, make, structure
+from ._lib import Filled, call, ffi, lib, make, structure
 from .events import Cause, Events
 
 
@@ -53,8 +53,7 @@ class Registers:
     rflags: int = 0
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """What a VM's memory was promised, and what of it is really there, in bytes."""
 
     max: int
@@ -70,8 +69,7 @@ class Memory:
     stage2: int
 
 
-@dataclass(frozen=True)
-class VcpuStatistics:
+class VcpuStatistics(NamedTuple):
     """How much of the host a vCPU got: times in nanoseconds."""
 
     thread: int
@@ -79,6 +77,9 @@ class VcpuStatistics:
     run_time: int
     run_delay: int
 
+
+_MEMORY = Filled("vmbed_memory", Memory)
+_VCPU = Filled("vmbed_vcpu_statistics", VcpuStatistics)
 
 #: Those that still are, to be ended before the interpreter is.
 _living: weakref.WeakSet[Vm] = weakref.WeakSet()
@@ -199,9 +200,7 @@ class Vm:
 
     def memory(self) -> Memory:
         """What its memory was promised, and what is there. Costs a walk over page tables."""
-        found = structure("vmbed_memory")
-        call(lib.vmbed_vm_get_memory, self._pointer, found)
-        return Memory(**{f.name: getattr(found, f.name) for f in fields(Memory)})
+        return _MEMORY.ask(lib.vmbed_vm_get_memory, self._pointer)
 
     def set_guarantee(self, guarantee: int, generation: int | None = None) -> None:
         """Changes what the ledger never takes back; InvalidState where `generation` is another one by now."""
@@ -210,9 +209,7 @@ class Vm:
 
     def vcpu_statistics(self, vcpu: int = 0) -> VcpuStatistics:
         """How much of the host a vCPU got."""
-        found = structure("vmbed_vcpu_statistics")
-        call(lib.vmbed_vm_get_vcpu_statistics, self._pointer, vcpu, found)
-        return VcpuStatistics(**{f.name: getattr(found, f.name) for f in fields(VcpuStatistics)})
+        return _VCPU.ask(lib.vmbed_vm_get_vcpu_statistics, self._pointer, vcpu)
 
     def run_vcpu(self, vcpu: int = 0) -> VcpuReturn:
         """Runs a vCPU on the calling thread, in a VM whose builder said `caller_vcpus()`."""
