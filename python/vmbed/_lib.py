@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import Any, Callable, Generic, TypeVar
+from typing import Any, Callable, TypeVar
 
 from vmbed._cdef import ffi as _ffi
 
@@ -58,26 +58,27 @@ def structure(kind: str, **fields: Any) -> Any:
 T = TypeVar("T", bound=tuple[Any, ...])
 
 
-class Filled(Generic[T]):
-    """A structure of numbers that the library fills, as a named tuple of the same names: read at once, since embedders ask
-    for statistics often."""
+_LETTERS = {"uint64_t": "Q", "int64_t": "q", "uint32_t": "I", "int32_t": "i"}
 
-    _LETTERS = {"uint64_t": "Q", "int64_t": "q", "uint32_t": "I", "int32_t": "i"}
 
-    def __init__(self, kind: str, made: type[T]) -> None:
-        names: tuple[str, ...] = getattr(made, "_fields")
-        members = [(name, field.type.cname) for name, field in ffi.typeof(kind).fields[1 : len(names) + 1]]
-        assert tuple(name for name, _ in members) == names, f"{kind} is not {made.__name__}"
-        self._type, self._size, self._made = ffi.typeof(f"{kind} *"), ffi.sizeof(kind), made
-        letters = "".join(self._LETTERS[cname] for _, cname in members)
-        self._unpack = struct.Struct(f"=8x{letters}").unpack_from
+def filled(kind: str, made: type[T], function: Callable[..., int]) -> Callable[..., T]:
+    """A call that has the library fill a structure of numbers, and answers it as a named tuple of the same names. Read at
+    once, and everything looked up beforehand: embedders ask for statistics often."""
+    names: tuple[str, ...] = getattr(made, "_fields")
+    members = [(name, field.type.cname) for name, field in ffi.typeof(kind).fields[1 : len(names) + 1]]
+    assert tuple(name for name, _ in members) == names, f"{kind} is not {made.__name__}"
+    pointer, first = ffi.typeof(f"{kind} *"), (ffi.sizeof(kind),)
+    unpack = struct.Struct("=8x" + "".join(_LETTERS[cname] for _, cname in members)).unpack_from
+    new, buffer, null, construct = ffi.new, ffi.buffer, ffi.NULL, tuple.__new__
 
-    def ask(self, function: Callable[..., int], *arguments: Any) -> T:
-        """What the function fills."""
-        found = _new(self._type)
-        found.size = self._size
-        call(function, *arguments, found)
-        return tuple.__new__(self._made, self._unpack(ffi.buffer(found)))
+    def ask(*arguments: Any) -> T:
+        found = new(pointer, first)
+        # Most calls work: an error is asked for when there is one, by asking once more.
+        if function(*arguments, found, null):
+            call(function, *arguments, found)
+        return construct(made, unpack(buffer(found)))
+
+    return ask
 
 
 def take_error(status: int, error: Any) -> Error:

@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import Any, Callable, NamedTuple, Protocol
 
 from . import device
-from ._lib import Filled, call, ffi, hold, let_go, lib, make, optional, structure, text
+from ._lib import call, ffi, filled, hold, let_go, lib, make, optional, structure, text
 from .config import Config
 from .device import Attached, Device
 from .events import Events
@@ -76,7 +76,7 @@ class Usage(NamedTuple):
     unattributed: int
 
 
-_USAGE = Filled("vmbed_usage", Usage)
+_usage = filled("vmbed_usage", Usage, lib.vmbed_host_usage)
 #: A capacity without limit.
 UNLIMITED = (1 << 64) - 1
 
@@ -213,4 +213,4 @@ class Host:
 
     def usage(self) -> Usage:
         """What the VMs hold, and what there is."""
-        return _USAGE.ask(lib.vmbed_host_usage, self._pointer)
+        return _usage(self._pointer)

@@ -9,7 +9,7 @@ from enum import IntEnum
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from ._lib import Filled, call, ffi, lib, make, structure
+from ._lib import call, ffi, filled, lib, make, structure
 from .events import Cause, Events
 
 
@@ -78,8 +78,8 @@ class VcpuStatistics(NamedTuple):
     run_delay: int
 
 
-_MEMORY = Filled("vmbed_memory", Memory)
-_VCPU = Filled("vmbed_vcpu_statistics", VcpuStatistics)
+_memory = filled("vmbed_memory", Memory, lib.vmbed_vm_get_memory)
+_vcpu_statistics = filled("vmbed_vcpu_statistics", VcpuStatistics, lib.vmbed_vm_get_vcpu_statistics)
 
 #: Those that still are, to be ended before the interpreter is.
 _living: weakref.WeakSet[Vm] = weakref.WeakSet()
@@ -200,7 +200,7 @@ class Vm:
 
     def memory(self) -> Memory:
         """What its memory was promised, and what is there. Costs a walk over page tables."""
-        return _MEMORY.ask(lib.vmbed_vm_get_memory, self._pointer)
+        return _memory(self._pointer)
 
     def set_guarantee(self, guarantee: int, generation: int | None = None) -> None:
         """Changes what the ledger never takes back; InvalidState where `generation` is another one by now."""
@@ -209,7 +209,7 @@ class Vm:
 
     def vcpu_statistics(self, vcpu: int = 0) -> VcpuStatistics:
         """How much of the host a vCPU got."""
-        return _VCPU.ask(lib.vmbed_vm_get_vcpu_statistics, self._pointer, vcpu)
+        return _vcpu_statistics(self._pointer, vcpu)
 
     def run_vcpu(self, vcpu: int = 0) -> VcpuReturn:
         """Runs a vCPU on the calling thread, in a VM whose builder said `caller_vcpus()`."""
