@@ -44,6 +44,23 @@ static SHORT: [u32; 256] = {
     table
 };
 
+/// By an offset below 8: a mask for so many bytes, the factor that repeats them in eight, and how many of
+/// the eight are whole periods.
+static PERIODS: [(u64, u64, usize); 8] = {
+    let mut table = [(0, 0, 0); 8];
+    let mut offset = 1;
+    while offset < 8 {
+        let (mut times, mut shift) = (0, 0);
+        while shift < 64 {
+            times |= 1 << shift;
+            shift += 8 * offset;
+        }
+        table[offset] = ((1 << (8 * offset)) - 1, times, 8 / offset * offset);
+        offset += 1;
+    }
+    table
+};
+
 /// Why a block was not unpacked.
 #[derive(Debug)]
 pub(super) enum Fault {
@@ -175,9 +192,10 @@ fn offset(input: &[u8; INPUT], at: usize) -> usize {
     input[at..].first_chunk().map_or(0, |bytes| u16::from_le_bytes(*bytes).into())
 }
 
-/// Sequences of the first kind, 90 of 100: their tokens say all, and their matches do not overlap what they
-/// make. Returns where they end in both. Copies of fixed lengths, the excess of which is overwritten by
-/// what follows. A function of its own, without a call: all that it works on stays in registers.
+/// Sequences of the first two kinds. The first, 90 of 100: their tokens say all, and their matches do not
+/// overlap what they make. Returns where they end in both. Copies of fixed lengths, the excess of which is
+/// overwritten by what follows. A function of its own, and the second kind in another: all that it works
+/// on stays in registers.
 #[inline(never)]
 fn short_sequences(
     input: &[u8; INPUT],
@@ -197,7 +215,12 @@ fn short_sequences(
         let start = end + literals;
         let Some(from) = start.checked_sub(offset) else { break };
         if offset < length {
-            break;
+            let (next, stop) = longer_sequence(input, at, window, end);
+            if next == at {
+                break;
+            }
+            (at, end) = (next, stop);
+            continue;
         }
         repeat::<16>(window, from, start);
         repeat::<{ SHORT_MATCH - 16 }>(window, from + 16, start + 16);
@@ -208,26 +231,33 @@ fn short_sequences(
 }
 
 /// A sequence of the second kind: its lengths have a further byte each at most, its match may overlap what
-/// it makes. Returns where it ends in both; `None` where it is of the third kind, or damaged.
+/// it makes. Returns where it ends in both; where it began if it is of the third kind, or damaged.
 #[inline(never)]
 fn longer_sequence(
     input: &[u8; INPUT],
-    mut at: usize,
+    begin: usize,
     window: &mut [u8; WINDOW],
-    mut end: usize,
-) -> Option<(usize, usize)> {
-    let token = input[at];
+    end: usize,
+) -> (usize, usize) {
+    let other = (begin, end);
+    // As the caller looked at already; known here, it serves for most accesses.
+    if begin > INPUT - LONGER_SEQUENCE || end >= LIMIT {
+        return other;
+    }
+    let token = input[begin];
     let (mut literals, mut length) = (usize::from(token >> 4), usize::from(token & 15));
-    at += 1;
+    let mut at = begin + 1;
     if literals == MORE {
         literals += usize::from(input[at]);
         at += 1;
+        if literals == MORE + 255 {
+            return other;
+        }
     }
-    if literals == MORE + 255 {
-        return None;
-    }
-    for i in (0..literals).step_by(32) {
-        copy::<32>(input, at + i, window, end + i);
+    let mut done = 0;
+    while done < literals {
+        copy::<32>(input, at + done, window, end + done);
+        done += 32;
     }
     at += literals;
     let offset = offset(input, at);
@@ -235,19 +265,38 @@ fn longer_sequence(
     if length == MORE {
         length += usize::from(input[at]);
         at += 1;
-    }
-    end += literals;
-    let from = end.checked_sub(offset)?;
-    if length == MORE + 255 || offset < 8 {
-        return None;
+        if length == MORE + 255 {
+            return other;
+        }
     }
     length += MIN_MATCH;
+    let start = end + literals;
+    let Some(from) = start.checked_sub(offset) else { return other };
+    let mut done = 0;
     if offset >= 32 {
-        (0..length).step_by(32).for_each(|i| repeat::<32>(window, from + i, end + i));
+        while done < length {
+            repeat::<32>(window, from + done, start + done);
+            done += 32;
+        }
+    } else if offset >= 8 {
+        while done < length {
+            repeat::<8>(window, from + done, start + done);
+            done += 8;
+        }
+    } else if offset > 0 {
+        // Eight bytes of what repeats; as many whole periods as they hold are right for the next eight, too.
+        let Some(bytes) = window[from..].first_chunk() else { return other };
+        let (period, times, whole) = PERIODS[offset];
+        let bytes = (u64::from_le_bytes(*bytes) & period).wrapping_mul(times).to_le_bytes();
+        while done < length {
+            let to = start + done;
+            window[to..to + 8].copy_from_slice(&bytes);
+            done += whole;
+        }
     } else {
-        (0..length).step_by(8).for_each(|i| repeat::<8>(window, from + i, end + i));
+        return other;
     }
-    Some((at, end + length))
+    (at, start + length)
 }
 
 impl<F: FnMut(&[u8]) -> Result<()>> Unpacker<F> {
@@ -299,17 +348,7 @@ impl<F: FnMut(&[u8]) -> Result<()>> Unpacker<F> {
         let Some(window) = self.window.first_chunk_mut::<WINDOW>() else { return };
         let Some(input) = packed.buffer.first_chunk::<INPUT>() else { return };
         let Some(last) = packed.here.end.min(INPUT).checked_sub(LONGER_SEQUENCE) else { return };
-        let (mut at, mut end) = (packed.here.start, self.end);
-        loop {
-            (at, end) = short_sequences(input, at, last, window, end);
-            if at > last || end >= LIMIT {
-                break;
-            }
-            let Some(next) = longer_sequence(input, at, window, end) else { break };
-            (at, end) = next;
-        }
-        self.end = end;
-        packed.here.start = at;
+        (packed.here.start, self.end) = short_sequences(input, packed.here.start, last, window, self.end);
     }
 
     /// Appends literals.
