@@ -2,9 +2,9 @@
 //! LZ4 blocks, unpacked through a small window (LZ4 Block Format Description, in lz4's doc/).
 //!
 //! The window holds what a match can reach back to, and a piece on its way out: a kernel of 50 MiB passes
-//! through memory that stays in the processor's cache, and half of it, stretches of zeroes, through nothing
-//! worse than copies. (The crate lz4_flex wants a buffer as large as what comes out, and takes twice the
-//! instructions for a kernel.)
+//! through memory that stays in the processor's cache; half of it, long stretches of zeroes, is left out.
+//! (The crate lz4_flex wants a buffer as large as what comes out, and takes twice the instructions for a
+//! kernel.)
 
 use crate::error::{Error, Result};
 
@@ -159,7 +159,8 @@ impl<R: FnMut(u64, &mut [u8]) -> Result<()>> Packed<R> {
     }
 }
 
-/// Unpacks blocks one after another and hands pieces of what comes out to `take`.
+/// Unpacks blocks one after another and hands pieces of what comes out to `take`, each with where it
+/// belongs. The first is whole; after it, what is left out between two, or at the end, is zeroes.
 pub(super) struct Unpacker<F> {
     /// What this block unpacked to, as far back as a match may reach.
     window: Box<[u8]>,
@@ -253,11 +254,11 @@ fn longer_sequence(
         if literals == MORE + 255 {
             return other;
         }
-    }
-    let mut done = 0;
-    while done < literals {
-        copy::<32>(input, at + done, window, end + done);
-        done += 32;
+        // Fewer than these the caller copied.
+        copy::<32>(input, at, window, end);
+        if literals > 32 {
+            window[end + 32..end + literals].copy_from_slice(&input[at + 32..at + literals]);
+        }
     }
     at += literals;
     let offset = offset(input, at);
@@ -299,7 +300,7 @@ fn longer_sequence(
     (at, start + length)
 }
 
-impl<F: FnMut(&[u8]) -> Result<()>> Unpacker<F> {
+impl<F: FnMut(u64, &[u8]) -> Result<()>> Unpacker<F> {
     pub fn new(take: F) -> Self {
         let window = vec![0; WINDOW].into_boxed_slice();
         Self { window, end: 0, taken: 0, gone: 0, take }
@@ -369,6 +370,12 @@ impl<F: FnMut(&[u8]) -> Result<()>> Unpacker<F> {
             return Err(Fault::Damaged("an offset reaches before its start"));
         }
         while length > 0 {
+            if length >= LIMIT
+                && self.gone > 0
+                && self.window[self.end - offset..self.end].iter().all(|b| *b == 0)
+            {
+                return Ok(self.leave_out(length)?);
+            }
             let room = self.room(length)?;
             let stop = self.end + room;
             // What is there repeats, so each copy may reach back twice as far as the last.
@@ -385,6 +392,15 @@ impl<F: FnMut(&[u8]) -> Result<()>> Unpacker<F> {
         Ok(())
     }
 
+    /// Appends so many zeroes, without handing them on; the window needs only what a match may reach.
+    fn leave_out(&mut self, length: usize) -> Result<()> {
+        self.hand_on(0)?;
+        self.window[..HISTORY].fill(0);
+        self.gone += (length - HISTORY) as u64;
+        (self.end, self.taken) = (HISTORY, HISTORY);
+        Ok(())
+    }
+
     /// How many of `wanted` bytes fit, at least one; hands on a piece to make room.
     fn room(&mut self, wanted: usize) -> Result<usize> {
         if self.end >= LIMIT {
@@ -396,7 +412,7 @@ impl<F: FnMut(&[u8]) -> Result<()>> Unpacker<F> {
     /// Hands on what is there, and keeps the last `kept` bytes for matches to come.
     fn hand_on(&mut self, kept: usize) -> Result<()> {
         if self.taken < self.end {
-            (self.take)(&self.window[self.taken..self.end])?;
+            (self.take)(self.gone + self.taken as u64, &self.window[self.taken..self.end])?;
         }
         let gone = self.end - kept;
         for at in (0..kept).step_by(COPY) {
@@ -414,7 +430,9 @@ mod tests {
 
     fn unpack(blocks: &[&[u8]]) -> Result<Vec<u8>, Fault> {
         let mut out = Vec::new();
-        let mut unpacker = Unpacker::new(|piece: &[u8]| {
+        let mut unpacker = Unpacker::new(|at, piece: &[u8]| {
+            assert!(at >= out.len() as u64);
+            out.resize(at as usize, 0);
             out.extend_from_slice(piece);
             Ok(())
         });
@@ -426,7 +444,9 @@ mod tests {
             unpacker.block(&mut packed, 1 << 30)?;
             at += block.len() as u64;
         }
-        assert_eq!(unpacker.done(), out.len() as u64);
+        let done = unpacker.done() as usize;
+        assert!(out.len() <= done);
+        out.resize(done, 0);
         Ok(out)
     }
 
@@ -439,7 +459,7 @@ mod tests {
     }
 
     /// Unpacks a MiB of zeroes to at most `max` bytes, with this taker.
-    fn zeroes(max: u64, take: impl FnMut(&[u8]) -> Result<()>) -> Result<(), Fault> {
+    fn zeroes(max: u64, take: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<(), Fault> {
         let block = lz4_flex::block::compress(&vec![0; 1 << 20]);
         let mut packed = Packed::new(from(&block));
         packed.begin(0..block.len() as u64);
@@ -487,6 +507,27 @@ mod tests {
         }
     }
 
+    /// Megabytes of zeroes pass without being copied, and matches reach back into them.
+    #[test]
+    fn long_stretches_of_zeroes_are_left_out() {
+        let mut seed = 5;
+        let noise = text(&mut seed, 70_000);
+        let zeroes = vec![0; 3 << 20];
+        let all = [&noise[..], &zeroes, &noise, &zeroes, b"the end", &zeroes[..70_000], &noise].concat();
+        let block = lz4_flex::block::compress(&all);
+        assert!(unpack(&[&block, &block]).unwrap() == [&all[..], &all].concat());
+        let mut handed = 0;
+        let mut unpacker = Unpacker::new(|_, piece: &[u8]| {
+            handed += piece.len();
+            Ok(())
+        });
+        let mut packed = Packed::new(from(&block));
+        packed.begin(0..block.len() as u64);
+        unpacker.block(&mut packed, 1 << 30).unwrap();
+        assert_eq!(unpacker.done(), all.len() as u64);
+        assert!(handed < 2 << 20, "{handed} bytes handed on");
+    }
+
     #[test]
     fn damage_is_an_error() {
         // One literal, then a match: before the block's start, at offset 0, into the block before it.
@@ -524,16 +565,16 @@ mod tests {
 
     #[test]
     fn a_block_that_grows_past_its_limit_is_an_error() {
-        zeroes(1 << 20, |_| Ok(())).unwrap();
-        assert!(matches!(zeroes((1 << 20) - 1, |_| Ok(())), Err(Fault::Damaged(_))));
+        zeroes(1 << 20, |_, _| Ok(())).unwrap();
+        assert!(matches!(zeroes((1 << 20) - 1, |_, _| Ok(())), Err(Fault::Damaged(_))));
     }
 
     #[test]
     fn an_error_of_whoever_gives_or_takes_ends_it() {
         let full = || Err(Error::new(crate::ErrorKind::Os, "full"));
-        assert!(matches!(zeroes(1 << 30, |_| full()), Err(Fault::Caller(_))));
+        assert!(matches!(zeroes(1 << 30, |_, _| full()), Err(Fault::Caller(_))));
         let mut packed = Packed::new(|_: u64, _: &mut [u8]| full());
         packed.begin(0..1);
-        assert!(matches!(Unpacker::new(|_: &[u8]| Ok(())).block(&mut packed, 9), Err(Fault::Caller(_))));
+        assert!(matches!(Unpacker::new(|_, _: &[u8]| Ok(())).block(&mut packed, 9), Err(Fault::Caller(_))));
     }
 }
