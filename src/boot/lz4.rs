@@ -511,7 +511,7 @@ mod tests {
     #[test]
     fn long_stretches_of_zeroes_are_left_out() {
         let mut seed = 5;
-        let noise = text(&mut seed, 70_000);
+        let noise = text(&mut seed, 700_000);
         let zeroes = vec![0; 3 << 20];
         let all = [&noise[..], &zeroes, &noise, &zeroes, b"the end", &zeroes[..70_000], &noise].concat();
         let block = lz4_flex::block::compress(&all);
@@ -525,7 +525,19 @@ mod tests {
         packed.begin(0..block.len() as u64);
         unpacker.block(&mut packed, 1 << 30).unwrap();
         assert_eq!(unpacker.done(), all.len() as u64);
-        assert!(handed < 2 << 20, "{handed} bytes handed on");
+        assert!(handed < 4 << 20, "{handed} bytes handed on");
+    }
+
+    #[test]
+    fn a_match_reaches_back_into_what_was_left_out() {
+        let more = |length: usize| [vec![255; length / 255], vec![(length % 255) as u8]].concat();
+        // Letters, more than the window holds, and a zero; that a million times; a hundred from far back.
+        let mut block = [vec![0xff], more(700_001 - MORE), vec![b'a'; 700_000], vec![0, 1, 0]].concat();
+        block.extend(more(1_000_000 - MORE - MIN_MATCH));
+        block.extend([0x0f, 0x50, 0xc3, 100 - (MORE + MIN_MATCH) as u8, 0x50]);
+        block.extend(b"enden");
+        let all = [&vec![b'a'; 700_000][..], &vec![0; 1_000_101], b"enden"].concat();
+        assert!(unpack(&[&block]).unwrap() == all);
     }
 
     #[test]
