@@ -118,7 +118,7 @@ pub struct VmBuilder {
     mmio: Vec<Attached>,
     doorbells: Vec<Arc<Doorbell>>,
     events: Option<EventStream>,
-    wiring: Wiring,
+    pub(super) wiring: Wiring,
     hook: Option<Hook>,
     caller_vcpus: bool,
 }
@@ -323,6 +323,7 @@ impl VmBuilder {
     /// `Busy` or `BadImage` with the device or file at fault. Whatever had been made is taken back.
     pub fn build(self) -> Result<Vm> {
         self.config.validate()?;
+        self.wiring.sources.check(&self.config)?;
         let name = if self.config.name.is_empty() {
             "the VM".to_owned()
         } else {
