@@ -82,8 +82,8 @@ pub unsafe extern "C" fn vmbed_vm_start(vm: *mut vmbed_vm, error: *mut *mut vmbe
 /// Stops the guest's time: every vCPU, every device, every clock. Returns when all stand still, usually within a
 /// millisecond; a request that a device has begun is finished first, however long the host takes for it.
 ///
-/// VMBED_ERR_INVALID_STATE unless it runs. VMBED_ERR_TIMED_OUT after 10 s when a device of yours does not return: then the
-/// VM goes on running.
+/// VMBED_ERR_INVALID_STATE unless it runs. VMBED_ERR_TIMED_OUT after 10 s when a device or a disk of yours does not
+/// answer: then the VM goes on running.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_vm_pause(vm: *mut vmbed_vm, error: *mut *mut vmbed_error) -> i32 {
     with(vm, error, Vm::pause, |()| ())
@@ -307,7 +307,7 @@ pub unsafe extern "C" fn vmbed_vm_set_registers(
 /// Ends everything: the guest, every thread, every file descriptor, its memory. When it returns, no callback of this VM
 /// runs or will ever run, and their data were destroyed. Called by one of the VM's own callbacks, it returns at once, and
 /// does the same right after the callback has returned. Waits as long as a request that hangs in the host or in a callback.
-/// NULL is a no-op.
+/// A second call for the same VM, from another thread while the first one waits, returns at once. NULL is a no-op.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_vm_free(vm: *mut vmbed_vm) {
     answer((), || {
