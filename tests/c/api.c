@@ -14,6 +14,10 @@ void stop_races_with_everything(void);
 void a_fork_while_a_vm_runs(void);
 void many_at_once(void);
 /* drive.c */
+void a_disk_of_ones_own(void);
+void a_disk_that_does_not_answer(void);
+void a_network_of_ones_own(void);
+void disks_and_cards_by_descriptor(void);
 void vcpus_on_the_callers_threads(void);
 void devices_on_the_callers_loop(void);
 
@@ -514,6 +518,10 @@ static const struct {
     CASE(vcpus_on_the_callers_threads),
     CASE(devices_on_the_callers_loop),
     CASE(doorbells_ring),
+    CASE(a_disk_of_ones_own),
+    CASE(a_disk_that_does_not_answer),
+    CASE(a_network_of_ones_own),
+    CASE(disks_and_cards_by_descriptor),
 };
 
 int main(int argc, char **argv)
