@@ -6,6 +6,9 @@ use std::process::{Command, ExitCode};
 
 use libtest_mimic::{Arguments, Trial};
 
+#[path = "guests/mod.rs"]
+mod guests;
+
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     if arguments.list {
@@ -42,7 +45,8 @@ fn trials(home: PathBuf) -> Vec<Trial> {
         trial("cases", |home| {
             let mut pytest = Command::new(home.join("bin/pytest"));
             // 600 s: better an error than a hang.
-            run(pytest.args(["-p", "no:cacheprovider"]).current_dir(root().join("python/tests")));
+            pytest.args(["-p", "no:cacheprovider"]).env("VMBED_GUEST", guests::virtio(home));
+            run(pytest.current_dir(root().join("python/tests")));
         }),
         trial("every_function_of_the_header_is_bound", bound),
         trial("readme_programs", readme),

@@ -9,6 +9,8 @@ import logging
 import os
 import random
 import select
+import socket
+import tempfile
 import threading
 import weakref
 from pathlib import Path
@@ -16,7 +18,29 @@ from typing import Any
 
 import pytest
 import vmbed
-from guest import LONG, SPINS, TALKS, WRITES, Port, builder, wait_until
+from guest import (
+    BEGIN_READ,
+    BEGIN_WRITE,
+    FINISH,
+    FLUSH,
+    LONG,
+    READ,
+    RECEIVE,
+    SEND,
+    SPINS,
+    TALKS,
+    TELL,
+    WRITE,
+    WRITES,
+    Echo,
+    Port,
+    Ram,
+    builder,
+    driver,
+    finish,
+    start,
+    wait_until,
+)
 
 HERE = Path(__file__).resolve()
 
@@ -471,3 +495,91 @@ def test_doorbells_ring() -> None:
         vm.start()
         rung = [event for event in vm.events() if event.kind is vmbed.Kind.DOORBELL]
     assert [(event.device, event.value, event.offset) for event in rung] == [("bell", 7, 0)]
+
+
+#: 7 and 8 in two sectors.
+SUM = 512 * (7 + 8)
+
+
+def test_a_disk_of_ones_own() -> None:
+    ram, said = Ram(), Port()
+    steps = [(WRITE, 3, 2, 7), (FLUSH, 0, 0, 0), (READ, 3, 2, 0), (READ, 100, 1, 0), (READ, 101, 1, 0)]
+    steps += [(BEGIN_READ, 200, 1, 0), (BEGIN_WRITE, 300, 2, 7), (BEGIN_READ, 400, 1, 0), (TELL, 0, 0, 1), (FINISH, 0, 0, 0)]
+    with start(vmbed.Host().builder(driver(disks=1)).disk_backend(0, ram), steps, said) as vm:
+        wait_until("three requests", lambda: said.writes and len(ram.kept) == 3)
+
+        def backwards() -> None:
+            while ram.kept:
+                request = ram.kept.pop()
+                assert ram.perform(request)
+                with pytest.raises(ValueError, match="has ended"):
+                    request.complete()
+
+        thread = threading.Thread(target=backwards)
+        thread.start()
+        thread.join()
+        results = finish(vm, len(steps))
+        assert results[:5] == [(0, 1, 0), (0, 1, 0), (0, 1025, SUM), (1, 1, 0), (1, 1, 0)]
+        assert results[9] == (0, 513 + 1 + 513, 0) and ram.bytes[512 * 301] == 8 and ram.flushes == 1
+        assert vm.disk_statistics() == (3, 2048, 2, 2048, 1, 2)
+        with pytest.raises(vmbed.InvalidArgument, match="disk1"):
+            vm.disk_statistics(1)
+        failed = [event for event in vm.events() if event.kind is vmbed.Kind.BACKEND_ERROR]
+        assert {event.device for event in failed} == {"disk0"}
+        assert [type(raised) for raised in vm.exceptions] == [RuntimeError]
+
+
+def test_a_disk_that_does_not_answer() -> None:
+    ram, said = Ram(), Port()
+    steps = [(BEGIN_READ, 200, 1, 0), (TELL, 0, 0, 1), (FINISH, 0, 0, 0)]
+    steps += [(BEGIN_READ, 201, 1, 0), (TELL, 0, 0, 2), (FINISH, 0, 0, 0)]
+    with start(vmbed.Host().builder(driver(disks=1)).disk_backend(0, ram), steps, said) as vm:
+        wait_until("a request", lambda: said.writes == 1 and ram.kept)
+        with pytest.raises(vmbed.TimedOut, match="disk0"):
+            vm.pause()
+        assert ram.perform(ram.kept.pop())
+        wait_until("another request", lambda: said.writes == 2 and ram.kept)
+        assert vm.stop() is vmbed.Cause.HOST_STOP
+    assert not ram.perform(ram.kept.pop()), "nobody waits for it"
+
+
+def test_a_network_of_ones_own() -> None:
+    echo = Echo()
+    steps = [(SEND, 0, 60, 5), (RECEIVE, 0, 0, 0), (SEND, 0, 99, 5), (SEND, 0, 5, 5)]
+    with start(vmbed.Host().builder(driver(nets=1)).net_backend(0, echo), steps) as vm:
+        assert finish(vm, len(steps))[1] == (0, 72, 300)
+        assert vm.net_statistics() == (1, 60, 0, 1, 60, 2)
+        with pytest.raises(vmbed.InvalidArgument, match="net1"):
+            vm.net_statistics(1)
+        assert not vm.exceptions
+    os.close(echo.bell)
+    ended = weakref.ref(echo)
+    del echo
+    gc.collect()
+    assert ended() is None, "the library has let go of it"
+
+
+def test_disks_and_cards_by_descriptor() -> None:
+    host = vmbed.Host()
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    far.settimeout(LONG)
+    steps = [(WRITE, 3, 2, 7), (READ, 3, 2, 0), (SEND, 0, 60, 5), (RECEIVE, 0, 0, 0)]
+    with tempfile.TemporaryFile() as file, far:
+        file.truncate(512 * 1024)
+        with near:
+            made = host.builder(driver(1, 1)).disk_fd(0, file).net_fd(0, near)
+        with start(made, steps) as vm:
+            assert len(far.recv(100)) == 72
+            far.send(bytes(12) + bytes([9]) * 40)
+            assert finish(vm, 4) == [(0, 1, 0), (0, 1025, SUM), (0, 0, 0), (0, 52, 360)]
+        file.seek(1536)
+        assert file.read(1024) == bytes([7]) * 512 + bytes([8]) * 512
+        for made, text in [
+            (host.builder(driver(disks=1)), r"disks\[0\].path"),
+            (host.builder(driver(nets=1)), r"nets\[0\].tap"),
+            (host.builder(driver()).disk_fd(0, file), r"disks\[0\]"),
+            (host.builder(driver(disks=1)).disk_fd(0, far), "disk0: fd"),
+            (host.builder(driver(nets=1)).net_fd(0, file), "net0"),
+        ]:
+            with pytest.raises(vmbed.InvalidArgument, match=text):
+                made.build()

@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 
 from ._lib import call, ffi, hold, let_go, lib, text
+from .backend import BlockBackend, BlockOp, BlockRequest, NetBackend
 from .config import BareConfig, Config, Console, CpuidMask, Disk, LinuxConfig, Mode, Net, Platform
 from .device import Device, log_line
 from .errors import (
@@ -39,7 +40,7 @@ from .errors import (
 )
 from .events import Cause, Event, Events, Kind
 from .host import UNLIMITED, Builder, Dispatcher, Finding, Host, Probe, ThreadRole, Usage
-from .vm import Memory, Registers, State, VcpuReturn, VcpuStatistics, Vm
+from .vm import DiskStatistics, Memory, NetStatistics, Registers, State, VcpuReturn, VcpuStatistics, Vm
 
 _VERSION = lib.vmbed_version()
 #: The library's version.
@@ -70,9 +71,10 @@ def log_to(logger: logging.Logger | None, level: int = logging.INFO) -> None:
 
 
 __all__ = [
-    "BadImage", "BareConfig", "Builder", "Busy", "Cause", "Config", "Console", "CpuidMask", "Device", "Disk",
-    "Dispatcher", "Error", "Event", "Events", "Exhausted", "Field", "Finding", "Host", "HostError", "Internal",
-    "InvalidArgument", "InvalidState", "Kind", "LinuxConfig", "Memory", "Mode", "Net", "NotFound",
-    "PermissionDenied", "Platform", "UNLIMITED", "Probe", "Refused", "Registers", "State", "ThreadRole", "TimedOut",
-    "Unsupported", "Usage", "VcpuReturn", "VcpuStatistics", "Vm", "features", "has_feature", "log_to",
+    "BadImage", "BareConfig", "BlockBackend", "BlockOp", "BlockRequest", "Builder", "Busy", "Cause", "Config",
+    "Console", "CpuidMask", "Device", "Disk", "DiskStatistics", "Dispatcher", "Error", "Event", "Events",
+    "Exhausted", "Field", "Finding", "Host", "HostError", "Internal", "InvalidArgument", "InvalidState", "Kind",
+    "LinuxConfig", "Memory", "Mode", "Net", "NetBackend", "NetStatistics", "NotFound", "PermissionDenied",
+    "Platform", "Probe", "Refused", "Registers", "State", "ThreadRole", "TimedOut", "UNLIMITED", "Unsupported",
+    "Usage", "VcpuReturn", "VcpuStatistics", "Vm", "features", "has_feature", "log_to",
 ]  # fmt: skip

@@ -39,9 +39,10 @@ class Console(IntEnum):
 
 @dataclass
 class Disk:
-    """A raw image or block device, as a virtio-blk disk."""
+    """A virtio-blk disk: a raw image or block device, or what :meth:`Builder.disk_fd` or `disk_backend` attaches."""
 
-    path: str | os.PathLike[str]
+    #: None where something is attached.
+    path: str | os.PathLike[str] | None = None
     readonly: bool = False
     #: At most 20 bytes, which the guest can read.
     serial: str | None = None
@@ -51,9 +52,10 @@ class Disk:
 
 @dataclass
 class Net:
-    """A network card on a TAP interface that exists."""
+    """A network card: on a TAP interface that exists, or on what :meth:`Builder.net_fd` or `net_backend` attaches."""
 
-    tap: str
+    #: None where something is attached.
+    tap: str | None = None
     #: Follows from the VM's UUID otherwise.
     mac: str | None = None
     pci: str | None = None
@@ -121,7 +123,8 @@ class _Common:
             register = ["eax", "ebx", "ecx", "edx"].index(mask.register.lower())
             call(lib.vmbed_config_mask_cpuid, config, mask.leaf, mask.subleaf, register, mask.clear, mask.set)
         for disk in self.disks:
-            keep = [optional(os.fsencode(disk.path)), optional(disk.serial), optional(disk.pci)]
+            path = None if disk.path is None else os.fsencode(disk.path)
+            keep = [optional(path), optional(disk.serial), optional(disk.pci)]
             made = structure("vmbed_disk", path=keep[0], serial=keep[1], pci=keep[2], readonly=int(disk.readonly))
             call(lib.vmbed_config_add_disk, config, made)
         for net in self.nets:

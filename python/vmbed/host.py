@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Callable, NamedTuple, Protocol
 
-from . import device
+from . import backend, device
 from ._lib import call, ffi, filled, hold, let_go, lib, make, optional, structure, text
+from .backend import BlockBackend, NetBackend
 from .config import Config
 from .device import Attached, Device
 from .events import Events
@@ -126,6 +127,29 @@ class Builder:
     def mmio_doorbell(self, name: str, address: int, length: int) -> Builder:
         """The same for guest-physical addresses without memory."""
         call(lib.vmbed_builder_add_mmio_doorbell, self._pointer, name.encode(), address, length)
+        return self
+
+    def disk_fd(self, index: int, disk: int | HasFileno) -> Builder:
+        """Backs disk `index` of the configuration, one without a path, by an open raw image or block device."""
+        call(lib.vmbed_builder_disk_fd, self._pointer, index, _fd(disk))
+        return self
+
+    def disk_backend(self, index: int, disk: BlockBackend) -> Builder:
+        """Backs disk `index` of the configuration, one without a path, by code of yours."""
+        arguments = (self._pointer, index, backend.BLOCK, disk.size, disk.readonly, self._hold(disk))
+        call(lib.vmbed_builder_disk_backend, *arguments)
+        return self
+
+    def net_fd(self, index: int, net: int | HasFileno) -> Builder:
+        """Puts card `index` of the configuration, one without a TAP interface, on a queue of one that somebody attached, or
+        on a connected Unix socket (SOCK_SEQPACKET or SOCK_DGRAM), on which each message is a frame (:class:`NetBackend`)."""
+        call(lib.vmbed_builder_net_fd, self._pointer, index, _fd(net))
+        return self
+
+    def net_backend(self, index: int, net: NetBackend) -> Builder:
+        """Puts card `index` of the configuration, one without a TAP interface, on a network of yours."""
+        arguments = (self._pointer, index, backend.NET, net.fileno(), self._hold(net))
+        call(lib.vmbed_builder_net_backend, *arguments)
         return self
 
     def events(self, events: Events) -> Builder:

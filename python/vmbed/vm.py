@@ -78,6 +78,31 @@ class VcpuStatistics(NamedTuple):
     run_delay: int
 
 
+class DiskStatistics(NamedTuple):
+    """What a disk has done since the VM was built: requests, and bytes."""
+
+    reads: int
+    read_bytes: int
+    writes: int
+    written_bytes: int
+    flushes: int
+    #: Requests that were answered with an error.
+    errors: int
+
+
+class NetStatistics(NamedTuple):
+    """What a card has carried since the VM was built: frames, and their bytes from the Ethernet header on."""
+
+    rx_frames: int
+    rx_bytes: int
+    rx_dropped: int
+    tx_frames: int
+    tx_bytes: int
+    tx_dropped: int
+
+
+_disk_statistics = filled("vmbed_disk_statistics", DiskStatistics, lib.vmbed_vm_get_disk_statistics)
+_net_statistics = filled("vmbed_net_statistics", NetStatistics, lib.vmbed_vm_get_net_statistics)
 _memory = filled("vmbed_memory", Memory, lib.vmbed_vm_get_memory)
 _vcpu_statistics = filled("vmbed_vcpu_statistics", VcpuStatistics, lib.vmbed_vm_get_vcpu_statistics)
 
@@ -206,6 +231,14 @@ class Vm:
         """Changes what the ledger never takes back; InvalidState where `generation` is another one by now."""
         known = (1 << 64) - 1 if generation is None else generation
         call(lib.vmbed_vm_set_guarantee, self._pointer, guarantee, known)
+
+    def disk_statistics(self, index: int = 0) -> DiskStatistics:
+        """What the disk has done so far. In every state."""
+        return _disk_statistics(self._pointer, index)
+
+    def net_statistics(self, index: int = 0) -> NetStatistics:
+        """What the card has carried so far. In every state."""
+        return _net_statistics(self._pointer, index)
 
     def vcpu_statistics(self, vcpu: int = 0) -> VcpuStatistics:
         """How much of the host a vCPU got."""
