@@ -1069,6 +1069,12 @@ int32_t vmbed_vm_console_input(vmbed_vm *vm,
 uint64_t vmbed_vm_memory_size(const vmbed_vm *vm);
 
 /**
+ * When the guest first reached for a device outside of it, a port or an address without memory: nanoseconds of
+ * CLOCK_MONOTONIC. 0 until then, and where there is no VM. In every state.
+ */
+uint64_t vmbed_vm_first_exit(const vmbed_vm *vm);
+
+/**
  * Copies `length` bytes of guest memory from the guest-physical `address` into `data`. The guest may change them
  * meanwhile. Works in every state, and waits for nothing but the host's paging. VMBED_ERR_INVALID_ARGUMENT where the range
  * is not all guest memory.

@@ -92,6 +92,19 @@ print('bound')
         .copied()
         .collect();
     assert!(called.len() > 90, "{called:?}");
+    let package: String = std::fs::read_dir(root().join("python/vmbed"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|e| e == "py") && !path.ends_with("_cdef.py"))
+        .map(|path| std::fs::read_to_string(path).unwrap())
+        .collect();
+    for name in &called {
+        // `make` frees what it has made. An error's status is what the call answered.
+        let used = package.contains(&format!("lib.{name}"))
+            || name.ends_with("_free")
+            || *name == "vmbed_error_status";
+        assert!(used, "the package has no use for {name}");
+    }
     let list = home.join("names");
     std::fs::write(&list, called.join("\n")).unwrap();
     let mut python = Command::new(home.join("bin/python"));

@@ -12,6 +12,7 @@ import select
 import socket
 import tempfile
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def test_guest_and_device() -> None:
         vm.start()
         assert vm.wait(LONG) is vmbed.Cause.GUEST_HALT
         assert port.written == [(1, b"\x5a")] and states(vm) == "STOPPED"
+        assert vm.first_exit and 0 < time.monotonic() - vm.first_exit < LONG
         with pytest.raises(vmbed.InvalidState, match="ended"):
             vm.start()
     assert vm.state is None and vm.id == 0
@@ -140,9 +142,20 @@ def test_what_is_promised_and_what_is_there() -> None:
             vm.set_guarantee(0, memory.generation)
         vm.start()
         wait_until("a millisecond of the vCPU", lambda: vm.vcpu_statistics().run_time > 1_000_000)
-    with pytest.raises(vmbed.Refused) as refused:
-        vmbed.Host(memory=1 << 20, memory_reserved=1).build(vmbed.BareConfig(SPINS))
-    assert refused.value.fields
+        assert vm.first_exit is None, "it only spins"
+        with pytest.raises(vmbed.InvalidState, match="generation"):
+            host.set_shares(0, memory=1 << 30)
+        host.set_shares(memory=4096, memory_reserved=0, swap=4096)
+        config = vmbed.BareConfig(SPINS)
+        verdict = host.verdict(config)
+        nominal = verdict.slack[vmbed.Constraint.NOMINAL]
+        assert verdict.binding is vmbed.Constraint.MEMORY_UNITS
+        assert nominal.broken and nominal.wanted == 2 << 20 and nominal.left < 0
+        with pytest.raises(vmbed.Refused) as refused:
+            host.build(config)
+        why = refused.value.verdict
+        assert why and why.binding is verdict.binding and why.slack[vmbed.Constraint.NOMINAL] == nominal
+        assert len(refused.value.fields) == len(vmbed.Constraint)
 
 
 def test_data_are_destroyed_once() -> None:

@@ -25,6 +25,7 @@ from .device import Device, log_line
 from .errors import (
     BadImage,
     Busy,
+    Constraint,
     Error,
     Exhausted,
     Field,
@@ -35,11 +36,13 @@ from .errors import (
     NotFound,
     PermissionDenied,
     Refused,
+    Slack,
     TimedOut,
     Unsupported,
+    Verdict,
 )
 from .events import Cause, Event, Events, Kind
-from .host import UNLIMITED, Builder, Dispatcher, Finding, Host, Probe, ThreadRole, Usage
+from .host import UNLIMITED, Builder, Dispatcher, Finding, Host, Probe, Shares, ThreadRole, Usage
 from .vm import DiskStatistics, Memory, NetStatistics, Registers, State, VcpuReturn, VcpuStatistics, Vm
 
 _VERSION = lib.vmbed_version()
@@ -72,9 +75,10 @@ def log_to(logger: logging.Logger | None, level: int = logging.INFO) -> None:
 
 __all__ = [
     "BadImage", "BareConfig", "BlockBackend", "BlockOp", "BlockRequest", "Builder", "Busy", "Cause", "Config",
-    "Console", "CpuidMask", "Device", "Disk", "DiskStatistics", "Dispatcher", "Error", "Event", "Events",
-    "Exhausted", "Field", "Finding", "Host", "HostError", "Internal", "InvalidArgument", "InvalidState", "Kind",
-    "LinuxConfig", "Memory", "Mode", "Net", "NetBackend", "NetStatistics", "NotFound", "PermissionDenied",
-    "Platform", "Probe", "Refused", "Registers", "State", "ThreadRole", "TimedOut", "UNLIMITED", "Unsupported",
-    "Usage", "VcpuReturn", "VcpuStatistics", "Vm", "features", "has_feature", "log_to",
+    "Console", "Constraint", "CpuidMask", "Device", "Disk", "DiskStatistics", "Dispatcher", "Error", "Event",
+    "Events", "Exhausted", "Field", "Finding", "Host", "HostError", "Internal", "InvalidArgument",
+    "InvalidState", "Kind", "LinuxConfig", "Memory", "Mode", "Net", "NetBackend", "NetStatistics", "NotFound",
+    "PermissionDenied", "Platform", "Probe", "Refused", "Registers", "Shares", "Slack", "State", "ThreadRole",
+    "TimedOut", "UNLIMITED", "Unsupported", "Usage", "VcpuReturn", "VcpuStatistics", "Verdict", "Vm",
+    "features", "has_feature", "log_to",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any, Callable, TypeVar
 
 from vmbed._cdef import ffi as _ffi
 
-from .errors import Error, Field, by_status
+from .errors import Error, Field, Refused, Verdict, by_status
 
 ffi: Any = _ffi
 lib: Any = ffi.dlopen(str(Path(__file__).with_name("libvmbed.so.0")))
@@ -93,7 +93,11 @@ def take_error(status: int, error: Any) -> Error:
             problem, remedy = lib.vmbed_error_problem(error, index), lib.vmbed_error_remedy(error, index)
             fields.append(Field(text(field), text(problem), text(remedy)))
         message, errno = text(lib.vmbed_error_message(error)), lib.vmbed_error_errno(error)
-        return by_status(status)(message or f"status {status}", status, errno, sources, fields)
+        made = by_status(status)(message or f"status {status}", status, errno, sources, fields)
+        verdict = structure("vmbed_verdict")
+        if isinstance(made, Refused) and lib.vmbed_error_verdict(error, verdict):
+            made.verdict = Verdict._of(verdict)
+        return made
     finally:
         lib.vmbed_error_free(error)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -12,6 +14,58 @@ class Field:
     name: str
     problem: str
     remedy: str
+
+
+class Constraint(IntEnum):
+    """What the ledger keeps to."""
+
+    #: One VM's memory keeps to the least, the most and the step that one VM may have.
+    MEMORY_UNITS = 0
+    #: One VM's shared vCPUs keep to the least, the most and the step that one VM may have.
+    VCPU_UNITS = 1
+    #: The VMs' memory sizes together stay within (total - reserved) x ratio.
+    NOMINAL = 2
+    #: Guarantees and overhead together stay within total - reserved.
+    GUARANTEE = 3
+    #: Everything that guests can touch, and overhead, stays within total - reserved + swap, unless the VM may be stopped.
+    SOLVENCY = 4
+    #: Free memory after the newcomer's guarantee covers what guests touch during the reaction time.
+    HEADROOM = 5
+    #: The VMs' shared vCPUs together stay within cores x ratio.
+    VCPUS = 6
+    #: Each dedicated vCPU has a core of its own.
+    DEDICATED_VCPUS = 7
+
+
+class Slack(NamedTuple):
+    """How one constraint stands to a claim, in bytes or vCPUs."""
+
+    #: `UNLIMITED` where it is not limited.
+    limit: int
+    used: int
+    wanted: int
+    #: What would be left; negative is how much is missing.
+    left: int
+    #: This alone forbids the claim.
+    broken: bool
+
+
+class Verdict(NamedTuple):
+    """The ledger's answer to a claim."""
+
+    #: The constraint that forbids it; None where it fits.
+    binding: Constraint | None
+    slack: dict[Constraint, Slack]
+
+    @classmethod
+    def _of(cls, given: Any) -> Verdict:
+        binding = None if given.binding < 0 else Constraint(given.binding)
+        slack = {}
+        for constraint in Constraint:
+            found = given.slack[constraint]
+            slack[constraint] = Slack(found.limit, found.used, found.wanted, found.left, bool(found.broken))
+        return cls(binding, slack)
+
 
 
 class Error(Exception):
@@ -67,7 +121,9 @@ class Exhausted(Error):
 
 
 class Refused(Error):
-    """The ledger has not that much to give; `fields` has the slack on every constraint."""
+    """The ledger has not that much to give; `fields` has the slack on every constraint, `verdict` the numbers."""
+
+    verdict: Verdict | None = None
 
 
 class TimedOut(Error):

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Callable, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Protocol, Sequence, TypedDict
 
 from . import backend, device
 from ._lib import call, ffi, filled, hold, let_go, lib, make, optional, structure, text
 from .backend import BlockBackend, NetBackend
 from .config import Config
 from .device import Attached, Device
+from .errors import Verdict
 from .events import Events
 from .vm import Vm
+
+if TYPE_CHECKING:
+    from typing import Unpack
 
 
 class ThreadRole(IntEnum):
@@ -75,6 +79,44 @@ class Usage(NamedTuple):
     process: int
     charged: int
     unattributed: int
+
+
+class Shares(TypedDict, total=False):
+    """What a host may share out; what is not named has its default."""
+
+    #: The path of the KVM device.
+    kvm: str | os.PathLike[str]
+    #: Memory in bytes: all that this process may have.
+    memory: int
+    #: What of it is kept for the host itself: 512 MiB.
+    memory_reserved: int
+    #: How often the rest may be promised: once.
+    memory_ratio: float
+    #: How many vCPUs a core may carry: any number.
+    vcpu_ratio: float
+    #: The least and the most memory that one VM may have, and what it is a multiple of, in bytes.
+    memory_min_unit: int
+    memory_max_unit: int
+    memory_step: int
+    #: Swap space that guests may be paged out to, in bytes: none.
+    swap: int
+    #: How long the host takes to react when memory gets short, in seconds: 0.
+    reaction_time: float
+    #: The host's CPUs that are kept for VMs with dedicated vCPUs: none.
+    dedicated_cpus: Sequence[int]
+
+
+def _options(shares: Shares) -> tuple[Any, object]:
+    """Them for the library, and what must live through the call."""
+    numbers: dict[str, Any] = {**shares}
+    kvm, cpus = numbers.pop("kvm", None), list(numbers.pop("dedicated_cpus", ()))
+    numbers["reaction_time"] = round(numbers.pop("reaction_time", 0) * 1000)
+    if numbers.get("memory_reserved") == 0:
+        numbers["memory_reserved"] = 1  # 0 is the default there
+    path = optional(None if kvm is None else os.fsencode(kvm))
+    listed = ffi.new("uint32_t[]", cpus)
+    made = structure("vmbed_host_options", kvm=path, dedicated_cpus=listed, dedicated_count=len(cpus), **numbers)
+    return made, (path, listed)
 
 
 _usage = filled("vmbed_usage", Usage, lib.vmbed_host_usage)
@@ -199,21 +241,9 @@ class Builder:
 class Host:
     """An opened /dev/kvm, and the ledger of what its VMs were promised."""
 
-    def __init__(
-        self,
-        *,
-        kvm: str | os.PathLike[str] | None = None,
-        memory: int = 0,
-        memory_reserved: int = 0,
-        memory_ratio: float = 0.0,
-        vcpu_ratio: float = 0.0,
-        swap: int = 0,
-    ) -> None:
-        """Opens it. What is 0 has its default: all memory but 512 MiB, promised once, and any number of vCPUs."""
-        path = optional(None if kvm is None else os.fsencode(kvm))
-        shares = dict(memory=memory, memory_reserved=memory_reserved, swap=swap)
-        ratios = dict(memory_ratio=memory_ratio, vcpu_ratio=vcpu_ratio)
-        options = structure("vmbed_host_options", kvm=path, **shares, **ratios)
+    def __init__(self, **shares: Unpack[Shares]) -> None:
+        """Opens it, with what it may share out."""
+        options, _keep = _options(shares)
         self._pointer = make(lib.vmbed_host_open, "host", options)
 
     @staticmethod
@@ -234,6 +264,18 @@ class Host:
     def build(self, config: Config) -> Vm:
         """Makes a VM that needs nothing but its configuration."""
         return self.builder(config).build()
+
+    def verdict(self, config: Config) -> Verdict:
+        """What the ledger would answer to such a VM. Nothing is built or booked."""
+        verdict = structure("vmbed_verdict")
+        call(lib.vmbed_host_verdict, self._pointer, config._build(), verdict)
+        return Verdict._of(verdict)
+
+    def set_shares(self, generation: int | None = None, **shares: Unpack[Shares]) -> None:
+        """Changes what there is to give while VMs run; what is not named has its default, `kvm` stays. Less than is promised
+        is accepted. `generation`, if given, is the one of the :class:`Usage` that the change is based on."""
+        options, _keep = _options(shares)
+        call(lib.vmbed_host_set_shares, self._pointer, options, UNLIMITED if generation is None else generation)
 
     def usage(self) -> Usage:
         """What the VMs hold, and what there is."""

@@ -202,6 +202,11 @@ class Vm:
         """The guest's memory, in bytes."""
         return int(lib.vmbed_vm_memory_size(self._pointer))
 
+    @property
+    def first_exit(self) -> float | None:
+        """When the guest first reached for a device outside of it, as time.monotonic() counts; None until then."""
+        return int(lib.vmbed_vm_first_exit(self._pointer)) / 1e9 or None
+
     def read_memory(self, address: int, length: int) -> bytes:
         """Bytes of guest memory, in every state."""
         data = ffi.new("uint8_t[]", length)

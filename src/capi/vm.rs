@@ -202,6 +202,21 @@ pub unsafe extern "C" fn vmbed_vm_memory_size(vm: *const vmbed_vm) -> u64 {
     answer(0, || handle::object(vm).map_or(0, |m| m.0.memory_size()))
 }
 
+/// When the guest first reached for a device outside of it, a port or an address without memory: nanoseconds of
+/// CLOCK_MONOTONIC. 0 until then, and where there is no VM. In every state.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_vm_first_exit(vm: *const vmbed_vm) -> u64 {
+    answer(0, || {
+        let first = handle::object(vm).ok().and_then(|m| m.0.first_exit());
+        let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: room for one timespec. It cannot fail for this clock, which `Instant` reads, too.
+        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
+        let now = Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32);
+        let then = first.map(|first| now.saturating_sub(first.elapsed()).as_nanos());
+        then.and_then(|then| u64::try_from(then).ok()).unwrap_or(0)
+    })
+}
+
 /// Copies `length` bytes of guest memory from the guest-physical `address` into `data`. The guest may change them
 /// meanwhile. Works in every state, and waits for nothing but the host's paging. VMBED_ERR_INVALID_ARGUMENT where the range
 /// is not all guest memory.

@@ -3,6 +3,7 @@
  * tests/api-cases lists them for all languages.
  */
 #include "guest.h"
+#include <time.h>
 
 /* In races.c. */
 void a_callback_reenters(void);
@@ -32,6 +33,10 @@ static void guest_and_device(void)
     OK(vmbed_vm_start(g.vm, &error));
     OK(vmbed_vm_wait(g.vm, 60000, &cause, &error));
     CHECK(cause == VMBED_CAUSE_GUEST_HALT && vmbed_vm_state(g.vm) == VMBED_STATE_STOPPED);
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    uint64_t first = vmbed_vm_first_exit(g.vm);
+    CHECK(first > 0 && first < (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec && !vmbed_vm_first_exit(NULL));
     CHECK(port.reads == 1 && port.writes == 1 && port.last == 0x5a && port.destroyed == 0);
     FAILS(VMBED_ERR_INVALID_STATE, "ended", vmbed_vm_start(g.vm, &error));
     drop(&g);
