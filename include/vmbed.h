@@ -100,6 +100,12 @@ typedef struct vmbed_builder vmbed_builder;
 typedef struct vmbed_config vmbed_config;
 
 /**
+ * A disk of yours that serves a VM: what vmbed_block_complete() needs to know whose requests it ends. It is the
+ * library's.
+ */
+typedef struct vmbed_block vmbed_block;
+
+/**
  * A virtual machine in this process. Every function may be called from any thread, at the same time as any other,
  * vmbed_vm_free() included: calls that wait then come back with VMBED_ERR_INVALID_ARGUMENT or the VM's end.
  *
@@ -484,7 +490,10 @@ void vmbed_host_free(vmbed_host *host);
 typedef struct {
     /** sizeof(struct vmbed_disk) */
     size_t size;
-    /** A regular file or a block device in raw format, a multiple of 512 bytes long. Not NULL. */
+    /**
+     * A regular file or a block device in raw format, a multiple of 512 bytes long. NULL where something is attached with
+     * vmbed_builder_disk_fd() or vmbed_builder_disk_backend().
+     */
     const char *path;
     /** At most 20 bytes of ASCII, the guest's /sys/block/vda/serial. NULL for none. */
     const char *serial;
@@ -500,7 +509,10 @@ typedef struct {
 typedef struct {
     /** sizeof(struct vmbed_net) */
     size_t size;
-    /** The name of an existing TAP interface with a single queue. Not NULL. */
+    /**
+     * The name of an existing TAP interface with a single queue. NULL where something is attached with
+     * vmbed_builder_net_fd() or vmbed_builder_net_backend().
+     */
     const char *tap;
     /** The guest's MAC address, `52:54:00:12:34:56`. NULL: a stable one that follows from the VM's UUID. */
     const char *mac;
@@ -722,6 +734,218 @@ int32_t vmbed_builder_build(vmbed_builder *builder,
 /** Frees a builder. The VM that it made goes on. NULL is a no-op. */
 void vmbed_builder_free(vmbed_builder *builder);
 
+/* Disks of your own ---------------------------------------------------------------------------------------- */
+
+/** The request goes on; vmbed_block_complete() ends it. */
+#define VMBED_BLOCK_PENDING -1
+
+/**
+ * A piece of a guest's memory, laid out as POSIX's `struct iovec`, so that preadv(), pwritev() and the like take it. The
+ * guest may change it at any moment: what was read once may read differently the next time.
+ */
+typedef struct {
+    /** Where it is. */
+    void *base;
+    /** Its bytes. */
+    size_t length;
+} vmbed_piece;
+
+/**
+ * A request to a disk of yours. The structure is gone when the function that gets it returns; `pieces` and the memory
+ * behind them stay until the request has ended, also when the VM has.
+ */
+typedef struct {
+    /** The disk, for vmbed_block_complete(). */
+    vmbed_block *disk;
+    /** The name of the request, for vmbed_block_complete(): no other one has had it. */
+    uint64_t tag;
+    /** Where on the disk, in bytes, a multiple of 512. */
+    uint64_t offset;
+    /** How many bytes, a multiple of 512: all pieces together. 0 for a flush. */
+    uint64_t length;
+    /** The guest's memory, to be filled or written out in this order. NULL for a flush. */
+    const vmbed_piece *pieces;
+    /** How many pieces. */
+    size_t count;
+    /** Of a write: other than 0 where it must be on stable storage when it ends, since the driver has no way to flush. */
+    uint32_t durable;
+    /** Zero. */
+    uint32_t reserved;
+} vmbed_block_request;
+
+/**
+ * A disk of your own. Its functions are called on a device thread of the VM's, one at a time for each disk, and must not
+ * wait for this VM; they return 0 when they have done the request, an errno when it failed, or VMBED_BLOCK_PENDING when
+ * vmbed_block_complete() will end it: later, in any order, from any thread, or already within the call. What comes lies
+ * within the disk, and a read-only one gets no writes. There are at most 256 requests at a time and no order among
+ * them: a flush is about the writes that had ended before it came.
+ *
+ * Until a request has ended the guest waits for it, and so does who pauses the VM (VMBED_ERR_TIMED_OUT after 10 s). A
+ * reset of the device and the end of the VM give up on it after 5 s.
+ */
+typedef struct {
+    /** sizeof(struct vmbed_block_ops) */
+    size_t size;
+    /** Fills the pieces. Not NULL. */
+    int32_t (*read)(void *user, const vmbed_block_request *request);
+    /** Writes the pieces out. NULL only for a disk that is read-only. */
+    int32_t (*write)(void *user, const vmbed_block_request *request);
+    /** Brings what was written to stable storage. NULL where writes are as durable as they will ever be. */
+    int32_t (*flush)(void *user, const vmbed_block_request *request);
+    /**
+     * Ends the disk's data, see vmbed_destroy_fn. Requests may be pending then; they are still yours to complete, as to
+     * nobody. May be NULL.
+     */
+    vmbed_destroy_fn destroy;
+} vmbed_block_ops;
+
+/** What a disk has done since the VM was built. A request counts when it is answered. */
+typedef struct {
+    /** sizeof(struct vmbed_disk_statistics) */
+    size_t size;
+    /** Reads that succeeded. */
+    uint64_t reads;
+    /** Their bytes. */
+    uint64_t read_bytes;
+    /** Writes that succeeded. */
+    uint64_t writes;
+    /** Their bytes. */
+    uint64_t written_bytes;
+    /** Flushes that succeeded. */
+    uint64_t flushes;
+    /** Requests that were answered with an error: the host failed, or what the driver asked for was nonsense. */
+    uint64_t errors;
+} vmbed_disk_statistics;
+
+/**
+ * Backs disk `index`, added without a path, by an open file or block device in raw format. `fd` is duplicated; it must be
+ * open for reading, and unless the disk is read-only for writing (without O_APPEND), too. vmbed_builder_build() says
+ * whether it is of that kind, and whether there is such a disk.
+ */
+int32_t vmbed_builder_disk_fd(vmbed_builder *builder,
+                              uint32_t index,
+                              int32_t fd,
+                              vmbed_error **error);
+
+/**
+ * Backs disk `index`, added without a path, by code of yours. The disk is `capacity` bytes large, a multiple of 512. The
+ * table is copied; its destroy function, where the table is good enough to name one, is called exactly once with `user`:
+ * after the VM has been freed, or when this call or the build fails. vmbed_builder_build() says whether there is such a
+ * disk.
+ */
+int32_t vmbed_builder_disk_backend(vmbed_builder *builder,
+                                   uint32_t index,
+                                   const vmbed_block_ops *ops,
+                                   uint64_t capacity,
+                                   bool readonly,
+                                   void *user,
+                                   vmbed_error **error);
+
+/**
+ * Ends the pending request `tag` of `disk`: well where `error_number` is 0, else with that errno, which the guest sees as an
+ * I/O error and the VM's events as VMBED_EVENT_BACKEND_ERROR. From any thread; never blocks. Its pieces are not to be
+ * touched any more.
+ *
+ * VMBED_ERR_INVALID_STATE where nobody waits for it any more: the driver has reset the device, or the VM has ended.
+ * VMBED_ERR_INVALID_ARGUMENT where no such request is pending: it has ended before.
+ */
+int32_t vmbed_block_complete(vmbed_block *disk,
+                             uint64_t tag,
+                             int32_t error_number,
+                             vmbed_error **error);
+
+/**
+ * Fills `statistics`, whose size is set, with what disk `index` has done. In every state; reads counters only.
+ * VMBED_ERR_INVALID_ARGUMENT where there is no such disk.
+ */
+int32_t vmbed_vm_get_disk_statistics(const vmbed_vm *vm,
+                                     uint32_t index,
+                                     vmbed_disk_statistics *statistics,
+                                     vmbed_error **error);
+
+/* Networks of your own ------------------------------------------------------------------------------------- */
+
+/**
+ * A network of your own. A frame is one message: a header of 12 bytes (`struct virtio_net_hdr_v1`) and the frame from its
+ * Ethernet header on, without its checksum; at most 65,557 bytes behind the header. No offload is negotiated: the header
+ * of every frame that a guest sends is all zero, and one for a guest must ask for nothing: put zeroes.
+ *
+ * The functions are called on a device thread of the VM's, one at a time for each card, and must not block. They return 0
+ * or an errno. Where frames come from other threads, a pair of connected sockets does all of this:
+ * vmbed_builder_net_fd().
+ */
+typedef struct {
+    /** sizeof(struct vmbed_net_ops) */
+    size_t size;
+    /**
+     * Puts the next frame with its header into the `count` pieces, which are long enough for the longest, and its length
+     * into `length`. EAGAIN when there is none: then the descriptor is not readable before there is one. Another
+     * errno: the network is gone; a second later it is called again. Not NULL.
+     */
+    int32_t (*receive)(void *user, const vmbed_piece *pieces, size_t count, size_t *length);
+    /**
+     * Sends the frame with its header that is in the `count` pieces, which are not to be written to. EAGAIN when there is
+     * no room: the same frame comes again when the descriptor is writable. Another errno: this frame is lost. Not NULL.
+     */
+    int32_t (*send)(void *user, const vmbed_piece *pieces, size_t count);
+    /** Ends the network's data, see vmbed_destroy_fn. May be NULL. */
+    vmbed_destroy_fn destroy;
+} vmbed_net_ops;
+
+/** What a card has carried since the VM was built. Bytes count from the Ethernet header on. */
+typedef struct {
+    /** sizeof(struct vmbed_net_statistics) */
+    size_t size;
+    /** Frames that the guest received. */
+    uint64_t rx_frames;
+    /** Their bytes. */
+    uint64_t rx_bytes;
+    /**
+     * Frames for the guest that vmbed read and could not deliver: too short, too long for the guest's buffers. What the
+     * guest gives no buffers for is dropped where it waits, and counted there (`ip -s link` for a TAP interface).
+     */
+    uint64_t rx_dropped;
+    /** Frames that the guest sent. */
+    uint64_t tx_frames;
+    /** Their bytes. */
+    uint64_t tx_bytes;
+    /** Frames of the guest's that did not go out: malformed, or the network failed or was gone. */
+    uint64_t tx_dropped;
+} vmbed_net_statistics;
+
+/**
+ * Puts card `index`, added without a TAP interface, on an open descriptor, which is duplicated: one queue of a TAP
+ * interface that somebody attached (TUNSETIFF with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR; it becomes nonblocking), or a
+ * connected Unix socket of the kind SOCK_SEQPACKET or SOCK_DGRAM, on which each message is a frame as vmbed_net_ops
+ * describes it. When the other end of a SOCK_SEQPACKET is closed, the network is gone. vmbed_builder_build() says
+ * whether it is one of these, and whether there is such a card.
+ */
+int32_t vmbed_builder_net_fd(vmbed_builder *builder,
+                             uint32_t index,
+                             int32_t fd,
+                             vmbed_error **error);
+
+/**
+ * Puts card `index`, added without a TAP interface, on a network of yours. `fd`, which is duplicated, polls readable while
+ * a frame waits and writable while there is room: an eventfd will do. The table is copied; its destroy function as
+ * for vmbed_builder_disk_backend(). vmbed_builder_build() says whether there is such a card.
+ */
+int32_t vmbed_builder_net_backend(vmbed_builder *builder,
+                                  uint32_t index,
+                                  const vmbed_net_ops *ops,
+                                  int32_t fd,
+                                  void *user,
+                                  vmbed_error **error);
+
+/**
+ * Fills `statistics`, whose size is set, with what card `index` has carried. In every state; reads counters only.
+ * VMBED_ERR_INVALID_ARGUMENT where there is no such card.
+ */
+int32_t vmbed_vm_get_net_statistics(const vmbed_vm *vm,
+                                    uint32_t index,
+                                    vmbed_net_statistics *statistics,
+                                    vmbed_error **error);
+
 /* A VM's life ---------------------------------------------------------------------------------------------- */
 
 /** Built, and nothing has run. */
@@ -773,8 +997,8 @@ int32_t vmbed_vm_start(vmbed_vm *vm, vmbed_error **error);
  * Stops the guest's time: every vCPU, every device, every clock. Returns when all stand still, usually within a
  * millisecond; a request that a device has begun is finished first, however long the host takes for it.
  *
- * VMBED_ERR_INVALID_STATE unless it runs. VMBED_ERR_TIMED_OUT after 10 s when a device of yours does not return: then the
- * VM goes on running.
+ * VMBED_ERR_INVALID_STATE unless it runs. VMBED_ERR_TIMED_OUT after 10 s when a device or a disk of yours does not
+ * answer: then the VM goes on running.
  */
 int32_t vmbed_vm_pause(vmbed_vm *vm,
                        vmbed_error **error);
@@ -845,6 +1069,12 @@ int32_t vmbed_vm_console_input(vmbed_vm *vm,
 uint64_t vmbed_vm_memory_size(const vmbed_vm *vm);
 
 /**
+ * When the guest first reached for a device outside of it, a port or an address without memory: nanoseconds of
+ * CLOCK_MONOTONIC. 0 until then, and where there is no VM. In every state.
+ */
+uint64_t vmbed_vm_first_exit(const vmbed_vm *vm);
+
+/**
  * Copies `length` bytes of guest memory from the guest-physical `address` into `data`. The guest may change them
  * meanwhile. Works in every state, and waits for nothing but the host's paging. VMBED_ERR_INVALID_ARGUMENT where the range
  * is not all guest memory.
@@ -884,7 +1114,7 @@ int32_t vmbed_vm_set_registers(vmbed_vm *vm,
  * Ends everything: the guest, every thread, every file descriptor, its memory. When it returns, no callback of this VM
  * runs or will ever run, and their data were destroyed. Called by one of the VM's own callbacks, it returns at once, and
  * does the same right after the callback has returned. Waits as long as a request that hangs in the host or in a callback.
- * NULL is a no-op.
+ * A second call for the same VM, from another thread while the first one waits, returns at once. NULL is a no-op.
  */
 void vmbed_vm_free(vmbed_vm *vm);
 

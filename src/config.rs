@@ -359,14 +359,17 @@ impl From<PciAddress> for String {
     }
 }
 
-/// A virtio-blk disk.
+/// A virtio-blk disk, on a file or on what is attached to it when the VM is built.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[non_exhaustive]
 pub struct DiskConfig {
     /// A regular file or a block device in raw format, a multiple of 512 bytes long. It is not locked:
-    /// a writable one belongs to one VM.
-    pub path: PathBuf,
+    /// a writable one belongs to one VM. `None` where something is attached with
+    /// [`VmBuilder::disk_fd`](crate::VmBuilder::disk_fd) or
+    /// [`disk_backend`](crate::VmBuilder::disk_backend).
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub path: Option<PathBuf>,
     /// The guest may not write, and the file is opened for reading only.
     #[cfg_attr(feature = "serde", serde(default))]
     pub readonly: bool,
@@ -381,7 +384,12 @@ pub struct DiskConfig {
 impl DiskConfig {
     /// The raw image or block device at `path`, writable.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), readonly: false, serial: String::new(), pci: None }
+        Self { path: Some(path.into()), ..Self::attached() }
+    }
+
+    /// A disk on what is attached when the VM is built, writable.
+    pub fn attached() -> Self {
+        Self { path: None, readonly: false, serial: String::new(), pci: None }
     }
 
     /// The same, for reading only.
@@ -398,8 +406,9 @@ impl DiskConfig {
 #[non_exhaustive]
 pub struct NetConfig {
     /// The name of an existing TAP interface with a single queue, 1 to 15 bytes. One that belongs to the
-    /// user (`ip tuntap add tap0 mode tap user $USER`) needs no capability. `None` where a switch's port is
-    /// attached ([`VmBuilder::net_port`](crate::VmBuilder::net_port)).
+    /// user (`ip tuntap add tap0 mode tap user $USER`) needs no capability. `None` where something is attached
+    /// with [`VmBuilder::net_fd`](crate::VmBuilder::net_fd),
+    /// [`net_port`](crate::VmBuilder::net_port) or [`net_backend`](crate::VmBuilder::net_backend).
     #[cfg_attr(feature = "serde", serde(default))]
     pub tap: Option<String>,
     /// The guest's MAC address; a stable locally administered one is made from the VM's UUID when absent.
@@ -413,10 +422,10 @@ pub struct NetConfig {
 impl NetConfig {
     /// A card on the TAP interface `tap`.
     pub fn tap(tap: impl Into<String>) -> Self {
-        Self { tap: Some(tap.into()), mac: None, pci: None }
+        Self { tap: Some(tap.into()), ..Self::attached() }
     }
 
-    /// A card on what is attached when the VM is built ([`VmBuilder::net_port`](crate::VmBuilder::net_port)).
+    /// A card on what is attached when the VM is built.
     pub fn attached() -> Self {
         Self { tap: None, mac: None, pci: None }
     }

@@ -10,6 +10,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -252,7 +253,8 @@ impl Board {
 
     /// Takes the queues away from the devices, as a pause of the VM does.
     pub fn pause(&self) {
-        self.functions.iter().for_each(|f| f.pause());
+        let deadline = Instant::now() + Duration::from_secs(10);
+        self.functions.iter().for_each(|f| drop(f.pause(deadline)));
     }
 
     /// Gives them back.

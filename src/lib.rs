@@ -91,7 +91,8 @@ pub use units::Bytes;
 
 // A VM in the making, and its life.
 pub use vm::{
-    Registers, ThreadInfo, ThreadRole, VcpuReturn, VcpuStatistics, Vm, VmBuilder, VmMemory, VmState,
+    DiskStatistics, NetStatistics, Registers, ThreadInfo, ThreadRole, VcpuReturn, VcpuStatistics, Vm,
+    VmBuilder, VmMemory, VmState,
 };
 
 // Networks inside of this process.
@@ -106,8 +107,11 @@ pub use reactor::Dispatcher;
 // What happened to it.
 pub use events::{Event, EventKind, EventStream, StopCause, VmId};
 
-// Where an embedder plugs in hardware of its own.
+// Where an embedder plugs in hardware, disks and networks of its own.
+pub use block::{BlockBackend, BlockOp, BlockRequest};
 pub use bus::{Access, Device};
+pub use net::NetBackend;
+pub use sys::io::IoList;
 
 // What every call answers when it fails.
 pub use error::{Error, ErrorKind, FieldError, Result};

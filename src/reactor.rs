@@ -322,7 +322,6 @@ impl<W: Worker> Attached<W> {
     }
 
     /// Runs `f` on the worker between two calls of the loop.
-    #[cfg(any(test, feature = "internals"))]
     pub fn with<R>(&self, f: impl FnOnce(&mut W) -> R) -> R {
         f(&mut lock(&self.worker))
     }

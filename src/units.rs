@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, ErrorKind};
 
@@ -93,6 +94,21 @@ impl Sectors {
     /// The byte offset; `None` where it does not fit.
     pub fn bytes(self) -> Option<u64> {
         self.0.checked_mul(Self::SIZE)
+    }
+}
+
+/// Counts what one thread at a time does, for others to read: no locked instruction, so as many as one likes.
+#[derive(Debug, Default)]
+pub(crate) struct Count(AtomicU64);
+
+impl Count {
+    /// Only ever on the thread that does what is counted.
+    pub fn add(&self, n: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
     }
 }
 

@@ -11,11 +11,14 @@ use libtest_mimic::{Arguments, Trial};
 mod abi;
 #[path = "c/generate.rs"]
 mod generate;
+#[path = "guests/mod.rs"]
+mod guests;
 #[path = "api/list.rs"]
 mod list;
 
 /// The program of the cases.
-const API: [&str; 4] = ["tests/c/api.c", "tests/c/races.c", "tests/c/callbacks.c", "tests/c/drive.c"];
+const API: [&str; 5] =
+    ["tests/c/api.c", "tests/c/races.c", "tests/c/callbacks.c", "tests/c/drive.c", "tests/c/backends.c"];
 const WARNINGS: [&str; 5] = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror"];
 
 fn main() -> std::process::ExitCode {
@@ -67,13 +70,15 @@ struct Stage {
     directory: PathBuf,
     /// What pkg-config answers.
     flags: Vec<String>,
+    /// The guest for disks and cards.
+    guest: PathBuf,
 }
 
 impl Stage {
     fn make() -> Self {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let directory = std::env::temp_dir().join(format!("vmbed-c-{}", std::process::id()));
-        let mut stage = Self { directory, flags: Vec::new() };
+        let mut stage = Self { directory, flags: Vec::new(), guest: PathBuf::new() };
         let mut make = Command::new("make");
         make.current_dir(root).args(["--silent", "install", "PREFIX=/usr", "PROFILE=debug"]);
         make.arg(format!("DESTDIR={}", stage.directory.display()));
@@ -104,6 +109,7 @@ impl Stage {
         let libraries = config(&["--static", "--libs-only-l"]).into_iter().filter(|l| l != "-lvmbed");
         run(cc.arg(stage.directory.join("usr/lib/libvmbed.a")).args(libraries));
         stage.flags = flags;
+        stage.guest = guests::virtio(&stage.directory);
         stage
     }
 
@@ -120,6 +126,7 @@ impl Stage {
     fn program(&self, name: &str, arguments: &[&str]) -> Box<Command> {
         let mut command = Command::new(self.directory.join(name));
         command.env("LD_LIBRARY_PATH", self.directory.join("usr/lib")).args(arguments);
+        command.env("VMBED_GUEST", &self.guest);
         Box::new(command)
     }
 }
@@ -191,6 +198,7 @@ fn valgrind(stage: &Stage) {
         // Possible losses are thread-local storage of threads that end while the program does.
         command.args(["--errors-for-leak-kinds=definite,indirect"]).arg(stage.directory.join("api"));
         command.env("LD_LIBRARY_PATH", stage.directory.join("usr/lib")).env("VMBED_ROUNDS", "100");
+        command.env("VMBED_GUEST", &stage.guest);
         let output = run(command.arg(name));
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(!said.contains("Open file descriptor") || inherited(&said), "{name}: {said}");

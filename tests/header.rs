@@ -8,13 +8,15 @@ fn root() -> &'static Path {
 }
 
 /// The sections in the order in which a reader wants them: a file of `src/capi` and its title.
-const SECTIONS: [(&str, &str); 10] = [
+const SECTIONS: [(&str, &str); 12] = [
     ("library", "The library"),
     ("error", "Errors"),
     ("device", "Devices of your own"),
     ("log", "Log lines"),
     ("host", "The host"),
     ("config", "What a VM is to be"),
+    ("block", "Disks of your own"),
+    ("net", "Networks of your own"),
     ("vm", "A VM's life"),
     ("drive", "Loops and threads of your own"),
     ("ledger", "What was promised, and what is there"),

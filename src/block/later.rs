@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{BlockBackend, IoRequest, Op, Submitted};
+use super::{Backend, BlockOp, IoRequest, Submitted};
 use crate::sys::{fd, lock};
 
 /// Wraps another backend.
@@ -25,7 +25,7 @@ type Ended = (u64, io::Result<()>);
 pub(crate) struct Control {
     held: Arc<Mutex<Vec<Ended>>>,
     /// Everything that was asked for.
-    pub asked: Arc<Mutex<Vec<Op>>>,
+    pub asked: Arc<Mutex<Vec<BlockOp>>>,
     released: Arc<AtomicBool>,
     event: Arc<EventFd>,
 }
@@ -55,7 +55,7 @@ impl<B> Later<B> {
     }
 }
 
-impl<B: BlockBackend> BlockBackend for Later<B> {
+impl<B: Backend> Backend for Later<B> {
     fn size(&self) -> u64 {
         self.inner.size()
     }

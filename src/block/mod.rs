@@ -1,7 +1,8 @@
 #![forbid(unsafe_code)]
 //! Disks behind the devices: what holds the bytes, and how they move.
 //!
-//! A *backend* knows a format (raw), an *engine* knows how to ask the kernel; a device knows neither.
+//! A *backend* knows a format (raw) or is the embedder's, an *engine* knows how to ask the kernel; a device knows
+//! neither.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -12,8 +13,11 @@ use crate::sys::io::IoList;
 mod engine;
 #[cfg(test)]
 pub(crate) mod later;
+mod own;
 mod raw;
 
+pub(crate) use own::OwnDisk;
+pub use own::{BlockBackend, BlockRequest};
 pub(crate) use raw::RawDisk;
 
 /// What holds a disk's bytes.
@@ -22,11 +26,11 @@ pub(crate) use raw::RawDisk;
 /// before it returns, or begin it and report it by [`completions`](Self::completions) later, in any
 /// order; each tag is reported exactly once, by one of the two. The device keeps offsets and lengths
 /// within `size`, multiples of 512, and writes away from a read-only disk; it never has two requests
-/// with the same tag, and waits for all of them before it lets go of the backend.
+/// with the same tag, and waits for all of them, or abandons them, before it lets go of the backend.
 ///
 /// A backend never zero-fills what it could not read and never reports a write before it is with the
 /// kernel. What `Flush` follows is on stable storage when the flush is reported.
-pub(crate) trait BlockBackend: Send {
+pub(crate) trait Backend: Send {
     /// The size in bytes, a multiple of 512.
     fn size(&self) -> u64;
 
@@ -47,31 +51,36 @@ pub(crate) trait BlockBackend: Send {
     fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
+
+    /// Gives up on all requests that are pending: none of them is reported, whenever it ends. Only of one
+    /// that holds their memory itself.
+    fn abandon(&mut self) {}
 }
 
-/// What to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Op {
+/// What a disk is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum BlockOp {
+    /// Fill the guest's memory.
     Read,
-    /// `durable`: on stable storage before it is reported.
+    /// Write out the guest's memory.
     Write {
+        /// It is on stable storage before it is reported as done: the driver has no way to flush.
         durable: bool,
     },
-    /// Everything that was reported as written goes to stable storage. No buffers.
+    /// Everything that was reported as written goes to stable storage. There is no data.
     Flush,
 }
 
 /// One request.
 pub(crate) struct IoRequest<'a> {
-    pub op: Op,
+    pub op: BlockOp,
     /// In bytes.
     pub offset: u64,
     /// Guest memory, to be filled or written out in order. Lives as long as `memory` does.
     pub buffers: IoList<'a>,
-    #[allow(dead_code, reason = "it keeps the buffers alive")]
     /// A request that ends after `submit` holds a clone of this for as long.
     pub memory: &'a Memory,
-    #[cfg_attr(not(test), allow(dead_code, reason = "the synchronous engine answers at once"))]
     /// The caller's name for it.
     pub tag: u64,
 }
@@ -81,7 +90,6 @@ pub(crate) struct IoRequest<'a> {
 pub(crate) enum Submitted {
     /// It has ended. An error carries the host's errno.
     Done(io::Result<()>),
-    #[cfg_attr(not(test), allow(dead_code, reason = "the synchronous engine answers at once"))]
     /// `completions` will report it.
     Pending,
 }

@@ -3,12 +3,14 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::engine::sync;
-use super::{BlockBackend, IoRequest, Submitted};
+use super::{Backend, IoRequest, Submitted};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::fd;
 use crate::units::Sectors;
 
 /// A raw disk, opened.
@@ -36,6 +38,25 @@ impl RawDisk {
         Self::from_file(&name, file, readonly)
     }
 
+    /// The disk `id` on a descriptor that somebody else has opened.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open), and where it was opened for something else.
+    pub fn adopt(id: &str, fd: OwnedFd, readonly: bool) -> Result<Self> {
+        let name = format!("{id}: fd {}", fd.as_raw_fd());
+        let invalid = |why| Err(Error::new(ErrorKind::InvalidArgument, format!("{name}: {why}")));
+        if !fd::permits(fd.as_fd(), false) {
+            return invalid("is not open for reading");
+        }
+        if !readonly && !fd::permits(fd.as_fd(), true) {
+            return invalid("is not open for writing; open it with O_RDWR, or make the disk read-only");
+        }
+        if !readonly && fd::appends(fd.as_fd()) {
+            return invalid("was opened with O_APPEND, so every write would go to its end");
+        }
+        Self::from_file(&name, fd.into(), readonly)
+    }
+
     /// A disk on a file that is open already; `name` is for the errors.
     pub fn from_file(name: &str, mut file: File, readonly: bool) -> Result<Self> {
         let invalid = |why: String| Error::new(ErrorKind::InvalidArgument, format!("{name}: {why}"));
@@ -47,9 +68,8 @@ impl RawDisk {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(invalid("is neither a regular file nor a block device".into()));
         }
-        // A block device has its size only here; a file has the same one.
-        let size =
-            file.seek(SeekFrom::End(0)).map_err(|e| Error::os(format!("{name}: finding its size"), e))?;
+        let size = if kind.is_file() { Ok(metadata.len()) } else { end_of(&mut file) };
+        let size = size.map_err(|e| Error::os(format!("{name}: finding its size"), e))?;
         if size == 0 {
             return Err(invalid("is empty; make it as large as the disk: truncate -s 10G".into()));
         }
@@ -62,6 +82,14 @@ impl RawDisk {
         }
         Ok(Self { file, size, readonly })
     }
+}
+
+/// The size of a block device. Its position, which may be somebody else's too, stays.
+fn end_of(file: &mut File) -> io::Result<u64> {
+    let position = file.stream_position()?;
+    let end = file.seek(SeekFrom::End(0))?;
+    file.seek(SeekFrom::Start(position))?;
+    Ok(end)
 }
 
 fn refused(name: &str, readonly: bool, error: io::Error) -> Error {
@@ -85,7 +113,7 @@ fn refused(name: &str, readonly: bool, error: io::Error) -> Error {
     Error::os(what, error)
 }
 
-impl BlockBackend for RawDisk {
+impl Backend for RawDisk {
     fn size(&self) -> u64 {
         self.size
     }
@@ -106,7 +134,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
     use super::*;
-    use crate::block::Op;
+    use crate::block::BlockOp;
     use crate::memory::Memory;
     use crate::sys::io::Pieces;
 
@@ -156,7 +184,14 @@ mod tests {
         assert!(text.contains("read-only"), "{text}");
     }
 
-    fn transfer(disk: &mut RawDisk, memory: &Memory, op: Op, offset: u64, at: u64, len: usize) -> Submitted {
+    fn transfer(
+        disk: &mut RawDisk,
+        memory: &Memory,
+        op: BlockOp,
+        offset: u64,
+        at: u64,
+        len: usize,
+    ) -> Submitted {
         let mut pieces = Pieces::default();
         let mut buffers = pieces.list();
         if len > 0 {
@@ -174,13 +209,13 @@ mod tests {
         assert_eq!((disk.size(), disk.readonly()), (4096, false));
         memory.write_slice(&[9; 512], GuestAddress(0x1000)).unwrap();
         for durable in [false, true] {
-            let op = Op::Write { durable };
+            let op = BlockOp::Write { durable };
             let done = transfer(&mut disk, &memory, op, 512, 0x1000, 512);
             assert!(matches!(done, Submitted::Done(Ok(()))));
         }
-        assert!(matches!(transfer(&mut disk, &memory, Op::Flush, 0, 0, 0), Submitted::Done(Ok(()))));
+        assert!(matches!(transfer(&mut disk, &memory, BlockOp::Flush, 0, 0, 0), Submitted::Done(Ok(()))));
         assert_eq!(std::fs::read(&path).unwrap()[500..520], [[0; 12].as_slice(), &[9; 8]].concat());
-        transfer(&mut disk, &memory, Op::Read, 1000, 0x2000, 48);
+        transfer(&mut disk, &memory, BlockOp::Read, 1000, 0x2000, 48);
         assert_eq!(memory.read_obj::<[u8; 16]>(GuestAddress(0x2008)).unwrap(), [9; 16]);
     }
 
@@ -193,11 +228,38 @@ mod tests {
         let mut disk = RawDisk::open("disk0", &path, false).unwrap();
         File::options().write(true).open(&path).unwrap().set_len(4096 + 100).unwrap();
         for (offset, fails) in [(0, false), (4096, true), (4608, true)] {
-            let Submitted::Done(done) = transfer(&mut disk, &memory, Op::Read, offset, 0x1000, 512) else {
+            let Submitted::Done(done) = transfer(&mut disk, &memory, BlockOp::Read, offset, 0x1000, 512)
+            else {
                 panic!("a raw disk ends in submit")
             };
             assert_eq!(done.err().and_then(|e| e.raw_os_error()), fails.then_some(libc::EIO));
         }
+    }
+
+    #[test]
+    fn a_descriptor_must_have_been_opened_for_what_the_disk_does() {
+        let scratch = Scratch::new("adopted");
+        let path = scratch.file(1024);
+        let open = |options: &OpenOptions| OwnedFd::from(options.open(&path).unwrap());
+        let (read, both) =
+            (OpenOptions::new().read(true).clone(), OpenOptions::new().read(true).write(true).clone());
+        let adopt = |options: &OpenOptions, readonly| RawDisk::adopt("disk1", open(options), readonly);
+        assert!(adopt(&read, true).is_ok() && adopt(&both, true).is_ok() && adopt(&both, false).is_ok());
+        for (options, readonly, why) in [
+            (read, false, "O_RDWR"),
+            (OpenOptions::new().write(true).clone(), true, "for reading"),
+            (OpenOptions::new().read(true).append(true).clone(), false, "O_APPEND"),
+            (OpenOptions::new().read(true).custom_flags(libc::O_PATH).clone(), true, "for reading"),
+        ] {
+            let error = adopt(&options, readonly).err().unwrap();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+            let text = error.to_string();
+            assert!(text.contains("disk1: fd ") && text.contains(why), "{text}");
+        }
+        let mut shared = File::open(&path).unwrap();
+        shared.seek(SeekFrom::Start(7)).unwrap();
+        RawDisk::adopt("disk1", shared.try_clone().unwrap().into(), true).unwrap();
+        assert_eq!(shared.stream_position().unwrap(), 7, "its position is its owner's");
     }
 
     #[test]

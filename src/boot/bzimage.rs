@@ -113,8 +113,7 @@ fn unpack(memory: &Memory, source: &Source, header: &Header) -> Result<Image> {
     let mut blocks = Blocks::new(source, header)?;
     let size = blocks.unpacked_size;
     let mut loader: Option<elf::Loader> = None;
-    let mut taken = 0;
-    let mut unpacker = Unpacker::new(|piece: &[u8]| {
+    let mut unpacker = Unpacker::new(|at, piece: &[u8]| {
         let loader = match &mut loader {
             Some(loader) => loader,
             none => {
@@ -123,9 +122,7 @@ fn unpack(memory: &Memory, source: &Source, header: &Header) -> Result<Image> {
                 none.insert(new)
             }
         };
-        loader.feed(memory, taken, piece)?;
-        taken += piece.len() as u64;
-        Ok(())
+        loader.feed(memory, at, piece)
     });
     let fault = |fault, done| match fault {
         Fault::Caller(error) => error,

@@ -2,9 +2,9 @@
 //! LZ4 blocks, unpacked through a small window (LZ4 Block Format Description, in lz4's doc/).
 //!
 //! The window holds what a match can reach back to, and a piece on its way out: a kernel of 50 MiB passes
-//! through memory that stays in the processor's cache, and half of it, stretches of zeroes, through nothing
-//! worse than copies. (The crate lz4_flex wants a buffer as large as what comes out, and takes twice the
-//! instructions for a kernel.)
+//! through memory that stays in the processor's cache; half of it, long stretches of zeroes, is left out.
+//! (The crate lz4_flex wants a buffer as large as what comes out, and takes twice the instructions for a
+//! kernel.)
 
 use crate::error::{Error, Result};
 
@@ -40,6 +40,23 @@ static SHORT: [u32; 256] = {
             table[token] = (length + MIN_MATCH) as u32;
         }
         token += 1;
+    }
+    table
+};
+
+/// By an offset below 8: a mask for so many bytes, the factor that repeats them in eight, and how many of
+/// the eight are whole periods.
+static PERIODS: [(u64, u64, usize); 8] = {
+    let mut table = [(0, 0, 0); 8];
+    let mut offset = 1;
+    while offset < 8 {
+        let (mut times, mut shift) = (0, 0);
+        while shift < 64 {
+            times |= 1 << shift;
+            shift += 8 * offset;
+        }
+        table[offset] = ((1 << (8 * offset)) - 1, times, 8 / offset * offset);
+        offset += 1;
     }
     table
 };
@@ -142,7 +159,8 @@ impl<R: FnMut(u64, &mut [u8]) -> Result<()>> Packed<R> {
     }
 }
 
-/// Unpacks blocks one after another and hands pieces of what comes out to `take`.
+/// Unpacks blocks one after another and hands pieces of what comes out to `take`, each with where it
+/// belongs. The first is whole; after it, what is left out between two, or at the end, is zeroes.
 pub(super) struct Unpacker<F> {
     /// What this block unpacked to, as far back as a match may reach.
     window: Box<[u8]>,
@@ -175,9 +193,10 @@ fn offset(input: &[u8; INPUT], at: usize) -> usize {
     input[at..].first_chunk().map_or(0, |bytes| u16::from_le_bytes(*bytes).into())
 }
 
-/// Sequences of the first kind, 90 of 100: their tokens say all, and their matches do not overlap what they
-/// make. Returns where they end in both. Copies of fixed lengths, the excess of which is overwritten by
-/// what follows. A function of its own, without a call: all that it works on stays in registers.
+/// Sequences of the first two kinds. The first, 90 of 100: their tokens say all, and their matches do not
+/// overlap what they make. Returns where they end in both. Copies of fixed lengths, the excess of which is
+/// overwritten by what follows. A function of its own, and the second kind in another: all that it works
+/// on stays in registers.
 #[inline(never)]
 fn short_sequences(
     input: &[u8; INPUT],
@@ -197,7 +216,12 @@ fn short_sequences(
         let start = end + literals;
         let Some(from) = start.checked_sub(offset) else { break };
         if offset < length {
-            break;
+            let (next, stop) = longer_sequence(input, at, window, end);
+            if next == at {
+                break;
+            }
+            (at, end) = (next, stop);
+            continue;
         }
         repeat::<16>(window, from, start);
         repeat::<{ SHORT_MATCH - 16 }>(window, from + 16, start + 16);
@@ -208,26 +232,33 @@ fn short_sequences(
 }
 
 /// A sequence of the second kind: its lengths have a further byte each at most, its match may overlap what
-/// it makes. Returns where it ends in both; `None` where it is of the third kind, or damaged.
+/// it makes. Returns where it ends in both; where it began if it is of the third kind, or damaged.
 #[inline(never)]
 fn longer_sequence(
     input: &[u8; INPUT],
-    mut at: usize,
+    begin: usize,
     window: &mut [u8; WINDOW],
-    mut end: usize,
-) -> Option<(usize, usize)> {
-    let token = input[at];
+    end: usize,
+) -> (usize, usize) {
+    let other = (begin, end);
+    // As the caller looked at already; known here, it serves for most accesses.
+    if begin > INPUT - LONGER_SEQUENCE || end >= LIMIT {
+        return other;
+    }
+    let token = input[begin];
     let (mut literals, mut length) = (usize::from(token >> 4), usize::from(token & 15));
-    at += 1;
+    let mut at = begin + 1;
     if literals == MORE {
         literals += usize::from(input[at]);
         at += 1;
-    }
-    if literals == MORE + 255 {
-        return None;
-    }
-    for i in (0..literals).step_by(32) {
-        copy::<32>(input, at + i, window, end + i);
+        if literals == MORE + 255 {
+            return other;
+        }
+        // Fewer than these the caller copied.
+        copy::<32>(input, at, window, end);
+        if literals > 32 {
+            window[end + 32..end + literals].copy_from_slice(&input[at + 32..at + literals]);
+        }
     }
     at += literals;
     let offset = offset(input, at);
@@ -235,22 +266,41 @@ fn longer_sequence(
     if length == MORE {
         length += usize::from(input[at]);
         at += 1;
-    }
-    end += literals;
-    let from = end.checked_sub(offset)?;
-    if length == MORE + 255 || offset < 8 {
-        return None;
+        if length == MORE + 255 {
+            return other;
+        }
     }
     length += MIN_MATCH;
+    let start = end + literals;
+    let Some(from) = start.checked_sub(offset) else { return other };
+    let mut done = 0;
     if offset >= 32 {
-        (0..length).step_by(32).for_each(|i| repeat::<32>(window, from + i, end + i));
+        while done < length {
+            repeat::<32>(window, from + done, start + done);
+            done += 32;
+        }
+    } else if offset >= 8 {
+        while done < length {
+            repeat::<8>(window, from + done, start + done);
+            done += 8;
+        }
+    } else if offset > 0 {
+        // Eight bytes of what repeats; as many whole periods as they hold are right for the next eight, too.
+        let Some(bytes) = window[from..].first_chunk() else { return other };
+        let (period, times, whole) = PERIODS[offset];
+        let bytes = (u64::from_le_bytes(*bytes) & period).wrapping_mul(times).to_le_bytes();
+        while done < length {
+            let to = start + done;
+            window[to..to + 8].copy_from_slice(&bytes);
+            done += whole;
+        }
     } else {
-        (0..length).step_by(8).for_each(|i| repeat::<8>(window, from + i, end + i));
+        return other;
     }
-    Some((at, end + length))
+    (at, start + length)
 }
 
-impl<F: FnMut(&[u8]) -> Result<()>> Unpacker<F> {
+impl<F: FnMut(u64, &[u8]) -> Result<()>> Unpacker<F> {
     pub fn new(take: F) -> Self {
         let window = vec![0; WINDOW].into_boxed_slice();
         Self { window, end: 0, taken: 0, gone: 0, take }
@@ -299,17 +349,7 @@ impl<F: FnMut(&[u8]) -> Result<()>> Unpacker<F> {
         let Some(window) = self.window.first_chunk_mut::<WINDOW>() else { return };
         let Some(input) = packed.buffer.first_chunk::<INPUT>() else { return };
         let Some(last) = packed.here.end.min(INPUT).checked_sub(LONGER_SEQUENCE) else { return };
-        let (mut at, mut end) = (packed.here.start, self.end);
-        loop {
-            (at, end) = short_sequences(input, at, last, window, end);
-            if at > last || end >= LIMIT {
-                break;
-            }
-            let Some(next) = longer_sequence(input, at, window, end) else { break };
-            (at, end) = next;
-        }
-        self.end = end;
-        packed.here.start = at;
+        (packed.here.start, self.end) = short_sequences(input, packed.here.start, last, window, self.end);
     }
 
     /// Appends literals.
@@ -330,6 +370,12 @@ impl<F: FnMut(&[u8]) -> Result<()>> Unpacker<F> {
             return Err(Fault::Damaged("an offset reaches before its start"));
         }
         while length > 0 {
+            if length >= LIMIT
+                && self.gone > 0
+                && self.window[self.end - offset..self.end].iter().all(|b| *b == 0)
+            {
+                return Ok(self.leave_out(length)?);
+            }
             let room = self.room(length)?;
             let stop = self.end + room;
             // What is there repeats, so each copy may reach back twice as far as the last.
@@ -346,6 +392,15 @@ impl<F: FnMut(&[u8]) -> Result<()>> Unpacker<F> {
         Ok(())
     }
 
+    /// Appends so many zeroes, without handing them on; the window needs only what a match may reach.
+    fn leave_out(&mut self, length: usize) -> Result<()> {
+        self.hand_on(0)?;
+        self.window[..HISTORY].fill(0);
+        self.gone += (length - HISTORY) as u64;
+        (self.end, self.taken) = (HISTORY, HISTORY);
+        Ok(())
+    }
+
     /// How many of `wanted` bytes fit, at least one; hands on a piece to make room.
     fn room(&mut self, wanted: usize) -> Result<usize> {
         if self.end >= LIMIT {
@@ -357,7 +412,7 @@ impl<F: FnMut(&[u8]) -> Result<()>> Unpacker<F> {
     /// Hands on what is there, and keeps the last `kept` bytes for matches to come.
     fn hand_on(&mut self, kept: usize) -> Result<()> {
         if self.taken < self.end {
-            (self.take)(&self.window[self.taken..self.end])?;
+            (self.take)(self.gone + self.taken as u64, &self.window[self.taken..self.end])?;
         }
         let gone = self.end - kept;
         for at in (0..kept).step_by(COPY) {
@@ -375,7 +430,9 @@ mod tests {
 
     fn unpack(blocks: &[&[u8]]) -> Result<Vec<u8>, Fault> {
         let mut out = Vec::new();
-        let mut unpacker = Unpacker::new(|piece: &[u8]| {
+        let mut unpacker = Unpacker::new(|at, piece: &[u8]| {
+            assert!(at >= out.len() as u64);
+            out.resize(at as usize, 0);
             out.extend_from_slice(piece);
             Ok(())
         });
@@ -387,7 +444,9 @@ mod tests {
             unpacker.block(&mut packed, 1 << 30)?;
             at += block.len() as u64;
         }
-        assert_eq!(unpacker.done(), out.len() as u64);
+        let done = unpacker.done() as usize;
+        assert!(out.len() <= done);
+        out.resize(done, 0);
         Ok(out)
     }
 
@@ -400,7 +459,7 @@ mod tests {
     }
 
     /// Unpacks a MiB of zeroes to at most `max` bytes, with this taker.
-    fn zeroes(max: u64, take: impl FnMut(&[u8]) -> Result<()>) -> Result<(), Fault> {
+    fn zeroes(max: u64, take: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<(), Fault> {
         let block = lz4_flex::block::compress(&vec![0; 1 << 20]);
         let mut packed = Packed::new(from(&block));
         packed.begin(0..block.len() as u64);
@@ -448,6 +507,39 @@ mod tests {
         }
     }
 
+    /// Megabytes of zeroes pass without being copied, and matches reach back into them.
+    #[test]
+    fn long_stretches_of_zeroes_are_left_out() {
+        let mut seed = 5;
+        let noise = text(&mut seed, 700_000);
+        let zeroes = vec![0; 3 << 20];
+        let all = [&noise[..], &zeroes, &noise, &zeroes, b"the end", &zeroes[..70_000], &noise].concat();
+        let block = lz4_flex::block::compress(&all);
+        assert!(unpack(&[&block, &block]).unwrap() == [&all[..], &all].concat());
+        let mut handed = 0;
+        let mut unpacker = Unpacker::new(|_, piece: &[u8]| {
+            handed += piece.len();
+            Ok(())
+        });
+        let mut packed = Packed::new(from(&block));
+        packed.begin(0..block.len() as u64);
+        unpacker.block(&mut packed, 1 << 30).unwrap();
+        assert_eq!(unpacker.done(), all.len() as u64);
+        assert!(handed < 4 << 20, "{handed} bytes handed on");
+    }
+
+    #[test]
+    fn a_match_reaches_back_into_what_was_left_out() {
+        let more = |length: usize| [vec![255; length / 255], vec![(length % 255) as u8]].concat();
+        // Letters, more than the window holds, and a zero; that a million times; a hundred from far back.
+        let mut block = [vec![0xff], more(700_001 - MORE), vec![b'a'; 700_000], vec![0, 1, 0]].concat();
+        block.extend(more(1_000_000 - MORE - MIN_MATCH));
+        block.extend([0x0f, 0x50, 0xc3, 100 - (MORE + MIN_MATCH) as u8, 0x50]);
+        block.extend(b"enden");
+        let all = [&vec![b'a'; 700_000][..], &vec![0; 1_000_101], b"enden"].concat();
+        assert!(unpack(&[&block]).unwrap() == all);
+    }
+
     #[test]
     fn damage_is_an_error() {
         // One literal, then a match: before the block's start, at offset 0, into the block before it.
@@ -485,16 +577,16 @@ mod tests {
 
     #[test]
     fn a_block_that_grows_past_its_limit_is_an_error() {
-        zeroes(1 << 20, |_| Ok(())).unwrap();
-        assert!(matches!(zeroes((1 << 20) - 1, |_| Ok(())), Err(Fault::Damaged(_))));
+        zeroes(1 << 20, |_, _| Ok(())).unwrap();
+        assert!(matches!(zeroes((1 << 20) - 1, |_, _| Ok(())), Err(Fault::Damaged(_))));
     }
 
     #[test]
     fn an_error_of_whoever_gives_or_takes_ends_it() {
         let full = || Err(Error::new(crate::ErrorKind::Os, "full"));
-        assert!(matches!(zeroes(1 << 30, |_| full()), Err(Fault::Caller(_))));
+        assert!(matches!(zeroes(1 << 30, |_, _| full()), Err(Fault::Caller(_))));
         let mut packed = Packed::new(|_: u64, _: &mut [u8]| full());
         packed.begin(0..1);
-        assert!(matches!(Unpacker::new(|_: &[u8]| Ok(())).block(&mut packed, 9), Err(Fault::Caller(_))));
+        assert!(matches!(Unpacker::new(|_, _: &[u8]| Ok(())).block(&mut packed, 9), Err(Fault::Caller(_))));
     }
 }

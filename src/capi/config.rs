@@ -1,6 +1,7 @@
 //! What a VM is to be.
 
 use std::ffi::{c_char, c_void};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use super::arguments::{Out, Sized_, fd, invalid, optional, path, slice, structure, text};
@@ -325,7 +326,8 @@ pub unsafe extern "C" fn vmbed_config_set_stack(
 pub struct vmbed_disk {
     /// sizeof(struct vmbed_disk)
     pub size: usize,
-    /// A regular file or a block device in raw format, a multiple of 512 bytes long. Not NULL.
+    /// A regular file or a block device in raw format, a multiple of 512 bytes long. NULL where something is attached with
+    /// vmbed_builder_disk_fd() or vmbed_builder_disk_backend().
     pub path: *const c_char,
     /// At most 20 bytes of ASCII, the guest's /sys/block/vda/serial. NULL for none.
     pub serial: *const c_char,
@@ -353,7 +355,8 @@ pub unsafe extern "C" fn vmbed_config_add_disk(
 ) -> i32 {
     change(config, error, |c| {
         let given = structure(disk)?;
-        let mut disk = DiskConfig::new(path(given.path, "vmbed_disk.path")?);
+        let mut disk = DiskConfig::attached();
+        disk.path = optional(given.path, "vmbed_disk.path", path)?.map(Path::to_owned);
         disk.serial = optional(given.serial, "vmbed_disk.serial", text)?.unwrap_or_default().to_owned();
         disk.pci = optional(given.pci, "vmbed_disk.pci", text)?.map(str::parse).transpose()?;
         disk.readonly = given.readonly != 0;
@@ -373,8 +376,8 @@ fn reserved(name: &str, value: u32) -> Result<()> {
 pub struct vmbed_net {
     /// sizeof(struct vmbed_net)
     pub size: usize,
-    /// The name of an existing TAP interface with a single queue. NULL where the card gets a switch's port
-    /// (vmbed_builder_net_port).
+    /// The name of an existing TAP interface with a single queue. NULL where something is attached with
+    /// vmbed_builder_net_fd() or vmbed_builder_net_backend().
     pub tap: *const c_char,
     /// The guest's MAC address, `52:54:00:12:34:56`. NULL: a stable one that follows from the VM's UUID.
     pub mac: *const c_char,

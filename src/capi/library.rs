@@ -14,8 +14,19 @@ pub const VMBED_VERSION_MINOR: u32 = 1;
 pub const VMBED_VERSION_PATCH: u32 = 0;
 
 /// What this library can do. Names stay; a missing one means that the calls for it answer VMBED_ERR_UNSUPPORTED.
-const FEATURES: [&CStr; 8] =
-    [c"linux", c"bare", c"doorbell", c"blk-raw", c"net-tap", c"rng", c"console-serial", c"console-virtio"];
+const FEATURES: [&CStr; 11] = [
+    c"linux",
+    c"bare",
+    c"doorbell",
+    c"blk-raw",
+    c"blk-backend",
+    c"net-tap",
+    c"net-socket",
+    c"net-backend",
+    c"rng",
+    c"console-serial",
+    c"console-virtio",
+];
 
 /// The library's version, `major << 16 | minor << 8 | patch`.
 #[unsafe(no_mangle)]

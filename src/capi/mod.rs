@@ -13,6 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::reactor::panic_text;
 
 mod arguments;
+mod block;
 mod config;
 mod device;
 mod drive;
@@ -23,6 +24,7 @@ mod host;
 mod ledger;
 mod library;
 mod log;
+mod net;
 mod vm;
 
 use error::vmbed_error;

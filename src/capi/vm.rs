@@ -82,8 +82,8 @@ pub unsafe extern "C" fn vmbed_vm_start(vm: *mut vmbed_vm, error: *mut *mut vmbe
 /// Stops the guest's time: every vCPU, every device, every clock. Returns when all stand still, usually within a
 /// millisecond; a request that a device has begun is finished first, however long the host takes for it.
 ///
-/// VMBED_ERR_INVALID_STATE unless it runs. VMBED_ERR_TIMED_OUT after 10 s when a device of yours does not return: then the
-/// VM goes on running.
+/// VMBED_ERR_INVALID_STATE unless it runs. VMBED_ERR_TIMED_OUT after 10 s when a device or a disk of yours does not
+/// answer: then the VM goes on running.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_vm_pause(vm: *mut vmbed_vm, error: *mut *mut vmbed_error) -> i32 {
     with(vm, error, Vm::pause, |()| ())
@@ -202,6 +202,21 @@ pub unsafe extern "C" fn vmbed_vm_memory_size(vm: *const vmbed_vm) -> u64 {
     answer(0, || handle::object(vm).map_or(0, |m| m.0.memory_size()))
 }
 
+/// When the guest first reached for a device outside of it, a port or an address without memory: nanoseconds of
+/// CLOCK_MONOTONIC. 0 until then, and where there is no VM. In every state.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_vm_first_exit(vm: *const vmbed_vm) -> u64 {
+    answer(0, || {
+        let first = handle::object(vm).ok().and_then(|m| m.0.first_exit());
+        let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: room for one timespec. It cannot fail for this clock, which `Instant` reads, too.
+        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
+        let now = Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32);
+        let then = first.map(|first| now.saturating_sub(first.elapsed()).as_nanos());
+        then.and_then(|then| u64::try_from(then).ok()).unwrap_or(0)
+    })
+}
+
 /// Copies `length` bytes of guest memory from the guest-physical `address` into `data`. The guest may change them
 /// meanwhile. Works in every state, and waits for nothing but the host's paging. VMBED_ERR_INVALID_ARGUMENT where the range
 /// is not all guest memory.
@@ -307,7 +322,7 @@ pub unsafe extern "C" fn vmbed_vm_set_registers(
 /// Ends everything: the guest, every thread, every file descriptor, its memory. When it returns, no callback of this VM
 /// runs or will ever run, and their data were destroyed. Called by one of the VM's own callbacks, it returns at once, and
 /// does the same right after the callback has returned. Waits as long as a request that hangs in the host or in a callback.
-/// NULL is a no-op.
+/// A second call for the same VM, from another thread while the first one waits, returns at once. NULL is a no-op.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_vm_free(vm: *mut vmbed_vm) {
     answer((), || {

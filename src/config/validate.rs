@@ -166,7 +166,7 @@ impl Found {
 
     fn devices(&mut self, config: &VmConfig) {
         for (i, disk) in config.disks.iter().enumerate() {
-            if disk.path.as_os_str().is_empty() {
+            if disk.path.as_ref().is_some_and(|path| path.as_os_str().is_empty()) {
                 self.add(format!("disks[{i}].path"), "is empty", "the path of a raw image or block device");
             }
             if disk.serial.len() > MAX_SERIAL || !disk.serial.bytes().all(|b| b.is_ascii_graphic()) {
@@ -175,9 +175,7 @@ impl Found {
             }
         }
         for (i, net) in config.nets.iter().enumerate() {
-            let tap = net.tap.as_deref().unwrap_or("none");
-            let bad = |b: u8| !b.is_ascii_graphic() || matches!(b, b'/' | b':' | b'%');
-            if tap.is_empty() || tap.len() > MAX_IFNAME || tap == "." || tap == ".." || tap.bytes().any(bad) {
+            if let Some(tap) = net.tap.as_ref().filter(|tap| !is_interface_name(tap)) {
                 let problem = format!("is {tap:?}");
                 self.add(format!("nets[{i}].tap"), problem, "an interface name of 1 to 15 characters");
             }
@@ -231,6 +229,11 @@ impl Found {
             }
         }
     }
+}
+
+fn is_interface_name(name: &str) -> bool {
+    let bad = |b: u8| !b.is_ascii_graphic() || matches!(b, b'/' | b':' | b'%');
+    (1..=MAX_IFNAME).contains(&name.len()) && !matches!(name, "." | "..") && !name.bytes().any(bad)
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //! A device that the transport owns and that the board drives all the same.
 
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -121,6 +122,10 @@ impl VirtioDevice for Served {
         lock(&self.device).get_mut().activate(activation)?;
         *lock(&self.bells) = bells;
         Ok(())
+    }
+
+    fn drain(&mut self, deadline: Instant) -> bool {
+        lock(&self.device).get_mut().drain(deadline)
     }
 
     fn deactivate(&mut self) -> Vec<Option<Queue>> {

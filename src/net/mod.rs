@@ -12,9 +12,11 @@ mod offload;
 mod packet;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) mod pair;
+mod socket;
 pub(crate) mod switch;
 mod tap;
 
+pub(crate) use socket::Socket;
 pub(crate) use tap::Tap;
 
 /// The bytes in front of each frame: Linux's `struct virtio_net_hdr_v1`, what a tap interface calls the
@@ -27,21 +29,29 @@ pub(crate) const MIN_FRAME: usize = 14;
 /// The longest frame without the header in front: an IP packet of 64 KiB, an Ethernet header, two tags.
 pub(crate) const MAX_FRAME: usize = 65_535 + MIN_FRAME + 8;
 
-/// Where a card's frames go to and come from.
+/// Where a card's frames go to and come from: what stands behind every card, and a network of your own, attached
+/// with [`VmBuilder::net_backend`](crate::VmBuilder::net_backend).
 ///
-/// One device owns it and calls it on one thread at a time. A frame is one message: a header of
-/// [`HEADER_LEN`] bytes and the frame's bytes. Nothing here blocks.
-/// What is read is the device's to deliver; what a device does not read stays, as far as the other
-/// side has room, and is dropped there beyond it.
-pub(crate) trait NetBackend: Send {
-    /// Reads the next frame into `room`, whose list is at least as long as the longest frame; its length
-    /// with the header. The header asks for nothing that was not offered.
+/// A frame is one message: a header of 12 bytes (`struct virtio_net_hdr_v1`, virtio 1.2, 5.1.6) and the frame from its
+/// Ethernet header on, without its checksum; at most 65,557 bytes behind the header. No offload is negotiated: the
+/// header of every frame that a guest sends is all zero, and one for a guest must ask for nothing: put zeroes.
+///
+/// One device owns it and calls it on a device thread of the VM's, one call at a time. Nothing here may block, since
+/// other devices of the VM wait. A panic stops the VM. What is read is the device's to deliver; what a device does
+/// not read stays, as far as the other side has room, and is dropped there beyond it.
+///
+/// Where frames come from other threads, a pair of connected sockets does all of this:
+/// [`VmBuilder::net_fd`](crate::VmBuilder::net_fd).
+pub trait NetBackend: Send + 'static {
+    /// Puts the next frame into `room`, which is long enough for the longest, with its header in front; how many bytes it
+    /// has with it.
     ///
     /// # Errors
-    /// `WouldBlock` when there is none. Anything else: the other side is gone, until [`reopen`](Self::reopen) succeeds.
+    /// `WouldBlock` when there is none: then `fd` is not readable before there is one. Anything else: the
+    /// other side is gone, until [`reopen`](Self::reopen) succeeds.
     fn receive(&mut self, room: &IoList<'_>) -> io::Result<usize>;
 
-    /// Sends one frame.
+    /// Sends one frame with the header in front.
     ///
     /// # Errors
     /// `WouldBlock` when there is no room: the same frame comes again when the fd is writable. Anything
@@ -49,15 +59,20 @@ pub(crate) trait NetBackend: Send {
     fn send(&mut self, frame: &IoList<'_>) -> io::Result<()>;
 
     /// Polls readable while a frame waits, writable while there is room, and with an error when the
-    /// other side is gone. Another one after `reopen`.
+    /// other side is gone. The same one all the time; another one after `reopen`.
     fn fd(&self) -> BorrowedFd<'_>;
 
     /// Whether the other side is gone for good, so that only `reopen` helps. Asked when a frame was lost.
-    fn is_gone(&self) -> bool;
+    fn is_gone(&self) -> bool {
+        false
+    }
 
-    /// Looks whether the other side is there (again), with the fd in no epoll set. Called about once a second while it is not.
+    /// Looks whether the other side is there (again), with the fd in no epoll set. Called about once a second while
+    /// it is not.
     ///
     /// # Errors
     /// It is not; the text says why.
-    fn reopen(&mut self) -> Result<()>;
+    fn reopen(&mut self) -> Result<()> {
+        Ok(())
+    }
 }

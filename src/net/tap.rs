@@ -3,9 +3,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-#[cfg(test)]
-use std::os::fd::OwnedFd;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use super::{HEADER_LEN, NetBackend};
@@ -40,11 +38,10 @@ impl Tap {
         Self::set_up(who, name.to_owned(), file)
     }
 
-    /// Takes over a descriptor that someone with more rights has attached to an interface.
+    /// Takes over a descriptor that someone with more rights has attached to an interface. It becomes nonblocking.
     ///
     /// # Errors
     /// It is not one of a TAP interface without packet information and with vnet headers.
-    #[cfg(test)]
     pub fn adopt(id: &str, fd: OwnedFd) -> Result<Self> {
         let invalid = |why| Error::new(ErrorKind::InvalidArgument, format!("{id}: the tap descriptor {why}"));
         let attached = tap::attached(fd.as_fd())

@@ -51,7 +51,35 @@ pub(crate) fn permits(fd: BorrowedFd<'_>, write: bool) -> bool {
     // SAFETY: F_GETFL takes no argument and touches no memory of ours.
     let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
     let mode = flags & libc::O_ACCMODE;
-    flags >= 0 && (mode == libc::O_RDWR || (mode == libc::O_WRONLY) == write)
+    flags >= 0 && flags & libc::O_PATH == 0 && (mode == libc::O_RDWR || (mode == libc::O_WRONLY) == write)
+}
+
+/// Whether every write goes to the end of the file, wherever it is meant to go.
+pub(crate) fn appends(fd: BorrowedFd<'_>) -> bool {
+    // SAFETY: F_GETFL takes no argument and touches no memory of ours.
+    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    flags >= 0 && flags & libc::O_APPEND != 0
+}
+
+/// Whether it is a connected Unix socket that keeps messages apart.
+pub(crate) fn is_message_socket(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    let option = |name| {
+        let (mut value, mut len): (libc::c_int, libc::socklen_t) = (0, size_of::<libc::c_int>() as _);
+        let at = std::ptr::from_mut(&mut value).cast();
+        // SAFETY: room for one int, and the length says so.
+        let done = unsafe { libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, at, &mut len) };
+        if done < 0 { Err(io::Error::last_os_error()) } else { Ok(value) }
+    };
+    let messages = matches!(option(libc::SO_TYPE)?, libc::SOCK_DGRAM | libc::SOCK_SEQPACKET);
+    Ok(option(libc::SO_DOMAIN)? == libc::AF_UNIX && messages)
+}
+
+/// Whether the other end has closed, so that nothing will come any more.
+pub(crate) fn is_hung_up(fd: BorrowedFd<'_>) -> bool {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: 0, revents: 0 };
+    // SAFETY: one initialized pollfd, and the count says so; a zero timeout does not block.
+    let ready = unsafe { libc::poll(&mut poll, 1, 0) };
+    ready > 0 && poll.revents & libc::POLLHUP != 0
 }
 
 /// Flags to open a pipe or a terminal with, so that neither opening nor using it waits, and no terminal
@@ -88,6 +116,22 @@ pub(crate) fn pty() -> io::Result<(OwnedFd, OwnedFd)> {
     unsafe { Ok((OwnedFd::from_raw_fd(master), OwnedFd::from_raw_fd(slave))) }
 }
 
+/// Two connected sockets that keep messages apart and tell when the other end is gone.
+#[cfg(test)]
+pub(crate) fn sequence_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    use std::os::fd::FromRawFd;
+    let mut pair = [-1; 2];
+    // SAFETY: room for two descriptors.
+    let made = unsafe {
+        libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0, pair.as_mut_ptr())
+    };
+    if made < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call above has just made both, and nobody else knows them.
+    unsafe { Ok((OwnedFd::from_raw_fd(pair[0]), OwnedFd::from_raw_fd(pair[1]))) }
+}
+
 /// Waits until a read would not block, at most `timeout`.
 pub(crate) fn wait_readable(fd: BorrowedFd<'_>, timeout: std::time::Duration) -> bool {
     let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
@@ -97,7 +141,6 @@ pub(crate) fn wait_readable(fd: BorrowedFd<'_>, timeout: std::time::Duration) ->
 }
 
 /// Makes reads and writes return at once. Of an adopted descriptor: its owner shares that setting.
-#[cfg(test)]
 pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>) -> std::io::Result<()> {
     // SAFETY: F_GETFL and F_SETFL pass integers only.
     let done = unsafe {

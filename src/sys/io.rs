@@ -2,9 +2,10 @@
 
 use std::io;
 use std::marker::PhantomData;
+use std::ops::Deref;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use vm_memory::VolatileSlice;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice};
 
 /// What the kernel takes in one call (`UIO_MAXIOV`).
 const MAX_PIECES: usize = 1024;
@@ -33,8 +34,11 @@ impl Pieces {
     }
 }
 
-/// Pieces of memory to transfer in order: the guest's, and our own in front of or behind them.
-pub(crate) struct IoList<'a> {
+/// Memory to transfer, in pieces and in order: a guest's, and vmbed's own in front of or behind it.
+///
+/// The guest may change its part at any moment, so there is no slice of it to be had: bytes are copied in and out.
+/// What was read once must not be read again and taken for the same.
+pub struct IoList<'a> {
     pieces: &'a mut Vec<Piece>,
     /// Pieces that are behind us.
     done: usize,
@@ -45,18 +49,18 @@ pub(crate) struct IoList<'a> {
 
 impl<'a> IoList<'a> {
     /// Appends a piece of guest memory.
-    pub fn push(&mut self, slice: VolatileSlice<'a>) {
+    pub(crate) fn push(&mut self, slice: VolatileSlice<'a>) {
         self.append(slice.ptr_guard_mut().as_ptr(), slice.len());
     }
 
     /// Appends memory of ours to be written to a file.
-    pub fn push_bytes(&mut self, bytes: &'a [u8]) {
+    pub(crate) fn push_bytes(&mut self, bytes: &'a [u8]) {
         self.readonly = true;
         self.append(bytes.as_ptr().cast_mut(), bytes.len());
     }
 
     /// Appends memory of ours to be filled from a file.
-    pub fn push_room(&mut self, bytes: &'a mut [u8]) {
+    pub(crate) fn push_room(&mut self, bytes: &'a mut [u8]) {
         self.append(bytes.as_mut_ptr(), bytes.len());
     }
 
@@ -65,12 +69,12 @@ impl<'a> IoList<'a> {
     }
 
     /// The bytes that are left.
-    pub fn remaining(&self) -> u64 {
+    pub(crate) fn remaining(&self) -> u64 {
         self.pieces[self.done..].iter().map(|p| p.0.iov_len as u64).sum()
     }
 
     /// Goes on behind the first `count` bytes, or at the end.
-    pub fn advance(&mut self, mut count: usize) {
+    pub(crate) fn advance(&mut self, mut count: usize) {
         while let Some(Piece(piece)) = self.pieces.get_mut(self.done) {
             let step = count.min(piece.iov_len);
             piece.iov_base = piece.iov_base.cast::<u8>().wrapping_add(step).cast();
@@ -89,26 +93,34 @@ impl<'a> IoList<'a> {
         (pieces.as_ptr().cast(), pieces.len().min(MAX_PIECES) as libc::c_int)
     }
 
-    /// Reads its bytes, from the first on.
-    pub fn reader(&self) -> IoReader<'_> {
-        IoReader { pieces: &self.pieces[self.done..], offset: 0 }
+    /// How many bytes there are.
+    #[allow(clippy::len_without_is_empty, reason = "a frame is never empty")]
+    pub fn len(&self) -> usize {
+        self.remaining() as usize
     }
 
-    /// Fills it with `bytes` from its beginning, as a file would; how many had room.
-    pub fn fill(&self, bytes: &[u8]) -> io::Result<usize> {
+    /// Copies what begins at byte `at` into `bytes`; how many there were.
+    pub fn copy_to(&self, at: usize, bytes: &mut [u8]) -> usize {
+        copy_to(&self.pieces[self.done..], at, bytes)
+    }
+
+    /// Copies `bytes` over what begins at byte `at`; how many had room.
+    ///
+    /// # Errors
+    /// The memory is not to be written to (EFAULT): it belongs to a frame that is to be sent.
+    pub fn copy_from(&self, at: usize, bytes: &[u8]) -> io::Result<usize> {
         self.to_fill()?;
-        let mut rest = bytes;
-        for piece in &self.pieces[self.done..] {
-            let (now, later) = rest.split_at(piece.0.iov_len.min(rest.len()));
-            // SAFETY: the pointer and length are those of memory that the list borrows, and none of it is to be
-            // read only. The guest may change its memory meanwhile: the access is volatile.
-            unsafe { VolatileSlice::new(piece.0.iov_base.cast(), now.len()) }.copy_from(now);
-            rest = later;
-            if rest.is_empty() {
-                break;
-            }
-        }
-        Ok(bytes.len() - rest.len())
+        Ok(copy_from(&self.pieces[self.done..], at, bytes))
+    }
+
+    /// The pieces as the kernel's interfaces describe them, valid for as long as the list is.
+    pub(crate) fn raw(&self) -> &[libc::iovec] {
+        raw(&self.pieces[self.done..])
+    }
+
+    /// Reads its bytes, from the first on.
+    pub(crate) fn reader(&self) -> IoReader<'_> {
+        IoReader { pieces: &self.pieces[self.done..], offset: 0 }
     }
 
     fn to_fill(&self) -> io::Result<(*const libc::iovec, libc::c_int)> {
@@ -117,6 +129,105 @@ impl<'a> IoList<'a> {
         }
         Ok(self.next())
     }
+}
+
+/// A list that lives for as long as it has to: it keeps the memory of its guest.
+pub(crate) struct OwnedList<O> {
+    pieces: Pieces,
+    owner: O,
+}
+
+impl<O: Deref<Target = GuestMemoryMmap>> OwnedList<O> {
+    /// The pieces of `list`, in `room`, with the guest memory that they lie in. `None` where one lies elsewhere.
+    pub fn keep(list: &IoList<'_>, mut room: Pieces, owner: O) -> Option<Self> {
+        let within = |piece: &Piece| {
+            let start = piece.0.iov_base.addr();
+            owner.iter().any(|region| {
+                let base = region.as_ptr().addr();
+                // A region's bytes are mapped, so their addresses do not wrap.
+                start >= base
+                    && start
+                        .checked_add(piece.0.iov_len)
+                        .is_some_and(|end| end <= base + region.len() as usize)
+            })
+        };
+        let pieces = &list.pieces[list.done..];
+        room.0.clear();
+        room.0.extend_from_slice(pieces);
+        pieces.iter().all(within).then_some(Self { pieces: room, owner })
+    }
+
+    pub fn len(&self) -> u64 {
+        self.pieces.0.iter().map(|p| p.0.iov_len as u64).sum()
+    }
+
+    /// As [`IoList::copy_to`].
+    pub fn copy_to(&self, at: usize, bytes: &mut [u8]) -> usize {
+        copy_to(&self.pieces.0, at, bytes)
+    }
+
+    /// As [`IoList::copy_from`], whatever the memory is for.
+    pub fn copy_from(&self, at: usize, bytes: &[u8]) -> usize {
+        copy_from(&self.pieces.0, at, bytes)
+    }
+
+    /// The pieces as the kernel's interfaces describe them, valid until the list goes.
+    pub fn raw(&self) -> &[libc::iovec] {
+        raw(&self.pieces.0)
+    }
+
+    /// The room for the next list, and what kept the memory.
+    pub fn into_parts(self) -> (Pieces, O) {
+        (self.pieces, self.owner)
+    }
+}
+
+fn raw(pieces: &[Piece]) -> &[libc::iovec] {
+    // SAFETY: a `Piece` is an iovec (repr(transparent)).
+    unsafe { std::slice::from_raw_parts(pieces.as_ptr().cast(), pieces.len()) }
+}
+
+/// The pieces from byte `at` on.
+fn from_byte(pieces: &[Piece], mut at: usize) -> impl Iterator<Item = (*mut u8, usize)> {
+    pieces.iter().filter_map(move |piece| {
+        let skipped = at.min(piece.0.iov_len);
+        at -= skipped;
+        let left = piece.0.iov_len - skipped;
+        (left > 0).then_some((piece.0.iov_base.cast::<u8>().wrapping_add(skipped), left))
+    })
+}
+
+/// Only for the pieces of a list, which borrows or owns their memory.
+fn copy_to(pieces: &[Piece], at: usize, bytes: &mut [u8]) -> usize {
+    let mut done = 0;
+    for (base, len) in from_byte(pieces, at) {
+        let into = &mut bytes[done..];
+        let step = len.min(into.len());
+        // SAFETY: within a piece of a list that lives through this call. The guest may change its memory meanwhile:
+        // the access is volatile.
+        unsafe { VolatileSlice::new(base, step) }.copy_to(&mut into[..step]);
+        done += step;
+        if done == bytes.len() {
+            break;
+        }
+    }
+    done
+}
+
+/// Only for the pieces of a list, which borrows or owns their memory, and where none is to be read only.
+fn copy_from(pieces: &[Piece], at: usize, bytes: &[u8]) -> usize {
+    let mut done = 0;
+    for (base, len) in from_byte(pieces, at) {
+        let from = &bytes[done..];
+        let step = len.min(from.len());
+        // SAFETY: as in `copy_to`.
+        unsafe { VolatileSlice::new(base, step) }.copy_from(&from[..step]);
+        done += step;
+        if done == bytes.len() {
+            break;
+        }
+    }
+    done
 }
 
 /// A place in an [`IoList`]. Each byte is read once, and the guest may have changed it since it was last looked at.
@@ -170,6 +281,29 @@ pub(crate) fn write_at(
     let offset = to_offset(offset)?;
     // SAFETY: `count` initialized iovecs, each of them memory that the list borrows.
     count_of(unsafe { libc::pwritev2(fd.as_raw_fd(), pieces, count, offset, flags) })
+}
+
+/// Takes one message off a socket, without waiting. What has no room is lost.
+pub(crate) fn receive(fd: BorrowedFd<'_>, list: &IoList<'_>) -> io::Result<usize> {
+    let (pieces, count) = list.to_fill()?;
+    let mut message = message(pieces, count);
+    // SAFETY: as in `read_at`; the kernel writes to the message's header, too.
+    count_of(unsafe { libc::recvmsg(fd.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) })
+}
+
+/// Sends the list as one message, without waiting.
+pub(crate) fn send(fd: BorrowedFd<'_>, list: &IoList<'_>) -> io::Result<usize> {
+    let (pieces, count) = list.next();
+    let message = message(pieces, count);
+    // SAFETY: as in `write_at`.
+    count_of(unsafe { libc::sendmsg(fd.as_raw_fd(), &message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) })
+}
+
+fn message(pieces: *const libc::iovec, count: libc::c_int) -> libc::msghdr {
+    // SAFETY: all zeroes is a message with neither address, data nor control data.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    (message.msg_iov, message.msg_iovlen) = (pieces.cast_mut(), count as _);
+    message
 }
 
 /// Reads one message or what is there into the list.
@@ -253,18 +387,69 @@ mod tests {
         assert_eq!((reader.read(&mut [0; 4]), &text), (0, b"what is in the guest"));
         let mut rest = [0; 99];
         assert_eq!((again.read(&mut rest), &rest[..17]), (17, &b"t is in the guest"[..]));
-        assert!(list.fill(b"x").is_err(), "what is not to be written to is refused");
+        let mut text = [0; 99];
+        assert_eq!((list.len(), list.copy_to(0, &mut text[..20])), (20, 20));
+        assert_eq!(&text[..20], b"what is in the guest");
+        assert_eq!((list.copy_to(5, &mut text), &text[..15]), (15, &b"is in the guest"[..]));
+        assert_eq!((list.copy_to(20, &mut text), list.copy_to(usize::MAX, &mut text)), (0, 0));
+        assert!(list.copy_from(0, b"x").is_err(), "what is not to be written to is refused");
+        list.advance(9);
+        assert_eq!((list.copy_to(0, &mut text), &text[..11]), (11, &b"n the guest"[..]));
 
         let mut head = [0; 2];
         let mut list = pieces.list();
         list.push_room(&mut head);
         list.push(memory.get_slice(GuestAddress(0x10), 6).unwrap());
-        assert_eq!(list.fill(b"ours").unwrap(), 4);
-        assert_eq!(list.fill(b"longer than it").unwrap(), 8);
-        assert_eq!(&head, b"lo");
+        assert_eq!(list.copy_from(0, b"ours").unwrap(), 4);
+        assert_eq!(list.copy_from(1, b"longer than it").unwrap(), 7);
+        assert_eq!(&head, b"ol");
         let mut rest = [0; 7];
         memory.read_slice(&mut rest, GuestAddress(0x10)).unwrap();
-        assert_eq!(&rest, b"nger t\0");
+        assert_eq!(&rest, b"onger \0");
+    }
+
+    #[test]
+    fn an_owned_list_is_of_its_owners_memory_only() {
+        type Guest = std::sync::Arc<GuestMemoryMmap>;
+        let guest = || -> Guest {
+            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x2000), (GuestAddress(0x8000), 0x1000)])
+                .unwrap()
+                .into()
+        };
+        let (memory, other, ours) = (guest(), guest(), [1; 4]);
+        let mut pieces = Pieces::default();
+        let mut list = pieces.list();
+        list.push(memory.get_slice(GuestAddress(0x1ff0), 16).unwrap());
+        list.push(memory.get_slice(GuestAddress(0x8ffe), 2).unwrap());
+        assert!(OwnedList::keep(&list, Pieces::default(), other.clone()).is_none());
+        let owned = OwnedList::keep(&list, Pieces::default(), memory.clone()).unwrap();
+        list.push_bytes(&ours);
+        assert!(OwnedList::keep(&list, Pieces::default(), memory.clone()).is_none());
+        assert_eq!((owned.len(), owned.raw().len(), owned.copy_from(15, b"abc")), (18, 2, 3));
+        assert_eq!(memory.read_obj::<[u8; 2]>(GuestAddress(0x8ffe)).unwrap(), *b"bc");
+        let mut back = [0; 4];
+        assert_eq!((owned.copy_to(15, &mut back), back), (3, *b"abc\0"));
+        let (mut room, owner) = owned.into_parts();
+        assert_eq!((room.list().len(), std::sync::Arc::ptr_eq(&owner, &memory)), (0, true));
+    }
+
+    #[test]
+    fn a_message_is_sent_and_received_whole_and_nothing_is_waited_for() {
+        let (near, far) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        let mut pieces = Pieces::default();
+        let mut list = pieces.list();
+        list.push_bytes(b"ab");
+        list.push_bytes(b"cd");
+        assert_eq!(send(near.as_fd(), &list).unwrap(), 4);
+        let mut room = [[0; 3]; 2];
+        let [a, b] = &mut room;
+        let mut other = Pieces::default();
+        let mut list = other.list();
+        list.push_room(a);
+        list.push_room(b);
+        assert_eq!(receive(far.as_fd(), &list).unwrap(), 4);
+        assert_eq!(receive(far.as_fd(), &list).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert_eq!(room, [*b"abc", *b"d\0\0"]);
     }
 
     #[test]

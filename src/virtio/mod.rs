@@ -7,6 +7,7 @@
 use std::fmt::Display;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use virtio_bindings::bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
 
@@ -62,6 +63,13 @@ pub(crate) trait VirtioDevice: Send {
     /// # Errors
     /// The device stays inactive, and the transport sets DEVICE_NEEDS_RESET.
     fn activate(&mut self, activation: Activation) -> Result<()>;
+
+    /// Finishes what was begun, and begins nothing more until it is deactivated. `false` where something has not
+    /// ended by the deadline: then it goes on serving. Only a device whose requests end elsewhere has any to
+    /// wait for.
+    fn drain(&mut self, _deadline: Instant) -> bool {
+        true
+    }
 
     /// Stops serving: waits for the request in progress, and returns the queues in their places.
     /// Serves pause, reset and unplug. Of an inactive device: nothing, and no harm.

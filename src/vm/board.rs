@@ -10,6 +10,7 @@ use kvm_ioctls::VmFd;
 
 use super::builder::{Buses, Threads};
 use super::devices;
+use super::sources::Sources;
 use crate::boot::{self, acpi};
 use crate::config::topology::Topology;
 use crate::config::{ConsoleKind, VmConfig};
@@ -20,21 +21,22 @@ use crate::ioapic::Ioapic;
 use crate::irq::{IOAPIC_PINS, Routes};
 use crate::legacy::{Cmos, I8042, Power, PvPanic, Serial, ports};
 use crate::memory::{Memory, layout};
-use crate::net::switch::SwitchPort;
 use crate::pci::{ConfigPorts, Ecam, Root, Window};
 use crate::reactor::{Attached, Dispatcher, EventLoop};
 use crate::sys::{kvm, lock};
 use crate::virtio::transport::{Doorbells, VirtioPci};
+use crate::virtio::{blk, net};
 
 /// How long the last words of a guest may take to reach the embedder's output.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
-/// Where the embedder wants the console, and what is to serve it.
+/// What the embedder attached: to the console, to disks and cards, and what is to serve them.
 #[derive(Default)]
 pub(super) struct Wiring {
     pub dispatcher: Option<Dispatcher>,
     pub output: Option<Output>,
     pub input: Option<OwnedFd>,
+    pub sources: Sources,
 }
 
 /// What a board is made from.
@@ -45,8 +47,6 @@ pub(super) struct Plan<'a> {
     pub reporter: &'a Reporter,
     pub stop: &'a StopLine,
     pub threads: &'a Threads,
-    /// Ports of switches, with the indices of the cards that are on them.
-    pub ports: &'a [(usize, SwitchPort)],
 }
 
 /// The devices of one VM. A bare platform has none.
@@ -58,6 +58,9 @@ pub(super) struct Board {
     virtio: Vec<Arc<VirtioPci>>,
     pump: Mutex<Option<Attached<Pump>>>,
     loops: Vec<Arc<EventLoop>>,
+    /// What disks and cards count, in the order of the configuration.
+    pub disks: Vec<Arc<blk::Counters>>,
+    pub nets: Vec<Arc<net::Counters>>,
 }
 
 impl Board {
@@ -81,14 +84,22 @@ impl Board {
         board.pump = Mutex::new(Some(pump));
         board.loops.push(main_loop);
         board.console = console;
-        board.add_virtio(plan, &routes, buses)?;
+        board.add_virtio(plan, wiring.sources, &routes, buses)?;
         Ok(board)
     }
 
-    fn add_virtio(&mut self, plan: &Plan<'_>, routes: &Arc<Routes>, buses: &mut Buses) -> Result<()> {
+    fn add_virtio(
+        &mut self,
+        plan: &Plan<'_>,
+        sources: Sources,
+        routes: &Arc<Routes>,
+        buses: &mut Buses,
+    ) -> Result<()> {
         let doorbells = Doorbells::new(Some(plan.vm.clone()));
         let mut functions: Vec<(_, Arc<dyn crate::pci::Function>)> = Vec::new();
-        for planned in devices::make(plan, &self.console, &mut self.loops)? {
+        let made = devices::make(plan, sources, &self.console, &mut self.loops)?;
+        (self.disks, self.nets) = (made.disks, made.nets);
+        for planned in made.planned {
             let bar = planned.bar();
             let devices::Planned { address, device, signals } = planned;
             let function = VirtioPci::new(device, &bar, plan.memory, signals, routes, doorbells.clone())?;
@@ -114,8 +125,12 @@ impl Board {
     }
 
     /// Stops every device; what is in flight is finished first.
-    pub fn pause(&self) {
-        self.virtio.iter().for_each(|d| d.pause());
+    ///
+    /// # Errors
+    /// `TimedOut` where something has not ended by the deadline: every device goes on serving.
+    pub fn pause(&self, deadline: Instant) -> Result<()> {
+        let paused = self.virtio.iter().try_for_each(|d| d.pause(deadline));
+        paused.inspect_err(|_| self.resume())
     }
 
     pub fn resume(&self) {

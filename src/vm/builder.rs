@@ -12,7 +12,6 @@ use kvm_ioctls::{Kvm, VmFd};
 use super::Vm;
 use super::accounts;
 use super::board::{self, Board, Plan, Wiring};
-use super::devices;
 use super::doorbell::Doorbell;
 use super::machine::{Control, End, Machine, VmState};
 use crate::boot::{self, Entry, Identity, Protocol};
@@ -24,7 +23,6 @@ use crate::console::Output;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, Reporter, StopCause, StopLine, VmId};
 use crate::memory::{Memory, Roll, layout, slots};
-use crate::net::switch::SwitchPort;
 use crate::reactor::{Dispatcher, EventLoop, own, panic_text};
 use crate::sys;
 use crate::units::Bytes;
@@ -119,9 +117,8 @@ pub struct VmBuilder {
     pio: Vec<Attached>,
     mmio: Vec<Attached>,
     doorbells: Vec<Arc<Doorbell>>,
-    ports: Vec<(usize, SwitchPort)>,
     events: Option<EventStream>,
-    wiring: Wiring,
+    pub(super) wiring: Wiring,
     hook: Option<Hook>,
     caller_vcpus: bool,
 }
@@ -136,9 +133,8 @@ struct Attached {
 impl VmBuilder {
     pub(crate) fn new(host: Arc<HostParts>, config: VmConfig) -> Self {
         let (pio, mmio) = (Vec::new(), Vec::new());
-        let (doorbells, ports, wiring) = (Vec::new(), Vec::new(), Wiring::default());
-        let (events, hook) = (None, None);
-        Self { host, config, pio, mmio, doorbells, ports, events, wiring, hook, caller_vcpus: false }
+        let (doorbells, wiring) = (Vec::new(), Wiring::default());
+        Self { host, config, pio, mmio, doorbells, events: None, wiring, hook: None, caller_vcpus: false }
     }
 
     /// Attaches a device of your own to `len` ports from `port`; `name` is for messages and causes.
@@ -179,10 +175,6 @@ impl VmBuilder {
         let doorbell = Arc::new(Doorbell::new(name));
         self.doorbells.push(doorbell.clone());
         doorbell
-    }
-
-    pub(crate) fn add_net_port(&mut self, index: usize, port: &SwitchPort) {
-        self.ports.push((index, port.clone()));
     }
 
     pub(crate) fn set_events(&mut self, stream: &EventStream) {
@@ -268,17 +260,6 @@ impl VmBuilder {
         self
     }
 
-    /// Puts the card `nets[index]`, which is to have no TAP interface
-    /// ([`NetConfig::attached`](crate::NetConfig::attached)), on a port of a [`Switch`](crate::Switch). The port
-    /// is free again when the VM is dropped.
-    ///
-    /// [`build`](Self::build) answers `InvalidArgument` where there is no such card or it has a network already,
-    /// `Busy` where the port is in use, `NotFound` where it was removed.
-    pub fn net_port(mut self, index: usize, port: &SwitchPort) -> Self {
-        self.add_net_port(index, port);
-        self
-    }
-
     /// Sends this VM's events to a stream that it may share with others, instead of one of its own.
     pub fn events(mut self, stream: &EventStream) -> Self {
         self.set_events(stream);
@@ -342,6 +323,7 @@ impl VmBuilder {
     /// `Busy` or `BadImage` with the device or file at fault. Whatever had been made is taken back.
     pub fn build(self) -> Result<Vm> {
         self.config.validate()?;
+        self.wiring.sources.check(&self.config)?;
         let name = if self.config.name.is_empty() {
             "the VM".to_owned()
         } else {
@@ -351,8 +333,7 @@ impl VmBuilder {
     }
 
     fn build_valid(self) -> Result<Vm> {
-        let Self { host, mut config, pio, mmio, doorbells, ports, events, wiring, hook, caller_vcpus } = self;
-        devices::check_networks(&config.nets, &ports)?;
+        let Self { host, mut config, pio, mmio, doorbells, events, wiring, hook, caller_vcpus } = self;
         let id = next_id();
         config.uuid.get_or_insert_with(random_uuid);
         let claimed = host.ledger.claim(host.claim_of(&config), (host.headroom)())?;
@@ -397,7 +378,6 @@ impl VmBuilder {
             reporter: &reporter,
             stop: &stop,
             threads: &threads,
-            ports: &ports,
         };
         let board = Board::make(&plan, main_loop, wiring, &mut buses)?;
         buses.attach(pio, mmio, &memory)?;

@@ -207,7 +207,10 @@ impl Machine {
                 format!("a vCPU has not left a device's callback for {BOUND:?}: the VM goes on running");
             return Err(Error::new(ErrorKind::TimedOut, why).context("pause"));
         }
-        self.board.pause();
+        if let Err(error) = self.board.pause(Instant::now() + BOUND) {
+            self.end.gate.set(Target::Run);
+            return Err(error.context(format!("pause: not within {BOUND:?}, so the VM goes on running")));
+        }
         let paused = clock::stop(&self.vm);
         match paused {
             Ok(clock) => control.clock = Some(clock),

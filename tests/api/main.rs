@@ -4,9 +4,12 @@
 
 use libtest_mimic::{Arguments, Trial};
 
+mod backends;
 mod callbacks;
 mod drive;
 mod guest;
+#[path = "../guests/mod.rs"]
+mod guests;
 mod life;
 mod list;
 mod races;
@@ -24,6 +27,7 @@ cases! {
         a_callback_reenters a_callback_that_blocks other_callbacks_reenter_and_free;
     races: free_races_with_everything handles_from_eight_threads freeing_in_every_order stop_races_with_everything
         a_fork_while_a_vm_runs many_at_once;
+    backends: a_disk_of_ones_own a_disk_that_does_not_answer a_network_of_ones_own disks_and_cards_by_descriptor;
     drive: vcpus_on_the_callers_threads devices_on_the_callers_loop;
 }
 

@@ -3,6 +3,7 @@
  * tests/api-cases lists them for all languages.
  */
 #include "guest.h"
+#include <time.h>
 
 /* In races.c. */
 void a_callback_reenters(void);
@@ -14,6 +15,10 @@ void stop_races_with_everything(void);
 void a_fork_while_a_vm_runs(void);
 void many_at_once(void);
 /* drive.c */
+void a_disk_of_ones_own(void);
+void a_disk_that_does_not_answer(void);
+void a_network_of_ones_own(void);
+void disks_and_cards_by_descriptor(void);
 void vcpus_on_the_callers_threads(void);
 void devices_on_the_callers_loop(void);
 
@@ -28,6 +33,10 @@ static void guest_and_device(void)
     OK(vmbed_vm_start(g.vm, &error));
     OK(vmbed_vm_wait(g.vm, 60000, &cause, &error));
     CHECK(cause == VMBED_CAUSE_GUEST_HALT && vmbed_vm_state(g.vm) == VMBED_STATE_STOPPED);
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    uint64_t first = vmbed_vm_first_exit(g.vm);
+    CHECK(first > 0 && first < (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec && !vmbed_vm_first_exit(NULL));
     CHECK(port.reads == 1 && port.writes == 1 && port.last == 0x5a && port.destroyed == 0);
     FAILS(VMBED_ERR_INVALID_STATE, "ended", vmbed_vm_start(g.vm, &error));
     drop(&g);
@@ -514,6 +523,10 @@ static const struct {
     CASE(vcpus_on_the_callers_threads),
     CASE(devices_on_the_callers_loop),
     CASE(doorbells_ring),
+    CASE(a_disk_of_ones_own),
+    CASE(a_disk_that_does_not_answer),
+    CASE(a_network_of_ones_own),
+    CASE(disks_and_cards_by_descriptor),
 };
 
 int main(int argc, char **argv)

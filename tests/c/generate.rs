@@ -24,7 +24,7 @@ impl Parameter {
     }
 }
 
-const STRUCTURES: [&str; 9] = [
+const STRUCTURES: [&str; 13] = [
     "vmbed_verdict",
     "vmbed_memory",
     "vmbed_vcpu_statistics",
@@ -34,6 +34,10 @@ const STRUCTURES: [&str; 9] = [
     "vmbed_net",
     "vmbed_registers",
     "vmbed_device_ops",
+    "vmbed_block_ops",
+    "vmbed_net_ops",
+    "vmbed_disk_statistics",
+    "vmbed_net_statistics",
 ];
 
 /// Where the header says that NULL is good, for every function that has the parameter.
@@ -63,6 +67,7 @@ static vmbed_vm *some_vm, *out_vm;
 static vmbed_events *some_events, *out_events;
 static vmbed_event *some_event, *out_event;
 static vmbed_dispatcher *some_dispatcher, *out_dispatcher;
+static vmbed_block *some_block;
 static uint8_t bytes[4096];
 static uint32_t numbers[4];
 static size_t count;
@@ -70,6 +75,9 @@ static int32_t number, calls;
 
 static int32_t f_read(void *u, uint32_t v, uint64_t o, uint8_t *d, size_t l) { (void)u, (void)v, (void)o, (void)d, (void)l; return 0; }
 static int32_t f_write(void *u, uint32_t v, uint64_t o, const uint8_t *d, size_t l) { (void)u, (void)v, (void)o, (void)d, (void)l; return 0; }
+static int32_t f_block(void *u, const vmbed_block_request *r) { (void)u, (void)r; return 0; }
+static int32_t f_receive(void *u, const vmbed_piece *p, size_t c, size_t *l) { (void)u, (void)p, (void)c, (void)l; return 0; }
+static int32_t f_send(void *u, const vmbed_piece *p, size_t c) { (void)u, (void)p, (void)c; return 0; }
 static void f_log(void *u, int32_t l, const char *t, const char *m) { (void)u, (void)l, (void)t, (void)m; }
 static void f_console(void *u, const uint8_t *d, size_t l) { (void)u, (void)d, (void)l; }
 static void f_thread(void *u, uint64_t i, int32_t r, uint32_t n, int32_t t) { (void)u, (void)i, (void)r, (void)n, (void)t; }
@@ -86,6 +94,10 @@ STRUCTURE(vmbed_disk);
 STRUCTURE(vmbed_net);
 STRUCTURE(vmbed_registers);
 STRUCTURE(vmbed_device_ops);
+STRUCTURE(vmbed_block_ops);
+STRUCTURE(vmbed_net_ops);
+STRUCTURE(vmbed_disk_statistics);
+STRUCTURE(vmbed_net_statistics);
 
 static void good(void)
 {
@@ -100,6 +112,12 @@ static void good(void)
     memset(&the_vmbed_registers, 0, sizeof the_vmbed_registers), the_vmbed_registers.s.size = sizeof(vmbed_registers);
     memset(&the_vmbed_device_ops, 0, sizeof the_vmbed_device_ops);
     the_vmbed_device_ops.s = (vmbed_device_ops){sizeof(vmbed_device_ops), f_read, f_write, NULL};
+    memset(&the_vmbed_block_ops, 0, sizeof the_vmbed_block_ops);
+    the_vmbed_block_ops.s = (vmbed_block_ops){sizeof(vmbed_block_ops), f_block, f_block, f_block, NULL};
+    memset(&the_vmbed_net_ops, 0, sizeof the_vmbed_net_ops);
+    the_vmbed_net_ops.s = (vmbed_net_ops){sizeof(vmbed_net_ops), f_receive, f_send, NULL};
+    memset(&the_vmbed_disk_statistics, 0, sizeof the_vmbed_disk_statistics), the_vmbed_disk_statistics.s.size = sizeof(vmbed_disk_statistics);
+    memset(&the_vmbed_net_statistics, 0, sizeof the_vmbed_net_statistics), the_vmbed_net_statistics.s.size = sizeof(vmbed_net_statistics);
     vmbed_builder_free(some_builder), vmbed_config_free(some_config), vmbed_vm_free(some_vm);
     vmbed_builder *builder;
     if (vmbed_config_new_bare(VMBED_MODE_REAL, 0x1000, code, 1, &some_config, NULL) ||
@@ -136,7 +154,7 @@ int main(void)
         vmbed_probe_new(NULL, &some_probe, NULL) || vmbed_dispatcher_new(&some_dispatcher, NULL))
         abort();
     vmbed_config_validate(NULL, &some_error);
-    (void)number, (void)numbers, (void)count, (void)f_log, (void)f_console, (void)f_thread, (void)f_destroy, (void)some_event;
+    (void)number, (void)numbers, (void)count, (void)f_log, (void)f_console, (void)f_thread, (void)f_destroy, (void)some_event, (void)some_block;
 "#;
 
 /// The program, and how many calls it will count.

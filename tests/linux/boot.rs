@@ -30,7 +30,6 @@ pub fn add(trials: &mut Vec<Trial>) {
         (KERNELS[0], 4, 2, 2, 5120),
         (KERNELS[1], 2, 1, 1, 256),
         (KERNELS[2], 4, 2, 1, 512),
-        (KERNELS[1], 8, 2, 2, 512),
     ] {
         let name = format!("boot::{kernel}_{vcpus}_vcpus_{mib}_mib");
         trials.push(trial(name, move || sees_what_was_asked_for(kernel, vcpus, threads, sockets, mib)));

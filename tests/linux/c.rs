@@ -1,4 +1,4 @@
-//! The C example boots stock kernels as the Rust one does: the same flags, the same exit statuses.
+//! The C example and the Python one boot stock kernels as the Rust one does: the same flags, the same exit statuses.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -11,18 +11,42 @@ use crate::devices::{TempFile, noise, sha256};
 use crate::guest::base64;
 use crate::trial;
 
+/// What begins the example's command in a language.
+type Example = fn() -> Command;
+
 pub fn add(trials: &mut Vec<Trial>) {
     for (name, script, status) in [
         ("poweroff", "poweroff -f", 0),
         ("reboot", "reboot -f", 2),
         ("panic", "echo c >/proc/sysrq-trigger; sleep 60", 3),
     ] {
-        trials.push(trial(format!("c::{name}"), move || {
-            let (ended, console) = boot(script, &[], b"");
-            assert_eq!(ended, Some(status), "{console}");
-        }));
+        trials.push(trial(format!("c::{name}"), move || ends(c, script, status)));
+        if status > 0 {
+            trials.push(trial(format!("python::{name}"), move || ends(python, script, status)));
+        }
     }
-    trials.push(trial("c::disk_and_console", disk_and_console));
+    trials.push(trial("c::disk_and_console", || disk_and_console(c)));
+    trials.push(trial("python::disk_and_console", || disk_and_console(python)));
+}
+
+fn ends(example: Example, script: &str, status: i32) {
+    let (ended, console) = boot(example, script, &[], b"");
+    assert_eq!(ended, Some(status), "{console}");
+}
+
+fn c() -> Command {
+    Command::new(program())
+}
+
+/// `examples/python/boot.py`, in an environment with the package.
+fn python() -> Command {
+    let mut python = Command::new(environment().join("bin/python"));
+    python.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/python/boot.py"));
+    python
+}
+
+fn environment() -> PathBuf {
+    assets::directory().join("python")
 }
 
 /// `examples/c/boot.c`, linked with the static library.
@@ -43,6 +67,13 @@ pub fn prepare() {
     cc.current_dir(root).args(["-O1", "-g", "-I"]).arg(stage.join("usr/include")).arg("examples/c/boot.c");
     cc.arg(stage.join("usr/lib/libvmbed.a")).args(["-o"]).arg(program());
     succeeds(cc.args(["-lgcc_s", "-lutil", "-lrt", "-lpthread", "-lm", "-ldl"]));
+    // Made anew each time: an old package would be tested otherwise.
+    let _ = std::fs::remove_dir_all(environment());
+    succeeds(Command::new("python3").args(["-m", "venv"]).arg(environment()));
+    let mut pip = Command::new(environment().join("bin/pip"));
+    pip.args(["--quiet", "--disable-pip-version-check", "install"]).arg(root.join("python"));
+    pip.env("VMBED_LIBRARY", stage.join("usr/lib/libvmbed.so")).env_remove("MAKEFLAGS");
+    succeeds(&mut pip);
 }
 
 fn succeeds(command: &mut Command) {
@@ -52,10 +83,12 @@ fn succeeds(command: &mut Command) {
 
 /// Boots the first kernel with a script, and types `input` when that says `ready`; the exit status, and what
 /// the console said.
-fn boot(script: &str, options: &[&str], input: &[u8]) -> (Option<i32>, String) {
+fn boot(example: Example, script: &str, options: &[&str], input: &[u8]) -> (Option<i32>, String) {
+    let example = example();
     let mut child = Command::new("timeout")
         .arg("240")
-        .arg(program())
+        .arg(example.get_program())
+        .args(example.get_args())
         .arg("--kernel")
         .arg(assets::kernel(KERNELS[0]))
         .arg("--initrd")
@@ -80,12 +113,12 @@ fn boot(script: &str, options: &[&str], input: &[u8]) -> (Option<i32>, String) {
     (child.wait().unwrap().code(), console)
 }
 
-fn disk_and_console() {
+fn disk_and_console(example: Example) {
     let bytes = noise(5, 1 << 20);
     let disk = TempFile::new(&bytes);
     let script = "echo sum=$(sha256sum </dev/vda | cut -d' ' -f1); echo ready; read line; echo heard=$line";
     let disk = format!("{},ro", disk.path().display());
-    let (status, console) = boot(script, &["--disk", &disk], b"a line\n");
+    let (status, console) = boot(example, script, &["--disk", &disk], b"a line\n");
     assert_eq!(status, Some(0), "{console}");
     assert!(console.contains(&format!("sum={}\n", sha256(&bytes))), "{console}");
     assert!(console.contains("heard=a line\n"), "{console}");

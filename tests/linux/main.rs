@@ -11,6 +11,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use libtest_mimic::{Arguments, Trial};
 
 mod assets;
+mod backends;
 mod boot;
 mod c;
 mod devices;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         return elsewhere(&arguments);
     }
     let mut trials = Vec::new();
+    backends::add(&mut trials);
     boot::add(&mut trials);
     devices::add(&mut trials);
     drive::add(&mut trials);

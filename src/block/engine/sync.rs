@@ -5,20 +5,20 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 
-use crate::block::Op;
+use crate::block::BlockOp;
 use crate::sys::io::{IoList, read_at, write_at};
 
 /// Does the request: all of it, or an error.
 pub(in crate::block) fn perform(
     file: &File,
-    op: Op,
+    op: BlockOp,
     mut offset: u64,
     mut buffers: IoList<'_>,
 ) -> io::Result<()> {
     let durable = match op {
-        Op::Flush => return file.sync_data(),
-        Op::Read => None,
-        Op::Write { durable } => Some(durable),
+        BlockOp::Flush => return file.sync_data(),
+        BlockOp::Read => None,
+        BlockOp::Write { durable } => Some(durable),
     };
     let mut left = buffers.remaining();
     while left > 0 {

@@ -70,7 +70,7 @@ impl NetBackend for Plug {
         let Some(item) = self.port.queue.pop(self.used.take()) else {
             return Err(io::ErrorKind::WouldBlock.into());
         };
-        let filled = room.fill(item.bytes());
+        let filled = room.copy_from(0, item.bytes());
         self.used = Some(item.into_buffer());
         filled
     }

@@ -1,13 +1,16 @@
 #![forbid(unsafe_code)]
 //! virtio-blk (5.2): a disk.
 
+use std::sync::Arc;
+use std::time::Instant;
+
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::{Activation, Queue, VirtioDevice, read_config_space};
-use crate::block::BlockBackend;
+use crate::block::Backend;
 use crate::error::{Error, ErrorKind, Result};
 use crate::reactor::{Attached, Place};
 use crate::units::Sectors;
@@ -15,7 +18,11 @@ use request::{ID_LEN, SEG_MAX, SIZE_MAX};
 use worker::Worker;
 
 mod request;
+mod statistics;
 mod worker;
+
+pub(crate) use statistics::Counters;
+pub use statistics::DiskStatistics;
 
 /// Entries of the one queue.
 const QUEUE_SIZE: u16 = 256;
@@ -31,10 +38,11 @@ pub(crate) struct Blk {
     config: [u8; CONFIG_LEN],
     place: Place,
     state: State,
+    counters: Arc<Counters>,
 }
 
 enum State {
-    Idle(Box<dyn BlockBackend>),
+    Idle(Box<dyn Backend>),
     Active(Attached<Worker>),
     /// Its backend went down with the loop that it was on.
     Lost,
@@ -42,7 +50,7 @@ enum State {
 
 impl Blk {
     /// The disk `id` on `backend`. `serial` is cut at 20 bytes.
-    pub fn new(id: &str, serial: &str, backend: Box<dyn BlockBackend>, place: Place) -> Self {
+    pub fn new(id: &str, serial: &str, backend: Box<dyn Backend>, place: Place) -> Self {
         let mut features =
             1 << VIRTIO_BLK_F_SIZE_MAX | 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE;
         features |= 1 << VIRTIO_BLK_F_FLUSH;
@@ -57,7 +65,13 @@ impl Blk {
         let mut padded = [0; ID_LEN];
         let len = serial.len().min(ID_LEN);
         padded[..len].copy_from_slice(&serial.as_bytes()[..len]);
-        Self { id: id.into(), serial: padded, features, config, place, state: State::Idle(backend) }
+        let (state, counters) = (State::Idle(backend), Arc::default());
+        Self { id: id.into(), serial: padded, features, config, place, state, counters }
+    }
+
+    /// What it counts, whoever owns it by then.
+    pub fn counters(&self) -> Arc<Counters> {
+        self.counters.clone()
     }
 
     /// Serves the queue on the caller's thread: for drivers in this process ([`Place::Caller`]).
@@ -104,9 +118,17 @@ impl VirtioDevice for Blk {
             }
         };
         let writethrough = features & 1 << VIRTIO_BLK_F_FLUSH == 0;
-        let worker = Worker::new(queue, memory, signals, backend, self.serial, writethrough);
+        let counters = self.counters.clone();
+        let worker = Worker::new(queue, memory, signals, backend, self.serial, writethrough, counters);
         self.state = State::Active(self.place.attach(worker, &self.id)?);
         Ok(())
+    }
+
+    fn drain(&mut self, deadline: Instant) -> bool {
+        match &self.state {
+            State::Active(worker) => worker.with(|worker| worker.drain(deadline)),
+            _ => true,
+        }
     }
 
     fn deactivate(&mut self) -> Vec<Option<Queue>> {

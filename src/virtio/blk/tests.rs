@@ -7,7 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::block::later::Later;
-use crate::block::{Op, RawDisk};
+use crate::block::{BlockOp, RawDisk};
 use crate::events::{EventKind, EventStream, StopLine};
 use crate::memory::Memory;
 use crate::reactor::EventLoop;
@@ -15,6 +15,8 @@ use crate::sys::lock;
 use crate::sys::memory::sealed_memfd;
 use crate::virtio::Signals;
 use crate::virtio::queue_driver::{Dice, Driver, NEXT, WRITE, activation, bend, signals};
+
+mod own;
 
 const HEADER: u64 = 0x1_0000;
 const DATA: u64 = 0x2_0000;
@@ -38,7 +40,7 @@ fn raw(file: &File) -> RawDisk {
     RawDisk::from_file("disk0: test", file.try_clone().unwrap(), false).unwrap()
 }
 
-fn bench_on(place: Place, wrap: impl FnOnce(RawDisk) -> Box<dyn BlockBackend>) -> Bench {
+fn bench_on(place: Place, wrap: impl FnOnce(RawDisk) -> Box<dyn Backend>) -> Bench {
     let file = file();
     let memory = Memory::new(1 << 20).unwrap();
     let driver = Driver::new(&memory, 0x4000, 16);
@@ -247,7 +249,7 @@ fn without_flush_a_write_is_durable_when_it_is_answered() {
         b.header(1, 0);
         b.driver.send(&[(HEADER, 16, 0), (DATA, 512, 0), (STATUS, 1, WRITE)]);
         b.blk.process_queue();
-        assert_eq!(*lock(&control.asked), [Op::Write { durable }]);
+        assert_eq!(*lock(&control.asked), [BlockOp::Write { durable }]);
         control.release(&[]);
         b.blk.deactivate();
     }
@@ -296,7 +298,7 @@ struct Slow {
     may_end: std::sync::mpsc::Receiver<()>,
 }
 
-impl BlockBackend for Slow {
+impl Backend for Slow {
     fn size(&self) -> u64 {
         self.inner.size()
     }

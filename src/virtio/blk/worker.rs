@@ -3,14 +3,16 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use event_manager::{EventSet, Events};
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_S_OK;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::request::{Action, HEADER, ID_LEN, Limits, Refusal, parse, status_address};
-use crate::block::{BlockBackend, IoRequest, Op, Submitted};
+use super::statistics::{Counters, Kind};
+use crate::block::{Backend, BlockOp, IoRequest, Submitted};
 use crate::memory::Memory;
 use crate::reactor::{self, Leaving, Watch};
 use crate::sys::fd::wait_readable;
@@ -26,6 +28,9 @@ const NOTIFY_EVERY: u32 = 8;
 /// 256 of them may wait.
 const SHARE: u64 = 2 << 20;
 
+/// How long a device that is reset or ends waits for requests that a backend of the embedder's has not answered.
+const PATIENCE: Duration = Duration::from_millis(if cfg!(test) { 200 } else { 5_000 });
+
 /// One queue and what serves it.
 pub(super) struct Worker {
     queue: Queue,
@@ -35,12 +40,14 @@ pub(super) struct Worker {
     disk: Disk,
     /// The driver broke the rules; nothing is served until the reset.
     broken: bool,
+    /// Nothing more is begun.
+    draining: bool,
     leaving: Leaving,
 }
 
 /// Everything but the queue.
 struct Disk {
-    backend: Box<dyn BlockBackend>,
+    backend: Box<dyn Backend>,
     limits: Limits,
     serial: [u8; ID_LEN],
     /// The driver has no FLUSH: each write is on stable storage when it is answered (5.2.6.2).
@@ -52,6 +59,7 @@ struct Disk {
     in_flight: usize,
     /// Completed since the last notification.
     untold: u32,
+    counters: Arc<Counters>,
 }
 
 /// How to answer a request.
@@ -61,6 +69,8 @@ struct Pending {
     /// The bytes written when it succeeds, the status among them.
     written: u32,
     offset: u64,
+    /// What it is counted as.
+    kind: Kind,
 }
 
 impl Worker {
@@ -68,9 +78,10 @@ impl Worker {
         queue: Queue,
         memory: Memory,
         signals: Signals,
-        backend: Box<dyn BlockBackend>,
+        backend: Box<dyn Backend>,
         serial: [u8; ID_LEN],
         writethrough: bool,
+        counters: Arc<Counters>,
     ) -> Self {
         let limits = Limits { size: backend.size(), readonly: backend.readonly() };
         let disk = Disk {
@@ -83,15 +94,18 @@ impl Worker {
             pending: vec![None; queue.size().into()].into(),
             in_flight: 0,
             untold: 0,
+            counters,
         };
         let chain = Chain::with_capacity(queue.max_size());
-        Self { queue, memory, signals, chain, disk, broken: false, leaving: Leaving::default() }
+        let (broken, draining) = (false, false);
+        Self { queue, memory, signals, chain, disk, broken, draining, leaving: Leaving::default() }
     }
 
     /// One wake-up's work: answers what the backend has finished, and submits what waits.
     pub fn process_queue(&mut self) {
-        if self.broken {
-            return;
+        if self.broken || self.draining {
+            // What the backend reports must be taken all the same, or its fd would never let us sleep.
+            return self.collect();
         }
         let Self { queue, memory, chain, disk, leaving, .. } = self;
         let (collected, mut moved) = (disk.collect(queue, memory), 0);
@@ -117,20 +131,39 @@ impl Worker {
         }
     }
 
-    /// Waits for every request in flight and gives everything back.
-    pub fn finish(mut self) -> (Queue, Box<dyn BlockBackend>) {
-        let Self { queue, memory, disk, .. } = &mut self;
-        while disk.in_flight > 0 {
-            disk.backend.kick();
-            if let Some(fd) = disk.backend.completion_fd() {
-                wait_readable(fd, Duration::from_millis(100));
-            }
-            if let Err(fault) = disk.collect(queue, memory) {
-                // They are waited for all the same: they hold guest memory.
-                log::debug!("{fault}");
-            }
+    fn collect(&mut self) {
+        if let Err(fault) = self.disk.collect(&mut self.queue, &self.memory) {
+            // Nobody can be told any more, or hears of it at the next request.
+            log::debug!("{fault}");
         }
-        queue.notify(memory);
+        self.queue.notify(&self.memory);
+    }
+
+    /// Begins nothing more, and waits for what is in flight. `false` when it has not ended by the deadline: then
+    /// the queue is served as before.
+    pub fn drain(&mut self, deadline: Instant) -> bool {
+        self.draining = true;
+        while self.disk.in_flight > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                self.draining = false;
+                self.queue.rearm();
+                return false;
+            }
+            self.disk.backend.kick();
+            if let Some(fd) = self.disk.backend.completion_fd() {
+                wait_readable(fd, left.min(Duration::from_millis(100)));
+            }
+            self.collect();
+        }
+        true
+    }
+
+    /// Waits for every request in flight, as long as may be, and gives everything back.
+    pub fn finish(mut self) -> (Queue, Box<dyn Backend>) {
+        if !self.drain(Instant::now() + PATIENCE) {
+            self.disk.abandon();
+        }
         (self.queue, self.disk.backend)
     }
 }
@@ -142,22 +175,25 @@ impl Disk {
             // No byte to put an error into: its completion with nothing written says it.
             return self.complete(queue, memory, chain.head, 0);
         };
-        let pending = |written, offset| Pending { status, written, offset };
+        let pending = |kind, written, offset| Pending { status, written, offset, kind };
         match parse(memory, chain, self.limits) {
             Ok(Action::Read { offset, len }) => {
-                self.submit(queue, memory, chain, Op::Read, pending(len + 1, offset), len)
+                let pending = pending(Kind::Read(len), len + 1, offset);
+                self.submit(queue, memory, chain, BlockOp::Read, pending, len)
             }
             Ok(Action::Write { offset, len }) => {
-                let op = Op::Write { durable: self.writethrough };
-                self.submit(queue, memory, chain, op, pending(1, offset), len)
+                let op = BlockOp::Write { durable: self.writethrough };
+                self.submit(queue, memory, chain, op, pending(Kind::Write(len), 1, offset), len)
             }
-            Ok(Action::Flush) => self.submit(queue, memory, chain, Op::Flush, pending(1, 0), 0),
+            Ok(Action::Flush) => {
+                self.submit(queue, memory, chain, BlockOp::Flush, pending(Kind::Flush, 1, 0), 0)
+            }
             Ok(Action::GetId { len }) => {
                 let put = chain.writer(memory).write(&self.serial[..len as usize]);
                 let outcome = put.map_err(Refusal::from);
-                self.answer(queue, memory, chain.head, pending(len + 1, 0), outcome)
+                self.answer(queue, memory, chain.head, pending(Kind::Other, len + 1, 0), outcome)
             }
-            Err(refusal) => self.answer(queue, memory, chain.head, pending(1, 0), Err(refusal)),
+            Err(refusal) => self.answer(queue, memory, chain.head, pending(Kind::Other, 1, 0), Err(refusal)),
         }
     }
 
@@ -166,17 +202,17 @@ impl Disk {
         queue: &mut Queue,
         memory: &Memory,
         chain: &Chain,
-        op: Op,
+        op: BlockOp,
         pending: Pending,
         len: u32,
     ) -> Result<(), QueueFault> {
         let mut buffers = self.pieces.list();
         let mut data = match op {
-            Op::Read => chain.writer(memory).rest(),
+            BlockOp::Read => chain.writer(memory).rest(),
             _ => chain.reader(memory).rest(),
         };
         let found = match op {
-            Op::Write { .. } => data.skip(HEADER),
+            BlockOp::Write { .. } => data.skip(HEADER),
             _ => Ok(()),
         };
         let found = found.and_then(|()| data.slices(len.into(), |slice| buffers.push(slice)));
@@ -201,21 +237,27 @@ impl Disk {
 
     /// Answers what the backend has finished since the last time.
     fn collect(&mut self, queue: &mut Queue, memory: &Memory) -> Result<(), QueueFault> {
-        if self.in_flight == 0 {
-            return Ok(());
-        }
         let mut result = Ok(());
-        let Self { backend, pending, in_flight, signals, .. } = self;
+        let Self { backend, pending, in_flight, signals, counters, .. } = self;
         backend.completions(&mut |tag, outcome| {
             // A tag that nothing waits for is a backend's mistake, and nobody's request.
             let slot = usize::try_from(tag).ok().and_then(|head| pending.get_mut(head));
             let Some(request) = slot.and_then(Option::take) else { return };
             *in_flight -= 1;
             let outcome = outcome.map_err(|error| failed(signals, &error, request.offset));
-            let answered = put_answer(queue, memory, tag as u16, request, outcome);
+            let answered = put_answer(queue, memory, tag as u16, request, outcome, counters);
             result = result.and(answered);
         });
         result
+    }
+
+    /// Gives up on what is in flight.
+    fn abandon(&mut self) {
+        self.backend.abandon();
+        self.pending.fill(None);
+        let given_up = std::mem::take(&mut self.in_flight);
+        log::warn!("{given_up} requests were not answered within {PATIENCE:?}, and are given up");
+        self.signals.backend_error(libc::ETIMEDOUT, 0);
     }
 
     fn failed(&self, error: &io::Error, offset: u64) -> Refusal {
@@ -230,7 +272,7 @@ impl Disk {
         pending: Pending,
         outcome: Result<(), Refusal>,
     ) -> Result<(), QueueFault> {
-        put_answer(queue, memory, head, pending, outcome)?;
+        put_answer(queue, memory, head, pending, outcome, &self.counters)?;
         self.told(queue, memory);
         Ok(())
     }
@@ -268,7 +310,9 @@ fn put_answer(
     head: u16,
     pending: Pending,
     outcome: Result<(), Refusal>,
+    counters: &Counters,
 ) -> Result<(), QueueFault> {
+    counters.count(pending.kind, outcome.is_ok());
     let (status, written) = match outcome {
         Ok(()) => (VIRTIO_BLK_S_OK as u8, pending.written),
         Err(refusal) => (refusal.status(), 1),

@@ -1,6 +1,8 @@
 #![forbid(unsafe_code)]
 //! virtio-net (5.1): a network card with one pair of queues.
 
+use std::sync::Arc;
+
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
@@ -18,8 +20,12 @@ use worker::Worker;
 
 mod header;
 mod rx;
+mod statistics;
 mod tx;
 mod worker;
+
+pub(crate) use statistics::Counters;
+pub use statistics::NetStatistics;
 
 /// Entries of each queue.
 const QUEUE_SIZE: u16 = 256;
@@ -35,6 +41,7 @@ pub(crate) struct Net {
     config: [u8; CONFIG_LEN],
     place: Place,
     state: State,
+    counters: Arc<Counters>,
 }
 
 enum State {
@@ -50,7 +57,13 @@ impl Net {
         let mut config = [0; CONFIG_LEN];
         config[..6].copy_from_slice(&mac.0);
         config[6..].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
-        Self { id: id.into(), config, place, state: State::Idle(backend, Overflow::default()) }
+        let (state, counters) = (State::Idle(backend, Overflow::default()), Arc::default());
+        Self { id: id.into(), config, place, state, counters }
+    }
+
+    /// What it counts, whoever owns it by then.
+    pub fn counters(&self) -> Arc<Counters> {
+        self.counters.clone()
     }
 
     /// Serves both queues on the caller's thread: for drivers in this process ([`Place::Caller`]).
@@ -100,8 +113,9 @@ impl VirtioDevice for Net {
             }
         };
         let mergeable = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
-        let rx = Rx::new(rx, mergeable, overflow);
-        let worker = Worker::new(rx, Tx::new(tx), memory, signals, backend, timer);
+        let rx = Rx::new(rx, mergeable, overflow, self.counters.clone());
+        let tx = Tx::new(tx, self.counters.clone());
+        let worker = Worker::new(rx, tx, memory, signals, backend, timer);
         self.state = State::Active(self.place.attach(worker, &self.id)?);
         Ok(())
     }

@@ -5,8 +5,10 @@
 //! backend and are dropped there, visibly. What has been read is kept until it is delivered.
 
 use std::io::{self, ErrorKind};
+use std::sync::Arc;
 
 use super::header::to_driver;
+use super::statistics::Counters;
 use crate::memory::Memory;
 use crate::net::{HEADER_LEN, MAX_FRAME, MIN_FRAME, NetBackend};
 use crate::sys::io::Pieces;
@@ -28,6 +30,7 @@ pub(super) struct Rx {
     parts: Vec<(u16, u32)>,
     pieces: Pieces,
     pub overflow: Overflow,
+    counters: Arc<Counters>,
 }
 
 /// Room for what does not fit into the driver's buffer, and for a frame that waits for more of them.
@@ -62,7 +65,7 @@ enum Delivery {
 }
 
 impl Rx {
-    pub fn new(queue: Queue, mergeable: bool, mut overflow: Overflow) -> Self {
+    pub fn new(queue: Queue, mergeable: bool, mut overflow: Overflow, counters: Arc<Counters>) -> Self {
         // A driver before this one could take it in pieces; this one would not know that they belong together.
         if !mergeable {
             overflow.kept = 0;
@@ -76,6 +79,7 @@ impl Rx {
             parts: Vec::with_capacity(queue.size().into()),
             pieces: Pieces::with_capacity(usize::from(queue.max_size()) + 2),
             overflow,
+            counters,
             queue,
         }
     }
@@ -166,6 +170,7 @@ impl Rx {
         };
         let room = room as usize;
         if !(MIN_FRAME..=MAX_FRAME).contains(&len) {
+            self.counters.rx.dropped();
             return Ok(Ok(()));
         }
         if len > room {
@@ -175,6 +180,7 @@ impl Rx {
         let written = HEADER_LEN + len;
         // The header's bytes may be outside memory even if the rest is not.
         let put = self.chain.writer(memory).write(&to_driver(1));
+        self.counters.rx.carried_if(put.is_ok(), len as u64);
         self.held = false;
         self.queue.complete(memory, self.chain.head, if put.is_ok() { written as u32 } else { 0 }).map(Ok)
     }
@@ -183,7 +189,7 @@ impl Rx {
     /// several. Dropped where the driver cannot take it in several.
     fn keep(&mut self, memory: &Memory, room: usize, len: usize) {
         if !self.mergeable {
-            return;
+            return self.counters.rx.dropped();
         }
         let overflow = &mut self.overflow;
         overflow.room.copy_within(..len - room, room);
@@ -191,8 +197,9 @@ impl Rx {
         let mut written = Chain::buffer_reader(memory, &self.chain.writable);
         let mut header = [0; HEADER_LEN];
         let copied = written.read(&mut header).and_then(|()| written.read(&mut overflow.room[..room]));
-        if copied.is_ok() {
-            overflow.kept = len;
+        match copied {
+            Ok(()) => overflow.kept = len,
+            Err(_) => self.counters.rx.dropped(),
         }
     }
 
@@ -226,7 +233,9 @@ impl Rx {
             self.parts.push((self.tail.head, step as u32));
         }
         let header = to_driver(self.parts.len() as u16);
-        if !sound || self.chain.writer(memory).write(&header).is_err() {
+        let sound = sound && self.chain.writer(memory).write(&header).is_ok();
+        self.counters.rx.carried_if(sound, len as u64);
+        if !sound {
             // The driver's own doing: the frame is lost, the buffers go back empty.
             self.parts.iter_mut().for_each(|(_, written)| *written = 0);
         }

@@ -2,8 +2,10 @@
 //! Frames from the driver to the backend, gathered from guest memory as they lie.
 
 use std::io::{self, ErrorKind};
+use std::sync::Arc;
 
 use super::header::to_backend;
+use super::statistics::Counters;
 use crate::memory::Memory;
 use crate::net::{HEADER_LEN, MAX_FRAME, MIN_FRAME, NetBackend};
 use crate::sys::io::Pieces;
@@ -17,6 +19,7 @@ pub(super) struct Tx {
     pub failed: bool,
     chain: Chain,
     pieces: Pieces,
+    counters: Arc<Counters>,
 }
 
 /// Why a run ended.
@@ -31,15 +34,17 @@ pub(super) enum Sent {
 }
 
 enum Fate {
-    Done,
+    /// That many bytes are on their way.
+    Sent(u64),
+    Dropped,
     NoRoom,
 }
 
 impl Tx {
-    pub fn new(queue: Queue) -> Self {
+    pub fn new(queue: Queue, counters: Arc<Counters>) -> Self {
         let chain = Chain::with_capacity(queue.max_size());
         let pieces = Pieces::with_capacity(usize::from(queue.max_size()) + 1);
-        Self { queue, failed: false, chain, pieces }
+        Self { queue, failed: false, chain, pieces, counters }
     }
 
     /// Sends what waits. Without a backend frames are dropped, as on a cable that is not plugged in.
@@ -56,11 +61,15 @@ impl Tx {
                 budget -= 1;
                 let fate = match backend.as_deref_mut() {
                     Some(backend) => self.send(memory, backend, signals),
-                    None => Fate::Done,
+                    None => Fate::Dropped,
                 };
-                if let Fate::NoRoom = fate {
-                    self.queue.give_back(self.chain.head);
-                    return Ok(Sent::NoRoom);
+                match fate {
+                    Fate::Sent(bytes) => self.counters.tx.carried(bytes),
+                    Fate::Dropped => self.counters.tx.dropped(),
+                    Fate::NoRoom => {
+                        self.queue.give_back(self.chain.head);
+                        return Ok(Sent::NoRoom);
+                    }
                 }
                 self.queue.complete(memory, self.chain.head, 0)?;
             }
@@ -76,28 +85,28 @@ impl Tx {
     /// Sends or drops one frame: a driver that sends nonsense loses it, and nothing else happens.
     fn send(&mut self, memory: &Memory, backend: &mut dyn NetBackend, signals: &Signals) -> Fate {
         let mut reader = self.chain.reader(memory);
-        let Ok(header) = reader.read_array::<HEADER_LEN>() else { return Fate::Done };
-        let Some(header) = to_backend(&header) else { return Fate::Done };
+        let Ok(header) = reader.read_array::<HEADER_LEN>() else { return Fate::Dropped };
+        let Some(header) = to_backend(&header) else { return Fate::Dropped };
         let len = reader.remaining();
         let fits = (MIN_FRAME as u64..=MAX_FRAME as u64).contains(&len);
         if !fits || !self.chain.writable.is_empty() {
-            return Fate::Done;
+            return Fate::Dropped;
         }
         let (failed, pieces) = (&mut self.failed, &mut self.pieces);
         let mut frame = pieces.list();
         frame.push_bytes(&header);
         if reader.rest().slices(len, |slice| frame.push(slice)).is_err() {
-            return Fate::Done;
+            return Fate::Dropped;
         }
         loop {
             match backend.send(&frame) {
-                Ok(()) => return Fate::Done,
+                Ok(()) => return Fate::Sent(len),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Fate::NoRoom,
                 Err(error) => {
                     *failed = true;
                     report(signals, &error);
-                    return Fate::Done;
+                    return Fate::Dropped;
                 }
             }
         }

@@ -214,6 +214,7 @@ impl reactor::Worker for Worker {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::sync::atomic::Ordering;
 
     use super::*;
@@ -227,12 +228,18 @@ mod tests {
     fn a_doorbell_and_the_timer_in_one_turn_do_not_put_the_loop_to_sleep() {
         let memory = Memory::new(1 << 20).unwrap();
         let (near, far) = (Driver::new(&memory, 0x4000, 16), Driver::new(&memory, 0xc000, 16));
-        let rx = Rx::new(near.queue(), false, Overflow::default());
+        let rx = Rx::new(near.queue(), false, Overflow::default(), Arc::default());
         let (backend, control) = Pair::new();
         control.errno.store(libc::EBADFD, Ordering::SeqCst);
         let timer = TimerFd::new().unwrap();
-        let mut worker =
-            Worker::new(rx, Tx::new(far.queue()), memory, signals("net0").0, Box::new(backend), timer);
+        let mut worker = Worker::new(
+            rx,
+            Tx::new(far.queue(), Arc::default()),
+            memory,
+            signals("net0").0,
+            Box::new(backend),
+            timer,
+        );
         worker.link = Link::Gone { look: Instant::now() };
         let dispatcher = Dispatcher::new().unwrap();
         let stop = StopLine::new(|cause| panic!("{cause}"));

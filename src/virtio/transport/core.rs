@@ -3,6 +3,7 @@
 //! status, features, queue registers, activation, reset, pause.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use virtio_bindings::bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
@@ -11,7 +12,7 @@ use virtio_bindings::bindings::virtio_config::{
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::irq::Vector;
 use crate::memory::Memory;
 use crate::virtio::queue::QueueSetup;
@@ -298,10 +299,18 @@ impl Core {
     }
 
     /// Takes the queues back from the device until [`Core::resume`].
-    pub fn pause(&mut self) {
+    ///
+    /// # Errors
+    /// `TimedOut` where a request has not ended by the deadline: the device goes on serving.
+    pub fn pause(&mut self, deadline: Instant) -> Result<()> {
         if matches!(self.service, Service::Active) {
+            if !self.device.drain(deadline) {
+                let why = format!("{}: its backend has not answered a request", self.device.id());
+                return Err(Error::new(ErrorKind::TimedOut, why));
+            }
             self.service = Service::Paused(self.device.deactivate());
         }
+        Ok(())
     }
 
     /// Gives them to the device again. Of a device that is not paused: nothing.

@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use super::Doorbells;
 use super::core::{Change, Core, NO_VECTOR};
@@ -73,8 +74,11 @@ impl VirtioPci {
     /// is not active: nothing.
     ///
     /// Doorbells that ring meanwhile are heard afterwards. The caller has parked the vCPUs.
-    pub fn pause(&self) {
-        lock(&self.0).core.pause();
+    ///
+    /// # Errors
+    /// `TimedOut` where a request has not ended by the deadline: the device goes on serving.
+    pub fn pause(&self, deadline: Instant) -> Result<()> {
+        lock(&self.0).core.pause(deadline)
     }
 
     /// Lets a paused device go on where it stopped.

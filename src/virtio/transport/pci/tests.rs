@@ -1,5 +1,7 @@
 #![forbid(unsafe_code)]
 
+use std::time::Duration;
+
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
@@ -10,6 +12,10 @@ use crate::virtio::testing::echo::{self, Echo};
 use crate::virtio::testing::{
     ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, Machine, NEEDS_RESET, Registers, VERSION_1,
 };
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(10)
+}
 
 const ALL_OK: u8 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
 const EVENT_IDX: u64 = 1 << 29;
@@ -337,7 +343,7 @@ fn a_broken_ring_stops_the_device_until_its_reset() {
     s.driver.ring(0);
     s.echo.process();
     assert_eq!((s.driver.status(), s.driver.raised(0)), (ALL_OK | NEEDS_RESET, 1));
-    s.machine.functions[0].pause();
+    s.machine.functions[0].pause(soon()).unwrap();
     s.machine.functions[0].resume();
     assert!(!s.round(1), "a pause is no way around it");
     s.reset();
@@ -349,14 +355,14 @@ fn a_broken_ring_stops_the_device_until_its_reset() {
 fn a_paused_device_goes_on_where_it_stopped() {
     let mut s = setup();
     let function = s.machine.functions[0].clone();
-    function.pause();
+    function.pause(soon()).unwrap();
     function.resume();
     assert_eq!(s.echo.activations(), 0, "not before the driver is ready");
     s.start();
     for _ in 0..3 {
         assert!(s.round(0));
-        function.pause();
-        function.pause();
+        function.pause(soon()).unwrap();
+        function.pause(soon()).unwrap();
         assert_eq!((s.echo.features(), s.driver.status()), (None, ALL_OK));
         s.send(0);
         s.driver.ring(0);
@@ -366,7 +372,7 @@ fn a_paused_device_goes_on_where_it_stopped() {
         assert_eq!(s.echo.process(), 1);
         assert!(s.answered(0));
     }
-    function.pause();
+    function.pause(soon()).unwrap();
     s.reset();
     function.resume();
     assert_eq!(s.echo.features(), None, "reset while it was paused");

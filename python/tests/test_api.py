@@ -1,0 +1,598 @@
+"""The cases of tests/api-cases through Python; tests/api (Rust) and tests/c (C) have the same."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import logging
+import os
+import random
+import select
+import socket
+import tempfile
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vmbed
+from guest import (
+    BEGIN_READ,
+    BEGIN_WRITE,
+    FINISH,
+    FLUSH,
+    LONG,
+    READ,
+    RECEIVE,
+    SEND,
+    SPINS,
+    TALKS,
+    TELL,
+    WRITE,
+    WRITES,
+    Echo,
+    Port,
+    Ram,
+    builder,
+    driver,
+    finish,
+    start,
+    wait_until,
+)
+
+HERE = Path(__file__).resolve()
+
+
+def test_listed_here_and_there() -> None:
+    listed = []
+    for line in (HERE.parents[2] / "tests/api-cases").read_text().splitlines():
+        name, *languages = line.split("#")[0].split() or [""]
+        if name and "python" in (languages or ["python"])[0].split(","):
+            listed.append(name)
+    have = [name[5:] for name in globals() if name.startswith("test_") and name != "test_listed_here_and_there"]
+    assert sorted(have) == sorted(listed)
+
+
+def states(vm: vmbed.Vm) -> str | None:
+    """Where it is, by name."""
+    return vm.state.name if vm.state else None
+
+
+def test_guest_and_device() -> None:
+    port = Port()
+    with builder(TALKS, port).build() as vm:
+        assert states(vm) == "BUILT" and vm.id > 0 and vm.memory_size == 2 << 20
+        with pytest.raises(vmbed.TimedOut):
+            vm.wait(0.01)
+        vm.start()
+        assert vm.wait(LONG) is vmbed.Cause.GUEST_HALT
+        assert port.written == [(1, b"\x5a")] and states(vm) == "STOPPED"
+        assert vm.first_exit and 0 < time.monotonic() - vm.first_exit < LONG
+        with pytest.raises(vmbed.InvalidState, match="ended"):
+            vm.start()
+    assert vm.state is None and vm.id == 0
+    with pytest.raises(vmbed.InvalidArgument, match="was freed"):
+        vm.start()
+
+
+def test_events_in_order() -> None:
+    with builder(SPINS).build() as vm:
+        events, number = vm.events(), vm.id
+        assert events.next(0) is None and not select.select([events], [], [], 0)[0]
+        vm.start()
+        vm.pause()
+        vm.resume()
+        assert select.select([events], [], [], 0)[0]
+        assert vm.stop() is vmbed.Cause.HOST_STOP
+    told = list(events)
+    assert [event.kind.name for event in told] == ["STARTED", "PAUSED", "RESUMED", "STOPPED"]
+    assert [event.seq for event in told] == [0, 1, 2, 3] and {event.vm for event in told} == {number}
+    assert told[-1].cause is vmbed.Cause.HOST_STOP and told[0].time <= told[-1].time
+
+    async def follow() -> list[str]:
+        with builder(TALKS, Port()).build() as vm:
+            vm.start()
+            return [event.kind.name async for event in vm.events()]
+
+    assert asyncio.run(asyncio.wait_for(follow(), LONG)) == ["STARTED", "STOPPED"]
+
+
+def test_registers_and_memory() -> None:
+    with builder(SPINS).build() as vm:
+        registers = vm.registers()
+        assert registers.rip == 0x1000
+        registers.rax, registers.rip = 0x1234, 0x1001
+        vm.set_registers(registers)
+        assert vm.registers() == registers
+        vm.write_memory(0x2000, b"hello")
+        assert vm.read_memory(0x2000, 5) == b"hello" and vm.read_memory(0x1000, 3) == SPINS
+        with pytest.raises(vmbed.InvalidArgument):
+            vm.read_memory(2 << 20, 1)
+        with pytest.raises(vmbed.InvalidArgument, match="no vCPU 1"):
+            vm.registers(1)
+        vm.start()
+        with pytest.raises(vmbed.InvalidState, match="pause"):
+            vm.registers()
+
+
+def test_every_bad_field_at_once() -> None:
+    config = vmbed.LinuxConfig("/k", memory=4097, vcpus=0, disks=[vmbed.Disk("")])
+    with pytest.raises(vmbed.InvalidArgument) as caught:
+        config.validate()
+    assert {"memory", "cpus.count", "disks[0].path"} <= {field.name for field in caught.value.fields}
+    assert all(field.problem and field.remedy for field in caught.value.fields) and caught.value.code == -1
+    with pytest.raises(vmbed.NotFound, match="/nonexistent") as missing:
+        vmbed.Host().build(vmbed.LinuxConfig("/nonexistent"))
+    assert missing.value.errno == 2 and isinstance(missing.value.__cause__, OSError)
+
+
+def test_what_is_promised_and_what_is_there() -> None:
+    host = vmbed.Host()
+    with builder(SPINS, host=host).build() as vm:
+        usage, memory = host.usage(), vm.memory()
+        assert usage.vms == 1 and usage.vcpus == 1 and usage.vcpu_capacity == vmbed.UNLIMITED
+        assert memory.max == 2 << 20 and memory.backing == usage.backing
+        vm.write_memory(0x100000, b"\1" * 4096)
+        assert vm.memory().backing == usage.backing + 4096
+        vm.set_guarantee(1 << 20, memory.generation)
+        with pytest.raises(vmbed.InvalidState, match="generation"):
+            vm.set_guarantee(0, memory.generation)
+        vm.start()
+        wait_until("a millisecond of the vCPU", lambda: vm.vcpu_statistics().run_time > 1_000_000)
+        assert vm.first_exit is None, "it only spins"
+        with pytest.raises(vmbed.InvalidState, match="generation"):
+            host.set_shares(0, memory=1 << 30)
+        host.set_shares(memory=4096, memory_reserved=0, swap=4096)
+        config = vmbed.BareConfig(SPINS)
+        verdict = host.verdict(config)
+        nominal = verdict.slack[vmbed.Constraint.NOMINAL]
+        assert verdict.binding is vmbed.Constraint.MEMORY_UNITS
+        assert nominal.broken and nominal.wanted == 2 << 20 and nominal.left < 0
+        with pytest.raises(vmbed.Refused) as refused:
+            host.build(config)
+        why = refused.value.verdict
+        assert why and why.binding is verdict.binding and why.slack[vmbed.Constraint.NOMINAL] == nominal
+        assert len(refused.value.fields) == len(vmbed.Constraint)
+
+
+def test_data_are_destroyed_once() -> None:
+    class Data:
+        def __call__(self, *_: object) -> None:
+            pass
+
+    device, hook = Port(), Data()
+    gone: list[weakref.ref[Any]] = [weakref.ref(device), weakref.ref(hook)]
+    made = builder(SPINS, device).on_thread_start(hook).console_output(Data())
+    with pytest.raises(vmbed.InvalidArgument):
+        made.pio_device("other", 0xFFFF, 2, Port()).build()
+    del device, hook, made
+    gc.collect()
+    assert [reference() is None for reference in gone] == [True, True]
+    another = Port()
+    reference = weakref.ref(another)
+    with builder(SPINS, another).build() as vm:
+        del another
+        gc.collect()
+        assert reference() is not None, "the VM holds it"
+        vm.start()
+    gc.collect()
+    assert reference() is None
+
+
+def test_a_device_that_fails_is_the_cause() -> None:
+    class Fails(vmbed.Device):
+        def read(self, vcpu: int, offset: int, length: int) -> bytes:
+            return b"too long" * 9
+
+    with builder(SPINS).build() as other, builder(TALKS, Fails()).build() as vm:
+        other.start()
+        vm.start()
+        assert vm.wait(LONG) is vmbed.Cause.DEVICE_FAULT
+        last = list(vm.events())[-1]
+        assert last.device == "port" and "read" in last.text
+        assert isinstance(vm.exceptions[0], ValueError) and other.state is vmbed.State.RUNNING
+
+
+def test_a_callback_that_panics() -> None:
+    def fails() -> None:
+        raise KeyError("as the test wants")
+
+    with builder(TALKS, Port(fails)).build() as vm:
+        vm.start()
+        assert vm.wait(LONG) is vmbed.Cause.DEVICE_FAULT
+        assert [str(raised) for raised in vm.exceptions] == ["'as the test wants'"]
+
+
+def test_a_callback_stops_its_vm() -> None:
+    with builder(WRITES, port := Port()).build() as vm:
+        port.then = vm.request_stop
+        vm.start()
+        assert vm.wait(LONG) is vmbed.Cause.HOST_STOP
+
+
+def test_a_callback_frees_its_vm() -> None:
+    port = Port()
+    vm = builder(WRITES, port).build()
+    events, seen = vm.events(), threading.Event()
+
+    def close() -> None:
+        vm.close()
+        seen.set()
+
+    port.then = close
+    vm.start()
+    assert seen.wait(LONG)
+    last = None
+    while (event := events.next(LONG)) is not None and last is None:
+        last = event.cause
+        if last is not None:
+            break
+    assert last is vmbed.Cause.HOST_STOP and vm.state is None
+
+
+def quietly(call: Any, *arguments: object) -> None:
+    """A call that another thread may have made pointless."""
+    try:
+        call(*arguments)
+    except vmbed.Error:
+        pass
+
+
+def together(*calls: Any) -> None:
+    """Makes calls on a thread each, and waits for them."""
+    threads = [threading.Thread(target=quietly, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG)
+        assert not thread.is_alive(), "waited a minute for a call to return"
+
+
+def test_free_races_with_everything() -> None:
+    for _ in range(30):
+        vm = builder(WRITES, Port()).build()
+        vm.start()
+        together(vm.pause, vm.wait, vm.registers, vm.console_tail, vm.stop, vm.close, vm.close)
+        assert vm.state is None
+
+
+def test_log_lines_go_where_they_are_wanted(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("test.vmbed")
+    with caplog.at_level(logging.DEBUG, logger="test.vmbed"):
+        vmbed.log_to(logger, logging.DEBUG)
+        with builder(SPINS).build() as vm:
+            vm.start()
+            vm.stop()
+        vmbed.log_to(None)
+        said = len(caplog.records)
+        with builder(SPINS).build() as vm:
+            vm.stop()
+    assert any("stop" in record.getMessage() for record in caplog.records) and len(caplog.records) == said
+
+
+def test_version_and_features() -> None:
+    assert vmbed.__version__ == "0.1.0" and "bare" in vmbed.features()
+    assert vmbed.has_feature("bare") and not vmbed.has_feature("nonsense")
+
+
+def test_a_probe_says_what_is_missing() -> None:
+    assert vmbed.Host.probe().usable
+    probe = vmbed.Host.probe("/nonexistent/kvm")
+    assert not probe.usable
+    assert any(finding.problem and finding.remedy for finding in probe.findings)
+
+
+def entries(what: str) -> int:
+    return len(os.listdir(f"/proc/self/{what}"))
+
+
+def test_cycles_leave_nothing() -> None:
+    def cycle() -> None:
+        with builder(TALKS, Port()).build() as vm:
+            vm.start()
+            vm.wait(LONG)
+
+    for _ in range(20):
+        cycle()
+    gc.collect()
+    before = entries("fd"), entries("task")
+    for _ in range(200):
+        cycle()
+    gc.collect()
+    assert (entries("fd"), entries("task")) == before
+
+
+def test_a_callback_reenters() -> None:
+    refused: list[type] = []
+    port = Port()
+    with builder(WRITES, port).build() as vm:
+
+        def reenter() -> None:
+            port.then = None
+            for call in (vm.start, vm.pause, vm.resume, vm.stop, vm.wait, vm.registers):
+                try:
+                    call()
+                except vmbed.Error as error:
+                    refused.append(type(error))
+            with builder(TALKS, Port()).build() as other:
+                other.start()
+                assert other.wait(LONG) is vmbed.Cause.GUEST_HALT
+
+        port.then = reenter
+        vm.start()
+        wait_until("the callback", lambda: port.writes > 2)
+        assert refused == [vmbed.InvalidState] * 6 and vm.state is vmbed.State.RUNNING and not vm.exceptions
+
+
+def test_a_callback_that_blocks() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def block() -> None:
+        entered.set()
+        assert leave.wait(LONG)
+
+    with builder(WRITES, Port(block)).build() as vm:
+        vm.start()
+        assert entered.wait(LONG)
+        with pytest.raises(vmbed.TimedOut):
+            vm.stop()
+        assert vm.state is vmbed.State.RUNNING, "the end stays requested"
+        leave.set()
+        assert vm.wait(LONG) is vmbed.Cause.HOST_STOP
+
+
+def test_other_callbacks_reenter_and_free() -> None:
+    vms: list[vmbed.Vm] = []
+    refused: list[type] = []
+
+    def takes(_: bytes) -> None:
+        if vms:
+            vm = vms.pop()
+            with pytest.raises(vmbed.InvalidState):
+                vm.stop()
+            refused.append(vmbed.InvalidState)
+            vm.close()
+
+    made = vmbed.Host().builder(talker(resets=False)).console_output(takes)
+    vms.append(made.build())
+    events = vms[0].events()
+    vms[0].start()
+    wait_until("the console's callback", lambda: refused)
+    causes = [event.cause for event in events]
+    assert causes[-1] is vmbed.Cause.HOST_STOP
+
+
+def test_handles_from_eight_threads() -> None:
+    seed = int(os.environ.get("VMBED_SEED", "1"))
+    shared: list[vmbed.Vm] = [builder(WRITES, Port()).build() for _ in range(4)]
+    unexpected: list[BaseException] = []
+
+    def play(number: int) -> None:
+        dice = random.Random(seed * 8 + number)
+        try:
+            for _ in range(100):
+                place = dice.randrange(4)
+                vm = shared[place]
+                what = dice.randrange(9)
+                if what == 0:
+                    shared[place] = builder(WRITES, Port()).build()
+                    quietly(vm.close)
+                else:
+                    calls = [vm.start, vm.start, vm.pause, vm.resume, vm.registers, vm.memory, vm.events, vm.request_stop]
+                    quietly(calls[what - 1])
+        except BaseException as raised:  # noqa: BLE001 - told below
+            unexpected.append(raised)
+
+    together(*(lambda number=number: play(number) for number in range(8)))
+    for vm in shared:
+        vm.close()
+    assert not unexpected, f"seed {seed}: {unexpected}"
+
+
+def test_freeing_in_every_order() -> None:
+    for order in itertools.permutations(range(4)):
+        host = vmbed.Host()
+        made = builder(SPINS, host=host)
+        vm = made.build()
+        parts: list[Any] = [host, made, vm, vm.events()]
+        vm.start()
+        del host, made, vm
+        for index in order:
+            parts[index] = None
+            gc.collect()
+
+
+def test_stop_races_with_everything() -> None:
+    for _ in range(30):
+        with builder(WRITES, Port()).build() as vm:
+            vm.start()
+            together(vm.stop, vm.stop, vm.wait, vm.pause, vm.resume, vm.request_stop)
+            assert vm.wait(LONG) is vmbed.Cause.HOST_STOP
+
+
+def test_a_fork_while_a_vm_runs() -> None:
+    port = Port()
+    with builder(WRITES, port).build() as vm:
+        vm.start()
+        for _ in range(5):
+            child = os.fork()
+            if child == 0:
+                try:
+                    vm.stop()
+                except vmbed.InvalidState as error:
+                    os._exit(0 if "fork" in str(error) else 2)
+                os._exit(1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            written = port.writes
+            wait_until("the guest to go on", lambda: port.writes > written)
+
+
+def test_many_at_once() -> None:
+    host, stream = vmbed.Host(), vmbed.Events()
+
+    class Refuses(vmbed.Device):
+        def read(self, vcpu: int, offset: int, length: int) -> int:
+            raise RuntimeError("as the test wants")
+
+    # lidt [0x2000], where there are zeroes; ud2
+    code = bytes([0x0F, 0x01, 0x1D, 0x00, 0x20, 0x00, 0x00, 0x0F, 0x0B])
+    fault = vmbed.BareConfig(code, mode=vmbed.Mode.PROTECTED)
+    vms = [builder(TALKS, Refuses(), host).events(stream).build(), host.builder(fault).events(stream).build()]
+    vms += [builder(TALKS, Port(), host).events(stream).build() for _ in range(62)]
+    for vm in vms:
+        vm.start()
+    causes: dict[int, vmbed.Cause] = {}
+    while len(causes) < len(vms):
+        event = stream.next(LONG)
+        assert event, f"waited a minute; {len(causes)} of {len(vms)} have ended"
+        if event.cause:
+            causes[event.vm] = event.cause
+    assert [causes[vm.id].name for vm in vms] == ["DEVICE_FAULT", "TRIPLE_FAULT"] + ["GUEST_HALT"] * 62
+    for vm in vms:
+        vm.close()
+
+
+def test_vcpus_on_the_callers_threads() -> None:
+    port = Port()
+    with builder(WRITES, port).caller_vcpus().build() as vm:
+        vm.start()
+        for _ in range(5):
+            thread = threading.Thread(target=vm.interrupt_vcpu)
+            thread.start()
+            assert vm.run_vcpu() is vmbed.VcpuReturn.INTERRUPTED
+            thread.join()
+        port.then = vm.request_stop
+        assert vm.run_vcpu() is vmbed.VcpuReturn.ENDED and port.writes > 0
+        assert vm.wait(LONG) is vmbed.Cause.HOST_STOP
+        with pytest.raises(vmbed.InvalidArgument, match="no vCPU 1"):
+            vm.run_vcpu(1)
+    with builder(TALKS, Port()).build() as vm, pytest.raises(vmbed.InvalidState, match="caller_vcpus"):
+        vm.run_vcpu()
+
+
+def talker(resets: bool = True) -> vmbed.BareConfig:
+    """mov dx, 0x3f8; mov al, 'h'; out dx, al; mov al, 'i'; out dx, al; [mov al, 0xfe; out 0x64, al;] jmp $"""
+    says = bytes([0xBA, 0xF8, 0x03, 0xB0, 0x68, 0xEE, 0xB0, 0x69, 0xEE])
+    says += bytes([0xB0, 0xFE, 0xE6, 0x64] if resets else []) + bytes([0xEB, 0xFE])
+    return vmbed.BareConfig(says, platform=vmbed.Platform.PC)
+
+
+def test_devices_on_the_callers_loop() -> None:
+    said: list[tuple[bytes, int]] = []
+    dispatcher = vmbed.Dispatcher()
+    made = vmbed.Host().builder(talker()).dispatcher(dispatcher)
+    made.console_output(lambda data: said.append((data, threading.get_ident())))
+
+    async def run() -> vmbed.Cause | None:
+        loop, cause = asyncio.get_running_loop(), None
+        loop.add_reader(dispatcher.fileno(), dispatcher.dispatch)
+        with made.build() as vm:
+            vm.start()
+            async for event in vm.events():
+                cause = event.cause
+        loop.remove_reader(dispatcher.fileno())
+        return cause
+
+    assert asyncio.run(asyncio.wait_for(run(), LONG)) is vmbed.Cause.GUEST_RESET
+    dispatcher.dispatch()
+    assert {thread for _, thread in said} <= {threading.get_ident()}
+
+
+def test_doorbells_ring() -> None:
+    # mov al, 7; out 0x20, al; hlt
+    code = bytes([0xB0, 0x07, 0xE6, 0x20, 0xF4])
+    with builder(code).pio_doorbell("bell", 0x20).build() as vm:
+        vm.start()
+        rung = [event for event in vm.events() if event.kind is vmbed.Kind.DOORBELL]
+    assert [(event.device, event.value, event.offset) for event in rung] == [("bell", 7, 0)]
+
+
+#: 7 and 8 in two sectors.
+SUM = 512 * (7 + 8)
+
+
+def test_a_disk_of_ones_own() -> None:
+    ram, said = Ram(), Port()
+    steps = [(WRITE, 3, 2, 7), (FLUSH, 0, 0, 0), (READ, 3, 2, 0), (READ, 100, 1, 0), (READ, 101, 1, 0)]
+    steps += [(BEGIN_READ, 200, 1, 0), (BEGIN_WRITE, 300, 2, 7), (BEGIN_READ, 400, 1, 0), (TELL, 0, 0, 1), (FINISH, 0, 0, 0)]
+    with start(vmbed.Host().builder(driver(disks=1)).disk_backend(0, ram), steps, said) as vm:
+        wait_until("three requests", lambda: said.writes and len(ram.kept) == 3)
+
+        def backwards() -> None:
+            while ram.kept:
+                request = ram.kept.pop()
+                assert ram.perform(request)
+                with pytest.raises(ValueError, match="has ended"):
+                    request.complete()
+
+        thread = threading.Thread(target=backwards)
+        thread.start()
+        thread.join()
+        results = finish(vm, len(steps))
+        assert results[:5] == [(0, 1, 0), (0, 1, 0), (0, 1025, SUM), (1, 1, 0), (1, 1, 0)]
+        assert results[9] == (0, 513 + 1 + 513, 0) and ram.bytes[512 * 301] == 8 and ram.flushes == 1
+        assert vm.disk_statistics() == (3, 2048, 2, 2048, 1, 2)
+        with pytest.raises(vmbed.InvalidArgument, match="disk1"):
+            vm.disk_statistics(1)
+        failed = [event for event in vm.events() if event.kind is vmbed.Kind.BACKEND_ERROR]
+        assert {event.device for event in failed} == {"disk0"}
+        assert [type(raised) for raised in vm.exceptions] == [RuntimeError]
+
+
+def test_a_disk_that_does_not_answer() -> None:
+    ram, said = Ram(), Port()
+    steps = [(BEGIN_READ, 200, 1, 0), (TELL, 0, 0, 1), (FINISH, 0, 0, 0)]
+    steps += [(BEGIN_READ, 201, 1, 0), (TELL, 0, 0, 2), (FINISH, 0, 0, 0)]
+    with start(vmbed.Host().builder(driver(disks=1)).disk_backend(0, ram), steps, said) as vm:
+        wait_until("a request", lambda: said.writes == 1 and ram.kept)
+        with pytest.raises(vmbed.TimedOut, match="disk0"):
+            vm.pause()
+        assert ram.perform(ram.kept.pop())
+        wait_until("another request", lambda: said.writes == 2 and ram.kept)
+        assert vm.stop() is vmbed.Cause.HOST_STOP
+    assert not ram.perform(ram.kept.pop()), "nobody waits for it"
+
+
+def test_a_network_of_ones_own() -> None:
+    echo = Echo()
+    steps = [(SEND, 0, 60, 5), (RECEIVE, 0, 0, 0), (SEND, 0, 99, 5), (SEND, 0, 5, 5)]
+    with start(vmbed.Host().builder(driver(nets=1)).net_backend(0, echo), steps) as vm:
+        assert finish(vm, len(steps))[1] == (0, 72, 300)
+        assert vm.net_statistics() == (1, 60, 0, 1, 60, 2)
+        with pytest.raises(vmbed.InvalidArgument, match="net1"):
+            vm.net_statistics(1)
+        assert not vm.exceptions
+    os.close(echo.bell)
+    ended = weakref.ref(echo)
+    del echo
+    gc.collect()
+    assert ended() is None, "the library has let go of it"
+
+
+def test_disks_and_cards_by_descriptor() -> None:
+    host = vmbed.Host()
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    far.settimeout(LONG)
+    steps = [(WRITE, 3, 2, 7), (READ, 3, 2, 0), (SEND, 0, 60, 5), (RECEIVE, 0, 0, 0)]
+    with tempfile.TemporaryFile() as file, far:
+        file.truncate(512 * 1024)
+        with near:
+            made = host.builder(driver(1, 1)).disk_fd(0, file).net_fd(0, near)
+        with start(made, steps) as vm:
+            assert len(far.recv(100)) == 72
+            far.send(bytes(12) + bytes([9]) * 40)
+            assert finish(vm, 4) == [(0, 1, 0), (0, 1025, SUM), (0, 0, 0), (0, 52, 360)]
+        file.seek(1536)
+        assert file.read(1024) == bytes([7]) * 512 + bytes([8]) * 512
+        for made, text in [
+            (host.builder(driver(disks=1)), r"disks\[0\].path"),
+            (host.builder(driver(nets=1)), r"nets\[0\].tap"),
+            (host.builder(driver()).disk_fd(0, file), r"disks\[0\]"),
+            (host.builder(driver(disks=1)).disk_fd(0, far), "disk0: fd"),
+            (host.builder(driver(nets=1)).net_fd(0, file), "net0"),
+        ]:
+            with pytest.raises(vmbed.InvalidArgument, match=text):
+                made.build()

@@ -1,0 +1,84 @@
+"""The virtual machine monitor you embed: many KVM virtual machines inside your own process.
+
+>>> import vmbed
+>>> code = bytes([0xB0, ord("x"), 0xE6, 0xE9, 0xF4])  # mov al, 'x'; out 0xe9, al; hlt
+>>> class Port(vmbed.Device):
+...     def write(self, vcpu, offset, data):
+...         print(data)
+>>> with vmbed.Host().builder(vmbed.BareConfig(code)).pio_device("debug", 0xE9, 1, Port()).build() as vm:
+...     vm.start()
+...     print(vm.wait().name)
+b'x'
+GUEST_HALT
+
+Linux guests begin with :class:`LinuxConfig`. Everything that can fail raises a subclass of :class:`Error`.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from ._lib import call, ffi, hold, let_go, lib, text
+from .backend import BlockBackend, BlockOp, BlockRequest, NetBackend
+from .config import BareConfig, Config, Console, CpuidMask, Disk, LinuxConfig, Mode, Net, Platform
+from .device import Device, log_line
+from .errors import (
+    BadImage,
+    Busy,
+    Constraint,
+    Error,
+    Exhausted,
+    Field,
+    HostError,
+    Internal,
+    InvalidArgument,
+    InvalidState,
+    NotFound,
+    PermissionDenied,
+    Refused,
+    Slack,
+    TimedOut,
+    Unsupported,
+    Verdict,
+)
+from .events import Cause, Event, Events, Kind
+from .host import UNLIMITED, Builder, Dispatcher, Finding, Host, Probe, Shares, ThreadRole, Usage
+from .vm import DiskStatistics, Memory, NetStatistics, Registers, State, VcpuReturn, VcpuStatistics, Vm
+
+_VERSION = lib.vmbed_version()
+#: The library's version.
+__version__ = f"{_VERSION >> 16}.{_VERSION >> 8 & 0xFF}.{_VERSION & 0xFF}"
+
+
+def features() -> list[str]:
+    """What this build of the library can do beyond the least."""
+    found: list[str] = []
+    while (name := lib.vmbed_feature(len(found))) != ffi.NULL:
+        found.append(text(name))
+    return found
+
+
+def has_feature(name: str) -> bool:
+    """Whether it can do that."""
+    return bool(lib.vmbed_has_feature(name.encode()))
+
+
+def log_to(logger: logging.Logger | None, level: int = logging.INFO) -> None:
+    """Sends the library's log lines from `level` on to a logger; nowhere with None, as in the beginning."""
+    if logger is None:
+        call(lib.vmbed_log_set, lib.VMBED_LOG_OFF, ffi.NULL, ffi.NULL, ffi.NULL)
+        return
+    steps = [(logging.ERROR, 1), (logging.WARNING, 2), (logging.INFO, 3), (logging.DEBUG, 4)]
+    wanted = next((number for least, number in steps if level >= least), 5)
+    call(lib.vmbed_log_set, wanted, log_line, hold(logger), let_go)
+
+
+__all__ = [
+    "BadImage", "BareConfig", "BlockBackend", "BlockOp", "BlockRequest", "Builder", "Busy", "Cause", "Config",
+    "Console", "Constraint", "CpuidMask", "Device", "Disk", "DiskStatistics", "Dispatcher", "Error", "Event",
+    "Events", "Exhausted", "Field", "Finding", "Host", "HostError", "Internal", "InvalidArgument",
+    "InvalidState", "Kind", "LinuxConfig", "Memory", "Mode", "Net", "NetBackend", "NetStatistics", "NotFound",
+    "PermissionDenied", "Platform", "Probe", "Refused", "Registers", "Shares", "Slack", "State", "ThreadRole",
+    "TimedOut", "UNLIMITED", "Unsupported", "Usage", "VcpuReturn", "VcpuStatistics", "Verdict", "Vm",
+    "features", "has_feature", "log_to",
+]  # fmt: skip

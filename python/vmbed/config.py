@@ -1,0 +1,182 @@
+"""What a VM is to be: plain data."""
+
+from __future__ import annotations
+
+import os
+import uuid as uuids
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+from ._lib import call, ffi, lib, make, optional, structure
+
+MIB = 1 << 20
+
+
+class Mode(IntEnum):
+    """How a bare guest's vCPUs begin."""
+
+    REAL = 0
+    PROTECTED = 1
+    LONG = 2
+
+
+class Platform(IntEnum):
+    """What surrounds the vCPUs."""
+
+    #: Local APICs, IOAPIC, PCI Express, hardware-reduced ACPI, serial port, clock, pvpanic.
+    PC = 0
+    #: vCPUs and memory only. HLT ends a vCPU, since nothing could wake it.
+    BARE = 1
+
+
+class Console(IntEnum):
+    """What a PC's console is."""
+
+    SERIAL = 0
+    VIRTIO = 1
+
+
+@dataclass
+class Disk:
+    """A virtio-blk disk: a raw image or block device, or what :meth:`Builder.disk_fd` or `disk_backend` attaches."""
+
+    #: None where something is attached.
+    path: str | os.PathLike[str] | None = None
+    readonly: bool = False
+    #: At most 20 bytes, which the guest can read.
+    serial: str | None = None
+    #: Its place, such as 00:05.0; the first free one otherwise.
+    pci: str | None = None
+
+
+@dataclass
+class Net:
+    """A network card: on a TAP interface that exists, or on what :meth:`Builder.net_fd` or `net_backend` attaches."""
+
+    #: None where something is attached.
+    tap: str | None = None
+    #: Follows from the VM's UUID otherwise.
+    mac: str | None = None
+    pci: str | None = None
+
+
+@dataclass
+class CpuidMask:
+    """Bits of CPUID that the guest is not to see (`clear`), or is to see (`set`)."""
+
+    leaf: int
+    subleaf: int
+    #: "eax", "ebx", "ecx" or "edx".
+    register: str
+    clear: int = 0
+    set: int = 0
+
+
+@dataclass(kw_only=True)
+class _Common:
+    name: str | None = None
+    uuid: uuids.UUID | None = None
+    #: Bytes, a multiple of 4 KiB. None: 256 MiB for Linux, 2 MiB for a bare guest.
+    memory: int | None = None
+    vcpus: int = 1
+    threads_per_core: int = 1
+    sockets: int = 1
+    platform: Platform | None = None
+    console: Console = Console.SERIAL
+    #: A random number generator. None: for Linux, and not for a bare guest.
+    rng: bool | None = None
+    disks: list[Disk] = field(default_factory=list)
+    nets: list[Net] = field(default_factory=list)
+    cpuid_masks: list[CpuidMask] = field(default_factory=list)
+    #: What of the memory the ledger never takes back, in bytes.
+    guarantee: int = 0
+    #: Its class where the host gets short of memory, 0 to 255; None: never stopped for others.
+    victim: int | None = None
+    #: vCPU by vCPU, the host's CPUs that it may run on.
+    affinity: list[list[int]] = field(default_factory=list)
+    dedicated: bool = False
+
+    def _make(self) -> Any:
+        raise NotImplementedError
+
+    def validate(self) -> None:
+        """Raises InvalidArgument with every bad field, without opening anything."""
+        call(lib.vmbed_config_validate, self._build())
+
+    def _build(self) -> Any:
+        config = self._make()
+        if self.name is not None:
+            call(lib.vmbed_config_set_name, config, self.name.encode())
+        if self.uuid is not None:
+            call(lib.vmbed_config_set_uuid, config, self.uuid.bytes)
+        if self.memory is not None:
+            call(lib.vmbed_config_set_memory, config, self.memory)
+        call(lib.vmbed_config_set_cpus, config, self.vcpus, self.threads_per_core, self.sockets)
+        if self.platform is not None:
+            call(lib.vmbed_config_set_platform, config, int(self.platform))
+        if self.console is not Console.SERIAL:
+            call(lib.vmbed_config_set_console, config, int(self.console))
+        if self.rng is not None:
+            call(lib.vmbed_config_set_rng, config, self.rng)
+        for mask in self.cpuid_masks:
+            register = ["eax", "ebx", "ecx", "edx"].index(mask.register.lower())
+            call(lib.vmbed_config_mask_cpuid, config, mask.leaf, mask.subleaf, register, mask.clear, mask.set)
+        for disk in self.disks:
+            path = None if disk.path is None else os.fsencode(disk.path)
+            keep = [optional(path), optional(disk.serial), optional(disk.pci)]
+            made = structure("vmbed_disk", path=keep[0], serial=keep[1], pci=keep[2], readonly=int(disk.readonly))
+            call(lib.vmbed_config_add_disk, config, made)
+        for net in self.nets:
+            keep = [optional(net.tap), optional(net.mac), optional(net.pci)]
+            call(lib.vmbed_config_add_net, config, structure("vmbed_net", tap=keep[0], mac=keep[1], pci=keep[2]))
+        if self.guarantee or self.victim is not None:
+            call(lib.vmbed_config_set_promise, config, self.guarantee, -1 if self.victim is None else self.victim)
+        if self.dedicated:
+            call(lib.vmbed_config_set_dedicated, config, True)
+        for vcpu, cpus in enumerate(self.affinity):
+            call(lib.vmbed_config_set_affinity, config, vcpu, ffi.new("uint32_t[]", cpus), len(cpus))
+        return config
+
+
+@dataclass
+class LinuxConfig(_Common):
+    """A PC that boots a Linux kernel: a bzImage, or an ELF image with a PVH entry."""
+
+    kernel: str | os.PathLike[str]
+    initrd: str | os.PathLike[str] | None = None
+    cmdline: str = ""
+    #: The kernel's own decompressor runs, and randomizes its addresses.
+    kaslr: bool = False
+
+    def _make(self) -> Any:
+        config = make(lib.vmbed_config_new_linux, "config", os.fsencode(self.kernel))
+        if self.initrd is not None:
+            call(lib.vmbed_config_set_initrd, config, os.fsencode(self.initrd))
+        call(lib.vmbed_config_set_cmdline, config, self.cmdline.encode())
+        call(lib.vmbed_config_set_kaslr, config, self.kaslr)
+        return config
+
+
+@dataclass
+class BareConfig(_Common):
+    """Bytes at an address: every vCPU starts there, with its index in RDI."""
+
+    code: bytes
+    entry: int = 0x1000
+    mode: Mode = Mode.REAL
+    #: More bytes, by guest-physical address.
+    images: dict[int, bytes] = field(default_factory=dict)
+    stack: int | None = None
+
+    def _make(self) -> Any:
+        arguments = (int(self.mode), self.entry, self.code, len(self.code))
+        config = make(lib.vmbed_config_new_bare, "config", *arguments)
+        for address, data in self.images.items():
+            call(lib.vmbed_config_add_image, config, address, data, len(data))
+        if self.stack is not None:
+            call(lib.vmbed_config_set_stack, config, self.stack)
+        return config
+
+
+Config = LinuxConfig | BareConfig

@@ -1,0 +1,267 @@
+"""A VM's life."""
+
+from __future__ import annotations
+
+import atexit
+import weakref
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from ._lib import call, ffi, filled, lib, make, structure
+from .events import Cause, Events
+
+
+class State(IntEnum):
+    """Where a VM is in its life."""
+
+    BUILT = 1
+    RUNNING = 2
+    PAUSED = 3
+    STOPPED = 4
+
+
+class VcpuReturn(IntEnum):
+    """Why :meth:`Vm.run_vcpu` returned."""
+
+    ENDED = 1
+    INTERRUPTED = 2
+
+
+@dataclass
+class Registers:
+    """The general registers of a vCPU."""
+
+    rax: int = 0
+    rbx: int = 0
+    rcx: int = 0
+    rdx: int = 0
+    rsi: int = 0
+    rdi: int = 0
+    rsp: int = 0
+    rbp: int = 0
+    r8: int = 0
+    r9: int = 0
+    r10: int = 0
+    r11: int = 0
+    r12: int = 0
+    r13: int = 0
+    r14: int = 0
+    r15: int = 0
+    rip: int = 0
+    rflags: int = 0
+
+
+class Memory(NamedTuple):
+    """What a VM's memory was promised, and what of it is really there, in bytes."""
+
+    max: int
+    entitlement: int
+    guarantee: int
+    overhead: int
+    generation: int
+    backing: int
+    resident: int
+    swapped: int
+    huge: int
+    pinned: int
+    stage2: int
+
+
+class VcpuStatistics(NamedTuple):
+    """How much of the host a vCPU got: times in nanoseconds."""
+
+    thread: int
+    cpu: int
+    run_time: int
+    run_delay: int
+
+
+class DiskStatistics(NamedTuple):
+    """What a disk has done since the VM was built: requests, and bytes."""
+
+    reads: int
+    read_bytes: int
+    writes: int
+    written_bytes: int
+    flushes: int
+    #: Requests that were answered with an error.
+    errors: int
+
+
+class NetStatistics(NamedTuple):
+    """What a card has carried since the VM was built: frames, and their bytes from the Ethernet header on."""
+
+    rx_frames: int
+    rx_bytes: int
+    rx_dropped: int
+    tx_frames: int
+    tx_bytes: int
+    tx_dropped: int
+
+
+_disk_statistics = filled("vmbed_disk_statistics", DiskStatistics, lib.vmbed_vm_get_disk_statistics)
+_net_statistics = filled("vmbed_net_statistics", NetStatistics, lib.vmbed_vm_get_net_statistics)
+_memory = filled("vmbed_memory", Memory, lib.vmbed_vm_get_memory)
+_vcpu_statistics = filled("vmbed_vcpu_statistics", VcpuStatistics, lib.vmbed_vm_get_vcpu_statistics)
+
+#: Those that still are, to be ended before the interpreter is.
+_living: weakref.WeakSet[Vm] = weakref.WeakSet()
+
+
+class Vm:
+    """A virtual machine in this process; :meth:`Builder.build` makes it.
+
+    Every method may be called from any thread. Use it in a `with` statement, or call :meth:`close`: that ends the guest,
+    every thread, and every file descriptor. Methods that wait for the VM raise InvalidState in its own callbacks.
+    """
+
+    def __init__(self, pointer: Any, exceptions: list[BaseException]) -> None:
+        self._pointer = pointer
+        #: What the VM's callbacks have raised, in order.
+        self.exceptions = exceptions
+        _living.add(self)
+
+    def __enter__(self) -> Vm:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<vmbed.Vm {self.id} {self.state.name.lower() if self.state else 'closed'}>"
+
+    def close(self) -> None:
+        """Ends everything. When it returns, no callback of the VM runs or will run; in one of them, it returns at once."""
+        ffi.release(self._pointer)
+
+    @property
+    def id(self) -> int:
+        """A number that no other VM of this process has had; 0 after close()."""
+        return int(lib.vmbed_vm_id(self._pointer))
+
+    @property
+    def state(self) -> State | None:
+        """Where it is in its life; None after close()."""
+        state = lib.vmbed_vm_state(self._pointer)
+        return State(state) if state else None
+
+    def start(self) -> None:
+        """Lets the vCPUs run, and returns at once."""
+        call(lib.vmbed_vm_start, self._pointer)
+
+    def pause(self) -> None:
+        """Stops the guest's time; returns when everything stands still."""
+        call(lib.vmbed_vm_pause, self._pointer)
+
+    def resume(self) -> None:
+        """Lets a paused guest go on."""
+        call(lib.vmbed_vm_resume, self._pointer)
+
+    def shutdown(self) -> None:
+        """Presses the power button, and returns at once."""
+        call(lib.vmbed_vm_shutdown, self._pointer)
+
+    def stop(self) -> Cause:
+        """Ends the guest now, as pulling the plug would. TimedOut after 10 s when something of the host's hangs."""
+        cause = ffi.new("int32_t *")
+        call(lib.vmbed_vm_stop, self._pointer, cause)
+        return Cause(cause[0])
+
+    def request_stop(self) -> None:
+        """Asks for the end, and returns at once; for callbacks."""
+        call(lib.vmbed_vm_request_stop, self._pointer)
+
+    def wait(self, timeout: float | None = None) -> Cause:
+        """Waits until the guest has ended, at most `timeout` seconds: then TimedOut."""
+        cause = ffi.new("int32_t *")
+        call(lib.vmbed_vm_wait, self._pointer, -1 if timeout is None else max(0, round(timeout * 1000)), cause)
+        return Cause(cause[0])
+
+    def events(self) -> Events:
+        """The VM's events; readable after close(), too."""
+        return Events._of(make(lib.vmbed_vm_events, "events", self._pointer), self.id)
+
+    def console_tail(self) -> bytes:
+        """The last 64 KiB that the guest wrote to its console."""
+        room, length = ffi.new("uint8_t[]", 64 << 10), ffi.new("size_t *")
+        call(lib.vmbed_vm_console_tail, self._pointer, room, len(room), length)
+        return bytes(ffi.buffer(room, length[0]))
+
+    def console_input(self, data: bytes) -> int:
+        """Types on the guest's console; how much was taken. The rest may be offered again."""
+        taken = ffi.new("size_t *")
+        call(lib.vmbed_vm_console_input, self._pointer, data, len(data), taken)
+        return int(taken[0])
+
+    @property
+    def memory_size(self) -> int:
+        """The guest's memory, in bytes."""
+        return int(lib.vmbed_vm_memory_size(self._pointer))
+
+    @property
+    def first_exit(self) -> float | None:
+        """When the guest first reached for a device outside of it, as time.monotonic() counts; None until then."""
+        return int(lib.vmbed_vm_first_exit(self._pointer)) / 1e9 or None
+
+    def read_memory(self, address: int, length: int) -> bytes:
+        """Bytes of guest memory, in every state."""
+        data = ffi.new("uint8_t[]", length)
+        call(lib.vmbed_vm_read_memory, self._pointer, address, data, length)
+        return bytes(ffi.buffer(data))
+
+    def write_memory(self, address: int, data: bytes) -> None:
+        """Writes guest memory, in every state."""
+        call(lib.vmbed_vm_write_memory, self._pointer, address, data, len(data))
+
+    def registers(self, vcpu: int = 0) -> Registers:
+        """A vCPU's general registers, while the VM does not run."""
+        found = structure("vmbed_registers")
+        call(lib.vmbed_vm_get_registers, self._pointer, vcpu, found)
+        return Registers(**{f.name: getattr(found, f.name) for f in fields(Registers)})
+
+    def set_registers(self, registers: Registers, vcpu: int = 0) -> None:
+        """Sets them, all of them."""
+        made = structure("vmbed_registers", **{f.name: getattr(registers, f.name) for f in fields(Registers)})
+        call(lib.vmbed_vm_set_registers, self._pointer, vcpu, made)
+
+    def memory(self) -> Memory:
+        """What its memory was promised, and what is there. Costs a walk over page tables."""
+        return _memory(self._pointer)
+
+    def set_guarantee(self, guarantee: int, generation: int | None = None) -> None:
+        """Changes what the ledger never takes back; InvalidState where `generation` is another one by now."""
+        known = (1 << 64) - 1 if generation is None else generation
+        call(lib.vmbed_vm_set_guarantee, self._pointer, guarantee, known)
+
+    def disk_statistics(self, index: int = 0) -> DiskStatistics:
+        """What the disk has done so far. In every state."""
+        return _disk_statistics(self._pointer, index)
+
+    def net_statistics(self, index: int = 0) -> NetStatistics:
+        """What the card has carried so far. In every state."""
+        return _net_statistics(self._pointer, index)
+
+    def vcpu_statistics(self, vcpu: int = 0) -> VcpuStatistics:
+        """How much of the host a vCPU got."""
+        return _vcpu_statistics(self._pointer, vcpu)
+
+    def run_vcpu(self, vcpu: int = 0) -> VcpuReturn:
+        """Runs a vCPU on the calling thread, in a VM whose builder said `caller_vcpus()`."""
+        outcome = ffi.new("int32_t *")
+        call(lib.vmbed_vcpu_run, self._pointer, vcpu, outcome)
+        return VcpuReturn(outcome[0])
+
+    def interrupt_vcpu(self, vcpu: int = 0) -> None:
+        """Makes run_vcpu() of that vCPU return."""
+        call(lib.vmbed_vcpu_interrupt, self._pointer, vcpu)
+
+
+@atexit.register
+def _end_all() -> None:
+    # Threads of the library must not call into an interpreter that is no more.
+    for vm in list(_living):
+        vm.close()

@@ -1,0 +1,181 @@
+//! Networks of the embedder's, by descriptor or as code, and what each card has carried.
+
+use std::ffi::c_void;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use super::arguments::{Sized_, fd, fill, invalid, structure};
+use super::block::{outcome, vmbed_piece};
+use super::call;
+use super::config::{attach, vmbed_builder};
+use super::device::{UserData, vmbed_destroy_fn};
+use super::error::vmbed_error;
+use super::handle;
+use super::vm::vmbed_vm;
+use crate::error::{Error, Result};
+use crate::net::NetBackend;
+use crate::sys::io::IoList;
+
+/// Puts card `index`, added without a TAP interface, on an open descriptor, which is duplicated: one queue of a TAP
+/// interface that somebody attached (TUNSETIFF with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR; it becomes nonblocking), or a
+/// connected Unix socket of the kind SOCK_SEQPACKET or SOCK_DGRAM, on which each message is a frame as vmbed_net_ops
+/// describes it. When the other end of a SOCK_SEQPACKET is closed, the network is gone. vmbed_builder_build() says
+/// whether it is one of these, and whether there is such a card.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_builder_net_fd(
+    builder: *mut vmbed_builder,
+    index: u32,
+    fd: i32,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    attach(builder, error, |builder| builder.set_net_fd(index as usize, self::fd(fd, "fd")?))
+}
+
+/// A network of your own. A frame is one message: a header of 12 bytes (`struct virtio_net_hdr_v1`) and the frame from its
+/// Ethernet header on, without its checksum; at most 65,557 bytes behind the header. No offload is negotiated: the header
+/// of every frame that a guest sends is all zero, and one for a guest must ask for nothing: put zeroes.
+///
+/// The functions are called on a device thread of the VM's, one at a time for each card, and must not block. They return 0
+/// or an errno. Where frames come from other threads, a pair of connected sockets does all of this:
+/// vmbed_builder_net_fd().
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct vmbed_net_ops {
+    /// sizeof(struct vmbed_net_ops)
+    pub size: usize,
+    /// Puts the next frame with its header into the `count` pieces, which are long enough for the longest, and its length
+    /// into `length`. EAGAIN when there is none: then the descriptor is not readable before there is one. Another
+    /// errno: the network is gone; a second later it is called again. Not NULL.
+    pub receive: Option<
+        unsafe extern "C" fn(
+            user: *mut c_void,
+            pieces: *const vmbed_piece,
+            count: usize,
+            length: *mut usize,
+        ) -> i32,
+    >,
+    /// Sends the frame with its header that is in the `count` pieces, which are not to be written to. EAGAIN when there is
+    /// no room: the same frame comes again when the descriptor is writable. Another errno: this frame is lost. Not NULL.
+    pub send:
+        Option<unsafe extern "C" fn(user: *mut c_void, pieces: *const vmbed_piece, count: usize) -> i32>,
+    /// Ends the network's data, see vmbed_destroy_fn. May be NULL.
+    pub destroy: vmbed_destroy_fn,
+}
+
+// SAFETY: it is repr(C) with its size first, and of functions NULL is a value.
+unsafe impl Sized_ for vmbed_net_ops {
+    const FIRST: usize = size_of::<Self>();
+    const NAME: &'static str = "vmbed_net_ops";
+}
+
+/// Puts card `index`, added without a TAP interface, on a network of yours. `fd`, which is duplicated, polls readable while
+/// a frame waits and writable while there is room: an eventfd will do. The table is copied; its destroy function as
+/// for vmbed_builder_disk_backend(). vmbed_builder_build() says whether there is such a card.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_builder_net_backend(
+    builder: *mut vmbed_builder,
+    index: u32,
+    ops: *const vmbed_net_ops,
+    fd: i32,
+    user: *mut c_void,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    // First of all, so that the network's data end also where anything else is wrong.
+    let net = ForeignNet::new(ops, fd, user);
+    attach(builder, error, |builder| {
+        builder.set_net_backend(index as usize, Box::new(net?));
+        Ok(())
+    })
+}
+
+/// A network behind the table of functions.
+struct ForeignNet {
+    receive: unsafe extern "C" fn(*mut c_void, *const vmbed_piece, usize, *mut usize) -> i32,
+    send: unsafe extern "C" fn(*mut c_void, *const vmbed_piece, usize) -> i32,
+    fd: OwnedFd,
+    user: UserData,
+}
+
+impl ForeignNet {
+    fn new(ops: *const vmbed_net_ops, fd: i32, user: *mut c_void) -> Result<Self> {
+        let ops = structure(ops)?;
+        let user = UserData::new(user, ops.destroy);
+        let missing = |name: &str| invalid(format!("vmbed_net_ops: {name} is NULL"));
+        let receive = ops.receive.ok_or_else(|| missing("receive"))?;
+        let send = ops.send.ok_or_else(|| missing("send"))?;
+        let fd = crate::sys::fd::duplicate(self::fd(fd, "fd")?)
+            .map_err(|e| Error::os("duplicating the network's fd", e))?;
+        Ok(Self { receive, send, fd, user })
+    }
+}
+
+impl NetBackend for ForeignNet {
+    fn receive(&mut self, room: &IoList<'_>) -> io::Result<usize> {
+        let (pieces, mut length) = (room.raw(), 0);
+        let (at, count) = (pieces.as_ptr().cast(), pieces.len());
+        // SAFETY: the embedder's function with its own data; the pieces and the place are there through the call.
+        outcome(unsafe { (self.receive)(self.user.pointer(), at, count, &mut length) })?;
+        Ok(length.min(room.len()))
+    }
+
+    fn send(&mut self, frame: &IoList<'_>) -> io::Result<()> {
+        let pieces = frame.raw();
+        // SAFETY: as above.
+        outcome(unsafe { (self.send)(self.user.pointer(), pieces.as_ptr().cast(), pieces.len()) })
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// What a card has carried since the VM was built. Bytes count from the Ethernet header on.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct vmbed_net_statistics {
+    /// sizeof(struct vmbed_net_statistics)
+    pub size: usize,
+    /// Frames that the guest received.
+    pub rx_frames: u64,
+    /// Their bytes.
+    pub rx_bytes: u64,
+    /// Frames for the guest that vmbed read and could not deliver: too short, too long for the guest's buffers. What the
+    /// guest gives no buffers for is dropped where it waits, and counted there (`ip -s link` for a TAP interface).
+    pub rx_dropped: u64,
+    /// Frames that the guest sent.
+    pub tx_frames: u64,
+    /// Their bytes.
+    pub tx_bytes: u64,
+    /// Frames of the guest's that did not go out: malformed, or the network failed or was gone.
+    pub tx_dropped: u64,
+}
+
+// SAFETY: it is repr(C) with its size first, and all zeroes is a value.
+unsafe impl Sized_ for vmbed_net_statistics {
+    const FIRST: usize = size_of::<Self>();
+    const NAME: &'static str = "vmbed_net_statistics";
+}
+
+/// Fills `statistics`, whose size is set, with what card `index` has carried. In every state; reads counters only.
+/// VMBED_ERR_INVALID_ARGUMENT where there is no such card.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_vm_get_net_statistics(
+    vm: *const vmbed_vm,
+    index: u32,
+    statistics: *mut vmbed_net_statistics,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    call(error, || {
+        let now = handle::object(vm)?.vm().net_statistics(index as usize)?;
+        let value = vmbed_net_statistics {
+            size: 0,
+            rx_frames: now.rx_frames,
+            rx_bytes: now.rx_bytes,
+            rx_dropped: now.rx_dropped,
+            tx_frames: now.tx_frames,
+            tx_bytes: now.tx_bytes,
+            tx_dropped: now.tx_dropped,
+        };
+        fill(statistics, &value)
+    })
+}

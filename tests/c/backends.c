@@ -1,0 +1,402 @@
+/* Cases of the C API with disks and cards of one's own; the guest is tests/guests/virtio.c, at $VMBED_GUEST. */
+#include "guest.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <time.h>
+
+enum { END, READ, WRITE, FLUSH, BEGIN_READ, FINISH, SEND, RECEIVE, RESET, TELL, BEGIN_WRITE };
+
+struct step {
+    uint32_t op, sector, sectors, fill;
+};
+
+struct result {
+    uint32_t status, length;
+    uint64_t sum;
+};
+
+#define SECTORS 1024
+/* 7 and 8 in two sectors. */
+#define SUM (512 * (7 + 8))
+
+struct said {
+    atomic_int last;
+};
+
+static int32_t said_read(void *user, uint32_t vcpu, uint64_t offset, uint8_t *data, size_t length)
+{
+    (void)user, (void)vcpu, (void)offset, (void)data, (void)length;
+    return VMBED_OK;
+}
+
+static int32_t said_write(void *user, uint32_t vcpu, uint64_t offset, const uint8_t *data, size_t length)
+{
+    struct said *said = user;
+    (void)vcpu, (void)offset, (void)length;
+    said->last = data[0];
+    return VMBED_OK;
+}
+
+/* A PC with the guest, that many disks and cards to attach something to, and a port that it tells on. */
+static struct guest prepare(int disks, int nets, struct said *said)
+{
+    static const vmbed_device_ops ops = {sizeof ops, said_read, said_write, NULL};
+    static uint8_t code[1 << 16];
+    const vmbed_disk disk = {.size = sizeof disk};
+    const vmbed_net net = {.size = sizeof net};
+    struct guest g = {0};
+    CHECK(getenv("VMBED_GUEST"));
+    FILE *file = fopen(getenv("VMBED_GUEST"), "rb");
+    CHECK(file);
+    size_t length = fread(code, 1, sizeof code, file);
+    CHECK(length > 0 && length < sizeof code);
+    fclose(file);
+    OK(vmbed_host_open(NULL, &g.host, &error));
+    OK(vmbed_config_new_bare(VMBED_MODE_LONG, 0x10000, code, length, &g.config, &error));
+    OK(vmbed_config_set_stack(g.config, 0x7f00, &error));
+    OK(vmbed_config_set_memory(g.config, 4 << 20, &error));
+    OK(vmbed_config_set_platform(g.config, VMBED_PLATFORM_PC, &error));
+    while (disks--)
+        OK(vmbed_config_add_disk(g.config, &disk, &error));
+    while (nets--)
+        OK(vmbed_config_add_net(g.config, &net, &error));
+    OK(vmbed_builder_new(g.host, g.config, &g.builder, &error));
+    if (said)
+        OK(vmbed_builder_add_pio(g.builder, "said", 0x10, 1, &ops, said, &error));
+    return g;
+}
+
+static void start(struct guest *g, const struct step *steps, size_t size)
+{
+    OK(vmbed_builder_build(g->builder, &g->vm, &error));
+    OK(vmbed_vm_write_memory(g->vm, 0x8000, (const uint8_t *)steps, size, &error));
+    OK(vmbed_vm_start(g->vm, &error));
+}
+
+/* How the steps went, when all are done. */
+static void finish(struct guest *g, struct result *results, size_t size)
+{
+    int32_t cause;
+    OK(vmbed_vm_wait(g->vm, 60000, &cause, &error));
+    CHECK(cause == VMBED_CAUSE_GUEST_RESET);
+    OK(vmbed_vm_read_memory(g->vm, 0x9000, (uint8_t *)results, size, &error));
+}
+
+static void wait_for(const atomic_int *number, int value)
+{
+    const struct timespec moment = {0, 1000000};
+    for (int i = 0; *number != value; i++) {
+        CHECK(i < 60000);
+        nanosleep(&moment, NULL);
+    }
+}
+
+/* A disk in memory. It fails at sector 100, and keeps what is about sector 200 or beyond. */
+struct ram {
+    uint8_t bytes[SECTORS * 512];
+    vmbed_block_request kept[4];
+    int writes[4];
+    atomic_int count, flushes, destroyed;
+};
+
+static void move(const vmbed_block_request *request, uint8_t *bytes, int writes)
+{
+    uint64_t length = 0;
+    for (size_t i = 0; i < request->count; i++) {
+        const vmbed_piece *piece = &request->pieces[i];
+        uint8_t *at = bytes + request->offset + length;
+        writes ? memcpy(at, piece->base, piece->length) : memcpy(piece->base, at, piece->length);
+        length += piece->length;
+    }
+    CHECK(length == request->length && length % 512 == 0 && request->durable == 0);
+}
+
+static int32_t serve(struct ram *ram, const vmbed_block_request *request, int writes)
+{
+    if (request->offset / 512 == 100)
+        return ENOSPC;
+    if (request->offset / 512 < 200) {
+        move(request, ram->bytes, writes);
+        return 0;
+    }
+    CHECK(ram->count < 4);
+    ram->writes[ram->count] = writes;
+    ram->kept[ram->count] = *request;
+    ram->count++;
+    return VMBED_BLOCK_PENDING;
+}
+
+static int32_t ram_read(void *user, const vmbed_block_request *request)
+{
+    return serve(user, request, 0);
+}
+
+static int32_t ram_write(void *user, const vmbed_block_request *request)
+{
+    return serve(user, request, 1);
+}
+
+/* Ends within the call, as C's third way. */
+static int32_t ram_flush(void *user, const vmbed_block_request *request)
+{
+    CHECK(request->count == 0 && !request->pieces && request->length == 0);
+    ((struct ram *)user)->flushes++;
+    OK(vmbed_block_complete(request->disk, request->tag, 0, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "pending", vmbed_block_complete(request->disk, request->tag, 0, &error));
+    return VMBED_BLOCK_PENDING;
+}
+
+static void ram_destroy(void *user)
+{
+    ((struct ram *)user)->destroyed++;
+}
+
+static const vmbed_block_ops ram_ops = {sizeof ram_ops, ram_read, ram_write, ram_flush, ram_destroy};
+
+static void *complete_backwards(void *user)
+{
+    struct ram *ram = user;
+    while (ram->count > 0) {
+        const vmbed_block_request *request = &ram->kept[--ram->count];
+        move(request, ram->bytes, ram->writes[ram->count]);
+        OK(vmbed_block_complete(request->disk, request->tag, 0, &error));
+        FAILS(VMBED_ERR_INVALID_ARGUMENT, "pending", vmbed_block_complete(request->disk, request->tag, 0, &error));
+    }
+    return NULL;
+}
+
+void a_disk_of_ones_own(void)
+{
+    static const struct step steps[] = {
+        {WRITE, 3, 2, 7}, {FLUSH, 0, 0, 0}, {READ, 3, 2, 0}, {READ, 100, 1, 0}, {BEGIN_READ, 200, 1, 0},
+        {BEGIN_WRITE, 300, 2, 7}, {BEGIN_READ, 400, 1, 0}, {TELL, 0, 0, 1}, {FINISH, 0, 0, 0}, {END, 0, 0, 0}};
+    struct ram *ram = calloc(1, sizeof *ram);
+    struct said said = {0};
+    struct result results[9];
+    vmbed_disk_statistics done = {.size = sizeof done};
+    pthread_t other;
+    vmbed_events *events;
+    struct guest g = prepare(1, 0, &said);
+    OK(vmbed_builder_disk_backend(g.builder, 0, &ram_ops, 512 * SECTORS, false, ram, &error));
+    start(&g, steps, sizeof steps);
+    wait_for(&said.last, 1);
+    wait_for(&ram->count, 3);
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "pending", vmbed_block_complete(ram->kept[0].disk, 12345, 0, &error));
+    CHECK(pthread_create(&other, NULL, complete_backwards, ram) == 0 && pthread_join(other, NULL) == 0);
+    finish(&g, results, sizeof results);
+    CHECK(results[0].status == 0 && results[1].status == 0 && results[3].status == 1);
+    CHECK(results[2].status == 0 && results[2].length == 1025 && results[2].sum == SUM);
+    CHECK(results[8].status == 0 && results[8].length == 513 + 1 + 513);
+    CHECK(ram->bytes[512 * 301] == 8 && ram->flushes == 1);
+    OK(vmbed_vm_get_disk_statistics(g.vm, 0, &done, &error));
+    CHECK(done.reads == 3 && done.read_bytes == 2048 && done.writes == 2 && done.written_bytes == 2048);
+    CHECK(done.flushes == 1 && done.errors == 1);
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "disk1", vmbed_vm_get_disk_statistics(g.vm, 1, &done, &error));
+    OK(vmbed_vm_events(g.vm, &events, &error));
+    int failures = 0;
+    for (;;) {
+        vmbed_event *event;
+        OK(vmbed_events_next(events, 0, &event, &error));
+        if (!event)
+            break;
+        if (vmbed_event_kind(event) == VMBED_EVENT_BACKEND_ERROR) {
+            CHECK(!strcmp(vmbed_event_device(event), "disk0"));
+            failures++;
+        }
+        vmbed_event_free(event);
+    }
+    CHECK(failures == 1);
+    vmbed_events_free(events);
+    drop(&g);
+    CHECK(ram->destroyed == 1);
+
+    /* A table that lacks something, a capacity that is none, a disk that is not there: the data end once each. */
+    g = prepare(1, 0, NULL);
+    vmbed_block_ops bad = ram_ops;
+    bad.read = NULL;
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "read is NULL",
+          vmbed_builder_disk_backend(g.builder, 0, &bad, 512, false, ram, &error));
+    bad = ram_ops, bad.write = NULL;
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "write is NULL",
+          vmbed_builder_disk_backend(g.builder, 0, &bad, 512, false, ram, &error));
+    CHECK(ram->destroyed == 3);
+    OK(vmbed_builder_disk_backend(g.builder, 1, &bad, 512, true, ram, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "disks[1]", vmbed_builder_build(g.builder, &g.vm, &error));
+    CHECK(ram->destroyed == 4);
+    drop(&g);
+    g = prepare(1, 0, NULL);
+    OK(vmbed_builder_disk_backend(g.builder, 0, &ram_ops, 511, false, ram, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "multiple of 512", vmbed_builder_build(g.builder, &g.vm, &error));
+    CHECK(ram->destroyed == 5);
+    drop(&g);
+    free(ram);
+}
+
+void a_disk_that_does_not_answer(void)
+{
+    static const struct step steps[] = {{BEGIN_READ, 200, 1, 0}, {TELL, 0, 0, 1}, {FINISH, 0, 0, 0},
+                                        {BEGIN_READ, 201, 1, 0}, {TELL, 0, 0, 2}, {FINISH, 0, 0, 0},
+                                        {END, 0, 0, 0}};
+    struct ram *ram = calloc(1, sizeof *ram);
+    struct said said = {0};
+    int32_t cause;
+    struct guest g = prepare(1, 0, &said);
+    OK(vmbed_builder_disk_backend(g.builder, 0, &ram_ops, 512 * SECTORS, false, ram, &error));
+    start(&g, steps, sizeof steps);
+    wait_for(&said.last, 1);
+    wait_for(&ram->count, 1);
+    FAILS(VMBED_ERR_TIMED_OUT, "disk0", vmbed_vm_pause(g.vm, &error));
+    complete_backwards(ram);
+    wait_for(&said.last, 2);
+    wait_for(&ram->count, 1);
+    OK(vmbed_vm_stop(g.vm, &cause, &error));
+    CHECK(cause == VMBED_CAUSE_HOST_STOP);
+    drop(&g);
+    CHECK(ram->destroyed == 1);
+    /* Nobody waits for it; its memory is there all the same, until somebody says that it is done with it. */
+    const vmbed_block_request *late = &ram->kept[0];
+    move(late, ram->bytes, 0);
+    FAILS(VMBED_ERR_INVALID_STATE, "nobody waits", vmbed_block_complete(late->disk, late->tag, 0, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "", vmbed_block_complete(late->disk, late->tag, 0, &error));
+    free(ram);
+}
+
+/* A network that gives every frame back; one of 99 bytes fails. */
+struct echo {
+    uint8_t frames[4][2048];
+    size_t lengths[4];
+    int put, taken, bell;
+    atomic_int destroyed;
+};
+
+static size_t length_of(const vmbed_piece *pieces, size_t count)
+{
+    size_t length = 0;
+    for (size_t i = 0; i < count; i++)
+        length += pieces[i].length;
+    return length;
+}
+
+static int32_t echo_receive(void *user, const vmbed_piece *pieces, size_t count, size_t *length)
+{
+    struct echo *echo = user;
+    uint64_t rang;
+    CHECK(length_of(pieces, count) > 65557);
+    if (echo->taken == echo->put) {
+        CHECK(read(echo->bell, &rang, sizeof rang) == sizeof rang || errno == EAGAIN);
+        return EAGAIN;
+    }
+    const uint8_t *frame = echo->frames[echo->taken % 4];
+    size_t left = *length = echo->lengths[echo->taken++ % 4];
+    for (size_t i = 0; left > 0; i++) {
+        size_t step = left < pieces[i].length ? left : pieces[i].length;
+        memcpy(pieces[i].base, frame, step);
+        frame += step, left -= step;
+    }
+    return 0;
+}
+
+static int32_t echo_send(void *user, const vmbed_piece *pieces, size_t count)
+{
+    struct echo *echo = user;
+    const uint64_t one = 1;
+    size_t length = length_of(pieces, count), at = 0;
+    CHECK(length <= 2048 && echo->put - echo->taken < 4);
+    if (length == 12 + 99)
+        return ENETDOWN;
+    for (size_t i = 0; i < count; at += pieces[i++].length)
+        memcpy(echo->frames[echo->put % 4] + at, pieces[i].base, pieces[i].length);
+    echo->lengths[echo->put++ % 4] = length;
+    CHECK(write(echo->bell, &one, sizeof one) == sizeof one);
+    return 0;
+}
+
+static void echo_destroy(void *user)
+{
+    ((struct echo *)user)->destroyed++;
+}
+
+static const vmbed_net_ops echo_ops = {sizeof echo_ops, echo_receive, echo_send, echo_destroy};
+
+void a_network_of_ones_own(void)
+{
+    static const struct step steps[] = {
+        {SEND, 0, 60, 5}, {RECEIVE, 0, 0, 0}, {SEND, 0, 99, 5}, {SEND, 0, 5, 5}, {END, 0, 0, 0}};
+    struct echo echo = {.bell = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)};
+    struct result results[4];
+    vmbed_net_statistics carried = {.size = sizeof carried};
+    struct guest g = prepare(0, 1, NULL);
+    OK(vmbed_builder_net_backend(g.builder, 0, &echo_ops, echo.bell, &echo, &error));
+    start(&g, steps, sizeof steps);
+    finish(&g, results, sizeof results);
+    CHECK(results[1].length == 72 && results[1].sum == 300);
+    OK(vmbed_vm_get_net_statistics(g.vm, 0, &carried, &error));
+    CHECK(carried.tx_frames == 1 && carried.tx_bytes == 60 && carried.tx_dropped == 2);
+    CHECK(carried.rx_frames == 1 && carried.rx_bytes == 60 && carried.rx_dropped == 0);
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "net1", vmbed_vm_get_net_statistics(g.vm, 1, &carried, &error));
+    drop(&g);
+    CHECK(echo.destroyed == 1);
+
+    g = prepare(0, 1, NULL);
+    vmbed_net_ops bad = echo_ops;
+    bad.send = NULL;
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "send is NULL",
+          vmbed_builder_net_backend(g.builder, 0, &bad, echo.bell, &echo, &error));
+    bad = echo_ops, bad.receive = NULL;
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "receive is NULL",
+          vmbed_builder_net_backend(g.builder, 0, &bad, echo.bell, &echo, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "no open file descriptor",
+          vmbed_builder_net_backend(g.builder, 0, &echo_ops, -1, &echo, &error));
+    CHECK(echo.destroyed == 4);
+    drop(&g);
+    close(echo.bell);
+}
+
+void disks_and_cards_by_descriptor(void)
+{
+    static const struct step steps[] = {
+        {WRITE, 3, 2, 7}, {READ, 3, 2, 0}, {SEND, 0, 60, 5}, {RECEIVE, 0, 0, 0}, {END, 0, 0, 0}};
+    char name[] = "/tmp/vmbed-disk-XXXXXX";
+    uint8_t bytes[1024], frame[100] = {0};
+    int pair[2], file = mkstemp(name), null = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    struct result results[4];
+    CHECK(file >= 0 && null >= 0 && unlink(name) == 0 && ftruncate(file, 512 * SECTORS) == 0);
+    CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) == 0);
+    struct guest g = prepare(1, 1, NULL);
+    OK(vmbed_builder_disk_fd(g.builder, 0, file, &error));
+    OK(vmbed_builder_net_fd(g.builder, 0, pair[0], &error));
+    close(pair[0]);
+    start(&g, steps, sizeof steps);
+    struct pollfd poll_for = {.fd = pair[1], .events = POLLIN};
+    CHECK(poll(&poll_for, 1, 60000) == 1 && recv(pair[1], frame, sizeof frame, 0) == 72);
+    memset(frame, 0, 12), memset(frame + 12, 9, 40);
+    CHECK(send(pair[1], frame, 52, 0) == 52);
+    finish(&g, results, sizeof results);
+    CHECK(results[0].status == 0 && results[1].sum == SUM && results[3].length == 52 && results[3].sum == 360);
+    CHECK(pread(file, bytes, sizeof bytes, 1536) == 1024 && bytes[0] == 7 && bytes[1023] == 8);
+    drop(&g);
+
+    /* What is no disk, no network, or for a place that is not there. */
+    const struct {
+        int disks, nets, fd, net;
+        const char *text;
+    } bad[] = {{1, 0, -1, -1, "disks[0].path"}, {0, 1, -1, -1, "nets[0].tap"}, {0, 0, file, -1, "disks[0]"},
+               {1, 0, pair[1], -1, "disk0: fd"}, {0, 1, -1, file, "net0"},     {1, 0, null, -1, "O_RDWR"}};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        g = prepare(bad[i].disks, bad[i].nets, NULL);
+        if (bad[i].fd >= 0)
+            OK(vmbed_builder_disk_fd(g.builder, 0, bad[i].fd, &error));
+        if (bad[i].net >= 0)
+            OK(vmbed_builder_net_fd(g.builder, 0, bad[i].net, &error));
+        FAILS(VMBED_ERR_INVALID_ARGUMENT, bad[i].text, vmbed_builder_build(g.builder, &g.vm, &error));
+        drop(&g);
+    }
+    g = prepare(1, 0, NULL);
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "no open file descriptor", vmbed_builder_disk_fd(g.builder, 0, -1, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "no open file descriptor", vmbed_builder_net_fd(g.builder, 0, 9999, &error));
+    drop(&g);
+    close(file), close(null), close(pair[1]);
+}

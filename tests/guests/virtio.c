@@ -1,0 +1,263 @@
+/*
+ * A bare guest that does with a disk and a card what a script in its memory says, without interrupts: for tests of
+ * what stands behind them. The test puts the script at SCRIPT before it starts the VM and finds a result for each step
+ * at RESULTS; the last step resets the machine. mod.rs builds it and has the same script in Rust.
+ */
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long u64;
+
+#define SCRIPT 0x8000UL
+#define RESULTS 0x9000UL
+#define HEADERS 0x40000UL /* 32 bytes for each request: the header, and its status at 16 */
+#define DATA 0x100000UL   /* 64 KiB for each request */
+#define RINGS 0x200000UL  /* 64 KiB for each queue */
+#define SIZE 16           /* entries of each queue, four for a request */
+#define SAY 0x10          /* a port of the test's */
+
+enum { END, READ, WRITE, FLUSH, BEGIN_READ, FINISH, SEND, RECEIVE, RESET, TELL, BEGIN_WRITE };
+
+struct step {
+    u32 op, sector, sectors, fill;
+};
+
+struct result {
+    u32 status, length;
+    u64 sum;
+};
+
+struct descriptor {
+    u64 address;
+    u32 length;
+    u16 flags, next;
+};
+
+struct queue {
+    struct descriptor *table;
+    volatile u16 *available; /* flags, idx, ring */
+    volatile u16 *used;      /* flags, idx, then pairs of u32 */
+    volatile u16 *doorbell;
+    u16 number, put, seen;
+};
+
+struct device {
+    u32 place;
+    volatile u8 *common;
+    struct queue queues[2];
+};
+
+static struct device disk, card;
+static u16 pending;
+
+static inline void out8(u16 port, u8 value) { __asm__ volatile("outb %0, %1" : : "a"(value), "Nd"(port)); }
+static inline void out32(u16 port, u32 value) { __asm__ volatile("outl %0, %1" : : "a"(value), "Nd"(port)); }
+static inline u32 in32(u16 port)
+{
+    u32 value;
+    __asm__ volatile("inl %1, %0" : "=a"(value) : "Nd"(port));
+    return value;
+}
+static inline void fence(void) { __asm__ volatile("mfence" : : : "memory"); }
+
+static void die(u8 why)
+{
+    out8(SAY, why);
+    for (;;)
+        __asm__ volatile("cli; pause");
+}
+
+static u32 config(u32 place, u32 offset)
+{
+    out32(0xcf8, 0x80000000u | place << 11 | (offset & ~3u));
+    return in32(0xcfc);
+}
+
+#define COMMON(type, offset) (*(volatile type *)(device->common + (offset)))
+
+static void setup_queue(struct device *device, u16 number, volatile u8 *notify, u32 multiplier, u64 at)
+{
+    struct queue *queue = &device->queues[number];
+    for (u64 i = 0; i < 0x3000; i += 8)
+        *(volatile u64 *)(at + i) = 0;
+    queue->table = (struct descriptor *)at;
+    queue->available = (volatile u16 *)(at + 0x1000);
+    queue->used = (volatile u16 *)(at + 0x2000);
+    queue->number = number, queue->put = 0, queue->seen = 0;
+    COMMON(u16, 22) = number;
+    COMMON(u16, 24) = SIZE;
+    COMMON(u32, 32) = (u32)at, COMMON(u32, 36) = 0;
+    COMMON(u32, 40) = (u32)(at + 0x1000), COMMON(u32, 44) = 0;
+    COMMON(u32, 48) = (u32)(at + 0x2000), COMMON(u32, 52) = 0;
+    queue->doorbell = (volatile u16 *)(notify + COMMON(u16, 30) * multiplier);
+    COMMON(u16, 28) = 1;
+}
+
+static void setup(struct device *device, u32 id, u16 queues, u32 features, u64 at)
+{
+    u32 place = 1, multiplier = 0;
+    volatile u8 *notify = 0;
+    while (config(place, 0) != (id << 16 | 0x1af4))
+        if (++place == 32)
+            die('?');
+    device->place = place;
+    out32(0xcf8, 0x80000000u | place << 11 | 4);
+    out32(0xcfc, 6); /* memory, bus master */
+    for (u32 next = config(place, 0x34) & 0xff; next; next = config(place, next) >> 8 & 0xff) {
+        u32 first = config(place, next);
+        if ((first & 0xff) != 9)
+            continue;
+        u32 kind = first >> 24, bar = config(place, next + 4) & 0xff;
+        if (bar > 5)
+            continue;
+        u64 base = config(place, 0x10 + 4 * bar) & ~15u;
+        if ((config(place, 0x10 + 4 * bar) & 6) == 4)
+            base |= (u64)config(place, 0x14 + 4 * bar) << 32;
+        base += config(place, next + 8);
+        if (kind == 1)
+            device->common = (volatile u8 *)base;
+        if (kind == 2)
+            notify = (volatile u8 *)base, multiplier = config(place, next + 16);
+    }
+    COMMON(u8, 20) = 0;
+    while (COMMON(u8, 20))
+        ;
+    COMMON(u8, 20) = 3;
+    COMMON(u32, 0) = 0;
+    features &= COMMON(u32, 4);
+    COMMON(u32, 8) = 0, COMMON(u32, 12) = features;
+    COMMON(u32, 8) = 1, COMMON(u32, 12) = 1; /* VERSION_1 */
+    COMMON(u8, 20) = 11;
+    if (!(COMMON(u8, 20) & 8))
+        die('f');
+    for (u16 i = 0; i < queues; i++)
+        setup_queue(device, i, notify, multiplier, at + 0x10000 * i);
+    COMMON(u8, 20) = 15;
+}
+
+static struct device *the_disk(void)
+{
+    if (!disk.common)
+        setup(&disk, 0x1042, 1, 1 << 9, RINGS);
+    return &disk;
+}
+
+static struct device *the_card(void)
+{
+    if (!card.common)
+        setup(&card, 0x1041, 2, 0, RINGS + 0x10000);
+    return &card;
+}
+
+static void offer(struct queue *queue, u16 head)
+{
+    queue->available[2 + queue->put % SIZE] = head;
+    fence();
+    queue->available[1] = ++queue->put;
+    fence();
+    *queue->doorbell = queue->number;
+}
+
+/* Waits for the next that the device has done: its head, and the bytes that it wrote. */
+static u32 done(struct queue *queue, u32 *length)
+{
+    while (queue->used[1] == queue->seen)
+        __asm__ volatile("pause" : : : "memory");
+    fence();
+    volatile u32 *pair = (volatile u32 *)(queue->used + 2) + 2 * (queue->seen++ % SIZE);
+    *length = pair[1];
+    return pair[0];
+}
+
+static void put(struct queue *queue, u16 at, u64 address, u32 length, u16 flags)
+{
+    queue->table[at].address = address;
+    queue->table[at].length = length;
+    queue->table[at].flags = flags | (flags & 1);
+    queue->table[at].next = (u16)(at + 1);
+}
+
+/* Begins a request; its number. */
+static u16 begin(u32 kind, const struct step *step)
+{
+    struct queue *queue = &the_disk()->queues[0];
+    u16 number = pending++, at = (u16)(4 * number);
+    u64 header = HEADERS + 32 * number, data = DATA + 0x10000UL * number;
+    u32 length = 512 * step->sectors, device_writes = kind == 0 ? 2 : 0;
+    if (number >= SIZE / 4)
+        die('n');
+    *(volatile u32 *)header = kind;
+    *(volatile u32 *)(header + 4) = 0;
+    *(volatile u64 *)(header + 8) = step->sector;
+    *(volatile u8 *)(header + 16) = 0xff;
+    for (u32 i = 0; i < length; i++)
+        ((volatile u8 *)data)[i] = kind == 1 ? (u8)(step->fill + i / 512) : 0xee;
+    put(queue, at, header, 16, 1);
+    if (length) {
+        put(queue, (u16)(at + 1), data, 200, (u16)(1 | device_writes));
+        put(queue, (u16)(at + 2), data + 200, length - 200, (u16)(1 | device_writes));
+    } else {
+        queue->table[at].next = (u16)(at + 3);
+    }
+    put(queue, (u16)(at + 3), header + 16, 1, 2);
+    offer(queue, at);
+    return number;
+}
+
+static void finish(struct result *results)
+{
+    while (pending) {
+        u32 length, ended = 0, statuses = 0;
+        /* All of them, in any order; the result is of all: the worst status, the bytes, and a sum. */
+        for (u16 i = 0; i < pending; i++) {
+            u32 number = done(&disk.queues[0], &length) / 4;
+            u8 status = *(volatile u8 *)(HEADERS + 32 * number + 16);
+            statuses = status > statuses ? status : statuses;
+            ended += length;
+            if (length > 1)
+                for (u32 b = 0; b + 1 < length; b++)
+                    results->sum += ((volatile u8 *)(DATA + 0x10000UL * number))[b];
+        }
+        results->status = statuses, results->length = ended;
+        pending = 0;
+    }
+}
+
+/* A frame for the device, or room for one, behind a header of 12 bytes. */
+static void transfer(const struct step *step, struct result *result)
+{
+    int receives = step->op == RECEIVE;
+    struct queue *queue = &the_card()->queues[receives ? 0 : 1];
+    volatile u8 *frame = (volatile u8 *)(DATA + (receives ? 0x80000UL : 0x90000UL));
+    for (u32 i = 0; i < 2048; i++)
+        frame[i] = i < 12 ? 0 : (u8)step->fill;
+    put(queue, 0, (u64)frame, receives ? 2048 : 12 + step->sectors, receives ? 2 : 0);
+    offer(queue, 0);
+    done(queue, &result->length);
+    for (u32 i = 12; i < result->length; i++)
+        result->sum += frame[i];
+}
+
+/* The linker puts this section first: it is where the guest begins. */
+__attribute__((section(".text.startup"))) void guest(void)
+{
+    const struct step *step = (const struct step *)SCRIPT;
+    struct result *result = (struct result *)RESULTS;
+    for (; step->op != END; step++, result++) {
+        switch (step->op) {
+        case READ: begin(0, step), finish(result); break;
+        case WRITE: begin(1, step), finish(result); break;
+        case FLUSH: begin(4, step), finish(result); break;
+        case BEGIN_READ: begin(0, step); break;
+        case BEGIN_WRITE: begin(1, step); break;
+        case FINISH: finish(result); break;
+        case SEND:
+        case RECEIVE: transfer(step, result); break;
+        case RESET: disk.common = 0, pending = 0, the_disk(); break;
+        case TELL: out8(SAY, (u8)step->fill); break;
+        default: die('!');
+        }
+    }
+    out8(0x64, 0xfe);
+    die('.');
+}
