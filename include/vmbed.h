@@ -780,8 +780,8 @@ typedef struct {
  * within the disk, and a read-only one gets no writes. There are at most 256 requests at a time and no order among
  * them: a flush is about the writes that had ended before it came.
  *
- * Until a request has ended the guest waits for it, and so does who pauses the VM (VMBED_ERR_TIMED_OUT after 10 s). A
- * reset of the device and the end of the VM give up on it after 5 s.
+ * Until a request has ended its memory is yours, and the guest waits: also when its driver resets the device. Who pauses
+ * the VM waits, too (VMBED_ERR_TIMED_OUT after 10 s). The end of the VM gives up on it after 5 s.
  */
 typedef struct {
     /** sizeof(struct vmbed_block_ops) */
@@ -846,7 +846,7 @@ int32_t vmbed_builder_disk_backend(vmbed_builder *builder,
  * I/O error and the VM's events as VMBED_EVENT_BACKEND_ERROR. From any thread; never blocks. Its pieces are not to be
  * touched any more.
  *
- * VMBED_ERR_INVALID_STATE where nobody waits for it any more: the driver has reset the device, or the VM has ended.
+ * VMBED_ERR_INVALID_STATE where nobody waits for it any more: the VM has ended.
  * VMBED_ERR_INVALID_ARGUMENT where no such request is pending: it has ended before.
  */
 int32_t vmbed_block_complete(vmbed_block *disk,

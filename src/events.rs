@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -443,21 +444,29 @@ impl DeviceReporter {
 #[derive(Clone)]
 pub(crate) struct StopLine {
     vm: VmId,
+    pulled: Arc<AtomicBool>,
     pull: Arc<dyn Fn(StopCause) + Send + Sync>,
 }
 
 impl StopLine {
     /// That of no VM: for tests and drivers.
     pub fn new(pull: impl Fn(StopCause) + Send + Sync + 'static) -> Self {
-        Self::of(VmId(0), pull)
+        Self::of(VmId(0), Arc::default(), pull)
     }
 
-    pub fn of(vm: VmId, pull: impl Fn(StopCause) + Send + Sync + 'static) -> Self {
-        Self { vm, pull: Arc::new(pull) }
+    /// One of several of a VM: they share `pulled`.
+    pub fn of(vm: VmId, pulled: Arc<AtomicBool>, pull: impl Fn(StopCause) + Send + Sync + 'static) -> Self {
+        Self { vm, pulled, pull: Arc::new(pull) }
     }
 
     pub fn pull(&self, cause: StopCause) {
+        self.pulled.store(true, Ordering::Release);
         (self.pull)(cause);
+    }
+
+    /// Whether the VM is coming to its end: who waits for something need not wait for long any more.
+    pub fn is_pulled(&self) -> bool {
+        self.pulled.load(Ordering::Acquire)
     }
 
     /// Whose end it asks for.

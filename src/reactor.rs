@@ -286,6 +286,14 @@ pub(crate) enum Place {
 }
 
 impl Place {
+    /// Whether its VM is coming to its end. Where there is none, nobody could say so: always.
+    pub fn is_ending(&self) -> bool {
+        match self {
+            Self::Loop(_, stop) => stop.is_pulled(),
+            Self::Caller => true,
+        }
+    }
+
     /// Hands `worker` to its place.
     pub fn attach<W: Worker>(&self, worker: W, device: &str) -> Result<Attached<W>> {
         match self {

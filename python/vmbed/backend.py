@@ -86,9 +86,9 @@ class BlockBackend:
     Override :meth:`submit`. It is called on a device thread of the VM's, one call at a time, and must not wait for that
     VM; while it has not returned, neither has what waits for the VM. An OSError that it raises fails the request with its
     errno, anything else with EIO, and is kept in :attr:`Vm.exceptions`. There are at most 256 requests at a time and no
-    order among them: a flush is about the writes that had been completed before it came. A request that is never
-    completed makes :meth:`Vm.pause` raise TimedOut after 10 s; a reset by the guest's driver and the end of the VM give
-    up on it after 5 s.
+    order among them: a flush is about the writes that had been completed before it came. Until a request is completed
+    the guest waits, also when its driver resets the device; :meth:`Vm.pause` raises TimedOut after 10 s, and the end of
+    the VM gives up on it after 5 s.
     """
 
     size: int = 0

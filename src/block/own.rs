@@ -18,9 +18,9 @@ use crate::units::Sectors;
 /// A disk of your own, attached with [`VmBuilder::disk_backend`](crate::VmBuilder::disk_backend).
 ///
 /// A request is complete when you say so, with [`BlockRequest::complete`]: within [`submit`](Self::submit), or later,
-/// in any order, on any thread. Until then the guest waits, and so does whoever pauses the VM or resets the
-/// device: [`pause`](crate::Vm::pause) answers `TimedOut` after 10 s, and the VM goes on; a reset of the device by its
-/// driver, and the end of the VM, give up on what is not complete after 5 s.
+/// in any order, on any thread. Until then its memory is yours, and the guest waits: also when its driver resets the
+/// device. [`pause`](crate::Vm::pause) waits, too, but answers `TimedOut` after 10 s, and the VM goes on; the end of the
+/// VM gives up on what is not complete after 5 s.
 ///
 /// ```
 /// use vmbed::{BlockBackend, BlockOp, BlockRequest};

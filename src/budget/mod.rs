@@ -51,7 +51,7 @@ pub(crate) struct Claim {
 
 impl Claim {
     /// max(G, P).
-    fn guaranteed(&self) -> u64 {
+    pub fn guaranteed(&self) -> u64 {
         self.guarantee.max(self.pinned).get()
     }
 
@@ -208,6 +208,11 @@ impl Ledger {
             vcpus: short(totals.vcpus),
             dedicated: short(totals.dedicated),
         }
+    }
+
+    /// Whether guarantees are claimed for VMs that are still being made.
+    pub fn is_pending(&self) -> bool {
+        lock(&self.0).totals.pending > 0
     }
 
     /// The cores that are set aside for dedicated vCPUs.

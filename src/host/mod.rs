@@ -9,7 +9,7 @@ use std::time::Duration;
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Cap, Kvm};
 
-use crate::budget::{Ledger, Verdict};
+use crate::budget::{Headroom, Ledger, Verdict};
 use crate::config::VmConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Roll;
@@ -83,7 +83,10 @@ impl Host {
         let reaction = Arc::new(Mutex::new(config.reaction_time));
         let headroom = {
             let (samples, reaction) = (samples.clone(), reaction.clone());
-            Box::new(move || samples.headroom(*lock(&reaction)))
+            Box::new(move |matters| {
+                let reaction = *lock(&reaction);
+                if matters || !reaction.is_zero() { samples.headroom(reaction) } else { Headroom::default() }
+            })
         };
         let (cpu, nested_paging) = (host_cpu(&kvm)?, probe::nested_paging());
         let parts = Arc::new(HostParts { cpu, ledger, kvm, roll, nested_paging, headroom });
@@ -106,7 +109,7 @@ impl Host {
     /// What the ledger would answer to a VM of this configuration, with nothing built or booked. Never blocks for
     /// long.
     pub fn verdict(&self, config: &VmConfig) -> Verdict {
-        self.parts.ledger.judge(&self.parts.claim_of(config), (self.parts.headroom)())
+        self.parts.ledger.judge(&self.parts.claim_of(config), (self.parts.headroom)(true))
     }
 
     /// Changes what there is to give while VMs run: all of `config` but the path of the KVM. Less than is

@@ -79,7 +79,7 @@ impl Machine {
             let why = format!("a guarantee of {guarantee}: at most the VM's memory, {}", Bytes(most));
             return Err(Error::new(ErrorKind::InvalidArgument, why));
         }
-        self.reservation.change(generation, (self.host.headroom)(), |claim| claim.guarantee = guarantee)
+        self.reservation.change(generation, (self.host.headroom)(true), |claim| claim.guarantee = guarantee)
     }
 
     pub(super) fn vcpu_accounts(&self, index: u32) -> Result<VcpuStatistics> {

@@ -10,6 +10,7 @@
 //! line first names the cause and opens the gate outwards; the last vCPU to leave tidies up.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -60,12 +61,14 @@ pub enum VcpuReturn {
 pub(super) struct End {
     pub cause: OnceLock<StopCause>,
     pub gate: Gate,
+    /// What every line of the VM shares: it has come to its end.
+    pub near: Arc<AtomicBool>,
 }
 
 impl End {
     pub fn line(self: &Arc<Self>, id: VmId) -> StopLine {
         let end = self.clone();
-        StopLine::of(id, move |cause| {
+        StopLine::of(id, self.near.clone(), move |cause| {
             log::debug!("stop requested: {cause}");
             let _ = end.cause.set(cause);
             end.gate.set(Target::End);
@@ -170,6 +173,7 @@ impl Machine {
 
     /// Everything that the end of the guest brings with it; when no vCPU runs any more.
     fn finish(&self) {
+        self.end.near.store(true, Ordering::Release);
         let tidy = catch_unwind(AssertUnwindSafe(|| self.board.stop()));
         if tidy.is_err() {
             log::error!("{}: a device panicked while it was being stopped", self.id);

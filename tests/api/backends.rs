@@ -166,6 +166,8 @@ pub fn a_disk_that_does_not_answer() {
         (Op::BeginRead, 200, 1, 0),
         (Op::Tell, 0, 0, 1),
         (Op::Finish, 0, 0, 0),
+        (Op::BeginRead, 202, 1, 0),
+        (Op::Reset, 0, 0, 0),
         (Op::BeginRead, 201, 1, 0),
         (Op::Tell, 0, 0, 2),
         (Op::Finish, 0, 0, 0),
@@ -177,6 +179,8 @@ pub fn a_disk_that_does_not_answer() {
     assert_eq!((error.kind(), error.to_string().contains("disk0")), (ErrorKind::TimedOut, true), "{error}");
     let kept = || ram.kept.lock().unwrap().pop().unwrap();
     assert!(ram.perform(kept()), "the VM has gone on, and waits for its answer");
+    wait_until("a request behind which the device is reset", || ram.kept.lock().unwrap().len() == 1);
+    assert!(ram.perform(kept()), "the reset waits for it");
     guest.wait_for(2);
     wait_until("another request", || ram.kept.lock().unwrap().len() == 1);
     // The end does not wait for it for ever, and who answers it after that is told so.

@@ -135,7 +135,7 @@ impl VirtioDevice for Blk {
         match std::mem::replace(&mut self.state, State::Lost) {
             State::Active(worker) => match worker.detach() {
                 Ok(worker) => {
-                    let (queue, backend) = worker.finish();
+                    let (queue, backend) = worker.finish(|| self.place.is_ending());
                     self.state = State::Idle(backend);
                     vec![Some(queue)]
                 }

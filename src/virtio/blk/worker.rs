@@ -28,8 +28,11 @@ const NOTIFY_EVERY: u32 = 8;
 /// 256 of them may wait.
 const SHARE: u64 = 2 << 20;
 
-/// How long a device that is reset or ends waits for requests that a backend of the embedder's has not answered.
+/// How long a device that comes to its end waits for requests that a backend of the embedder's has not answered.
 const PATIENCE: Duration = Duration::from_millis(if cfg!(test) { 200 } else { 5_000 });
+
+/// How often who waits looks whether it still has to.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// One queue and what serves it.
 pub(super) struct Worker {
@@ -143,28 +146,40 @@ impl Worker {
     /// the queue is served as before.
     pub fn drain(&mut self, deadline: Instant) -> bool {
         self.draining = true;
+        if self.settle(deadline) {
+            return true;
+        }
+        self.draining = false;
+        self.queue.rearm();
+        false
+    }
+
+    /// Waits for every request in flight and gives everything back. They may still write to the guest's memory, so
+    /// only the end of the VM makes it give up on any.
+    pub fn finish(mut self, ending: impl Fn() -> bool) -> (Queue, Box<dyn Backend>) {
+        let mut last = None;
+        while !self.settle(Instant::now() + LOOK) {
+            if ending() && Instant::now() >= *last.get_or_insert_with(|| Instant::now() + PATIENCE) {
+                self.disk.abandon();
+            }
+        }
+        (self.queue, self.disk.backend)
+    }
+
+    /// Waits until nothing is in flight, at most until the deadline; whether it is so.
+    fn settle(&mut self, deadline: Instant) -> bool {
         while self.disk.in_flight > 0 {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                self.draining = false;
-                self.queue.rearm();
                 return false;
             }
             self.disk.backend.kick();
             if let Some(fd) = self.disk.backend.completion_fd() {
-                wait_readable(fd, left.min(Duration::from_millis(100)));
+                wait_readable(fd, left.min(LOOK));
             }
             self.collect();
         }
         true
-    }
-
-    /// Waits for every request in flight, as long as may be, and gives everything back.
-    pub fn finish(mut self) -> (Queue, Box<dyn Backend>) {
-        if !self.drain(Instant::now() + PATIENCE) {
-            self.disk.abandon();
-        }
-        (self.queue, self.disk.backend)
     }
 }
 

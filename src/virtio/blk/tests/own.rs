@@ -140,23 +140,41 @@ fn draining_ends_with_the_last_answer_or_not_at_all() {
 }
 
 #[test]
-fn what_is_never_answered_is_given_up_when_the_driver_resets() {
-    let (mut b, held) = on_a_loop();
-    b.header(0, 0);
-    b.driver.send(&[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)]);
-    b.driver.ring_doorbell();
+fn a_reset_waits_for_an_answer_as_long_as_the_vm_lives() {
+    let event_loop = EventLoop::start("test", |f| Ok(std::thread::spawn(f))).unwrap();
+    let stop = StopLine::new(|_| ());
+    let (mut b, held) = bench_of(Place::Loop(event_loop, stop.clone()));
+    let send = |b: &mut Bench| {
+        b.header(0, 0);
+        b.driver.send(&[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)]);
+        b.driver.ring_doorbell();
+    };
+    send(&mut b);
     wait_for(&held, 1);
+    let begun = Instant::now();
+    let own = held.clone();
+    let later = std::thread::spawn(move || {
+        std::thread::sleep(2 * Duration::from_millis(200));
+        assert!(own.end(0), "longer than the end would wait");
+    });
+    b.blk.deactivate();
+    assert!(begun.elapsed() >= 2 * Duration::from_millis(200));
+    later.join().unwrap();
+    b.driver.reset();
+    b.blk.activate(activation(FLUSH, &[&b.driver], &b.signals)).unwrap();
+    send(&mut b);
+    wait_for(&held, 1);
+    stop.pull(crate::events::StopCause::HostStop);
     b.blk.deactivate();
     let event = b.events.next_event().unwrap().kind;
     assert!(matches!(&event, EventKind::BackendError { errno: libc::ETIMEDOUT, .. }), "{event:?}");
     assert!(!held.end(0), "it comes too late");
+    // The tag is the next request's by now.
     b.driver.reset();
     b.blk.activate(activation(FLUSH, &[&b.driver], &b.signals)).unwrap();
-    b.header(0, 0);
-    b.driver.send(&[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)]);
-    b.driver.ring_doorbell();
+    send(&mut b);
     wait_for(&held, 1);
-    assert!(held.end(0), "the next one is answered as ever");
+    assert!(held.end(0));
     assert_eq!(b.driver.wait_used().1, 513);
     b.blk.deactivate();
 }
