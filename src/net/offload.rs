@@ -312,7 +312,7 @@ mod tests {
 
     #[test]
     fn sums_are_those_of_the_plain_way() {
-        let bytes: Vec<u8> = (0..1000u32).map(|i| (i * i >> 3) as u8).collect();
+        let bytes: Vec<u8> = (0..1000u32).map(|i| ((i * i) >> 3) as u8).collect();
         for len in [0, 1, 2, 3, 4, 5, 7, 64, 999, 1000] {
             assert_eq!(u16::from_be_bytes(checksum(&bytes[..len], 0)), slowly(&bytes[..len]), "{len}");
         }

@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Where the guest is put, and begins.
 pub const ENTRY: u64 = 0x1_0000;
@@ -51,7 +52,9 @@ pub fn outcome(results: &[u8], index: usize) -> Outcome {
 /// Compiles virtio.c into `directory`; the path of what goes to [`ENTRY`] in long mode.
 pub fn virtio(directory: &Path) -> PathBuf {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guests/virtio.c");
-    let out = directory.join(format!("virtio-guest-{}", std::process::id()));
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let name = format!("virtio-guest-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    let out = directory.join(name);
     let mut cc = Command::new("cc");
     cc.args(["-std=c11", "-Wall", "-Wextra", "-Werror", "-O1", "-ffreestanding", "-fno-pic", "-no-pie"]);
     cc.args(["-mno-red-zone", "-mgeneral-regs-only", "-fno-stack-protector", "-fcf-protection=none"]);

@@ -223,14 +223,17 @@ static void finish(struct result *results)
     }
 }
 
-/* A frame for the device, or room for one, behind a header of 12 bytes. */
+/*
+ * A frame for the device, or room for one, behind a header of 12 bytes. A frame is all of one byte, but its destination
+ * where `sector` names another one.
+ */
 static void transfer(const struct step *step, struct result *result)
 {
     int receives = step->op == RECEIVE;
     struct queue *queue = &the_card()->queues[receives ? 0 : 1];
     volatile u8 *frame = (volatile u8 *)(DATA + (receives ? 0x80000UL : 0x90000UL));
     for (u32 i = 0; i < 2048; i++)
-        frame[i] = i < 12 ? 0 : (u8)step->fill;
+        frame[i] = i < 12 ? 0 : (u8)(i < 18 && step->sector ? step->sector : step->fill);
     put(queue, 0, (u64)frame, receives ? 2048 : 12 + step->sectors, receives ? 2 : 0);
     offer(queue, 0);
     done(queue, &result->length);

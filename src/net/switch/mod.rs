@@ -116,7 +116,7 @@ pub(super) struct Shared {
 /// Time since the switch was made.
 enum Clock {
     Real(Instant),
-    #[cfg(any(test, feature = "internals"))]
+    #[cfg(test)]
     Manual(AtomicU64),
 }
 
@@ -124,7 +124,7 @@ impl Clock {
     fn now(&self) -> Duration {
         match self {
             Self::Real(start) => start.elapsed(),
-            #[cfg(any(test, feature = "internals"))]
+            #[cfg(test)]
             Self::Manual(milliseconds) => Duration::from_millis(milliseconds.load(Ordering::Relaxed)),
         }
     }
@@ -165,12 +165,12 @@ impl Switch {
     ///
     /// # Errors
     /// As for `new`.
-    #[cfg(any(test, feature = "internals"))]
+    #[cfg(test)]
     pub(crate) fn with_manual_clock(options: &SwitchOptions) -> Result<Self> {
         Self::with_clock(options, Clock::Manual(AtomicU64::new(0)))
     }
 
-    #[cfg(any(test, feature = "internals"))]
+    #[cfg(test)]
     pub(crate) fn advance(&self, time: Duration) {
         if let Clock::Manual(milliseconds) = &self.owner.shared.clock {
             milliseconds.fetch_add(time.as_millis() as u64, Ordering::Relaxed);

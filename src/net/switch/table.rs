@@ -399,14 +399,14 @@ mod tests {
                 let table = &table;
                 scope.spawn(move || {
                     for round in 0..2000u32 {
-                        let own = mac(u32::from(port) << 16 | round % 200);
+                        let own = mac((u32::from(port) << 16) | (round % 200));
                         learn(table, (1, own), port, 300, ms(u64::from(round)));
                         if let Some(found) = table.find(1, own, ms(u64::from(round))) {
                             assert_eq!(found, port, "nobody else uses it");
                         }
                         learn(
                             table,
-                            (1, mac(0xffff_0000 | round % 50)),
+                            (1, mac(0xffff_0000 | (round % 50))),
                             port,
                             300,
                             ms(2000 * u64::from(round)),
