@@ -1,3 +1,6 @@
+#![forbid(unsafe_code)]
+//! A balloon and a driver that knows its queues.
+
 use std::time::Instant;
 
 use vm_memory::{Bytes as _, GuestAddress};
