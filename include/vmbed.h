@@ -1273,6 +1273,8 @@ typedef struct {
     uint64_t pinned;
     /** What KVM has mapped for the guest; 0 where its statistics say nothing. */
     uint64_t stage2;
+    /** What the guest says that it has given up to its balloon: advisory, no promise depends on it. */
+    uint64_t loaned;
 } vmbed_memory;
 
 /** What a vCPU got of the host. */
@@ -1369,6 +1371,145 @@ int32_t vmbed_vm_get_vcpu_statistics(const vmbed_vm *vm,
                                      vmbed_vcpu_statistics *statistics,
                                      vmbed_error **error);
 
+/* How guests give memory back ------------------------------------------------------------------------------ */
+
+/** A virtio-balloon. All zeroes but the size are the defaults. */
+typedef struct {
+    /** sizeof(struct vmbed_balloon) */
+    size_t size;
+    /** Where on the PCI bus, `00:05.0`. NULL: the first free place. */
+    const char *pci;
+    /** Other than 0: the guest may not take memory out of the balloon before it kills a process for want of memory. */
+    uint32_t keep_on_oom;
+    /** Other than 0: the guest does not give large pieces of free memory back as it goes along. */
+    uint32_t no_reporting;
+    /**
+     * Other than 0: vmbed_vm_discard_free_pages() works. A Linux guest that runs out of memory at that moment may use a
+     * page while it is being given back, and lose what it has written there.
+     */
+    uint32_t hinting;
+    /** Zero. */
+    uint32_t reserved;
+} vmbed_balloon;
+
+/**
+ * What a balloon has moved since the VM was built, in bytes. "Claimed" is what the guest named, "measured" by how much
+ * what backs its memory has shrunk for it, as the host counts it: less where the guest had never touched it.
+ */
+typedef struct {
+    /** sizeof(struct vmbed_balloon_statistics) */
+    size_t size;
+    /** How much memory the guest was asked to give up. */
+    uint64_t target;
+    /** How much it says that it has given up. It may lie, and may touch that memory again. */
+    uint64_t actual;
+    /** What it put into the balloon, in all. */
+    uint64_t inflated_claimed;
+    /** The same, measured. */
+    uint64_t inflated_measured;
+    /** What it took out again, in all, by its own account. */
+    uint64_t deflated;
+    /** What its free page reporting gave back, in all. */
+    uint64_t reported_claimed;
+    /** The same, measured. */
+    uint64_t reported_measured;
+    /** What vmbed_vm_discard_free_pages() gave back, in all. */
+    uint64_t hinted_claimed;
+    /** The same, measured. */
+    uint64_t hinted_measured;
+    /** Pages and ranges that it named and that are not its memory, or not in whole pages. They were ignored. */
+    uint64_t ignored;
+} vmbed_balloon_statistics;
+
+/**
+ * A guest's own account of its memory (virtio 1.2, section 5.5.6.3), in bytes or in how often something happened.
+ * UINT64_MAX where its driver does not say.
+ */
+typedef struct {
+    /** sizeof(struct vmbed_guest_memory) */
+    size_t size;
+    /** When it came, in nanoseconds since 1970-01-01 UTC. */
+    uint64_t time;
+    /** What is swapped in, in all. */
+    uint64_t swapped_in;
+    /** What is swapped out, in all. */
+    uint64_t swapped_out;
+    /** Page faults that had to read a disk, in all. */
+    uint64_t major_faults;
+    /** Other page faults, in all. */
+    uint64_t minor_faults;
+    /** What is of no use for anything now. */
+    uint64_t free;
+    /** What it has altogether; Linux leaves out what its balloon holds, unless it may deflate it. */
+    uint64_t total;
+    /** What new programs could have without swapping. */
+    uint64_t available;
+    /** What can be had back quickly: file caches. */
+    uint64_t caches;
+    /** Huge pages that were allocated, in all. */
+    uint64_t huge_allocations;
+    /** Huge pages that could not be, in all. */
+    uint64_t huge_failures;
+    /** Processes that were killed for want of memory, in all. */
+    uint64_t oom_kills;
+    /** How often somebody had to wait for memory, in all. */
+    uint64_t stalls;
+} vmbed_guest_memory;
+
+/**
+ * Gives the VM a balloon, `balloon0`, through which its guest gives memory back. What `balloon` points to is copied. There
+ * is none by default; the last call counts.
+ */
+int32_t vmbed_config_set_balloon(vmbed_config *config,
+                                 const vmbed_balloon *balloon,
+                                 vmbed_error **error);
+
+/**
+ * Asks the guest to give up `target` bytes of its memory in all, in whole pages of 4 KiB; less than before gives it some
+ * back. Returns at once: the guest does it in its own time, as far as it can, and VMBED_EVENT_BALLOON tells when it has. A
+ * guest without a driver does nothing. Neither entitlement nor guarantee changes.
+ *
+ * VMBED_ERR_INVALID_ARGUMENT for more than the VM's memory; VMBED_ERR_UNSUPPORTED where the VM has no balloon.
+ */
+int32_t vmbed_vm_set_balloon(vmbed_vm *vm,
+                             uint64_t target,
+                             vmbed_error **error);
+
+/**
+ * Fills `statistics`, whose size is set. In every state; reads counters only. VMBED_ERR_UNSUPPORTED where the VM has no
+ * balloon.
+ */
+int32_t vmbed_vm_get_balloon_statistics(const vmbed_vm *vm,
+                                        vmbed_balloon_statistics *statistics,
+                                        vmbed_error **error);
+
+/**
+ * Asks the guest for an account of its memory, waits at most `timeout` milliseconds for it (negative: for ever), and fills
+ * `memory`, whose size is set. With a timeout of 0 it does not wait, and answers the last one that came; the next one is
+ * on its way then.
+ *
+ * VMBED_ERR_TIMED_OUT where the guest has not answered by then, or never yet. VMBED_ERR_UNSUPPORTED where the VM has no
+ * balloon or the guest no driver for it. VMBED_ERR_INVALID_STATE when called from the VM's own callback.
+ */
+int32_t vmbed_vm_get_guest_memory(const vmbed_vm *vm,
+                                  int64_t timeout,
+                                  vmbed_guest_memory *memory,
+                                  vmbed_error **error);
+
+/**
+ * Asks the guest for all pages that are free now and gives them back to the host; the guest has them again when it touches
+ * them. Waits until that is done, at most `timeout` milliseconds (negative: for ever), and sets `discarded` to how many
+ * bytes the host has got. See `hinting` of vmbed_balloon for what it may cost.
+ *
+ * VMBED_ERR_TIMED_OUT: what was given back by then stays so. VMBED_ERR_BUSY while another thread asks.
+ * VMBED_ERR_UNSUPPORTED where the configuration does not allow it or the guest has no driver for it.
+ * VMBED_ERR_INVALID_STATE when called from the VM's own callback.
+ */
+int32_t vmbed_vm_discard_free_pages(vmbed_vm *vm,
+                                    int64_t timeout,
+                                    uint64_t *discarded,
+                                    vmbed_error **error);
+
 /* What happened -------------------------------------------------------------------------------------------- */
 
 /** The vCPUs run for the first time. */
@@ -1397,6 +1538,12 @@ int32_t vmbed_vm_get_vcpu_statistics(const vmbed_vm *vm,
  * while it is, further writes are counted in it, and it tells of the last.
  */
 #define VMBED_EVENT_DOORBELL 8
+
+/**
+ * The guest has given up as much memory as vmbed_vm_set_balloon() asked for, or it takes memory back that it was not
+ * told it might have; vmbed_event_value() says how much it has given up. At most one is unread: the latest.
+ */
+#define VMBED_EVENT_BALLOON 9
 
 /** The VM has not ended. */
 #define VMBED_CAUSE_NONE 0
@@ -1481,7 +1628,10 @@ int32_t vmbed_event_errno(const vmbed_event *event);
  */
 uint64_t vmbed_event_offset(const vmbed_event *event);
 
-/** What the guest wrote last to the doorbell of VMBED_EVENT_DOORBELL, little-endian; else 0. */
+/**
+ * What the guest wrote last to the doorbell of VMBED_EVENT_DOORBELL, little-endian; how many bytes of memory the guest of
+ * VMBED_EVENT_BALLOON says that it has given up; else 0.
+ */
 uint64_t vmbed_event_value(const vmbed_event *event);
 
 /**

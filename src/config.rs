@@ -58,6 +58,9 @@ pub struct VmConfig {
     /// virtio-net cards, in the order of their ids `net0`, `net1`, …
     #[cfg_attr(feature = "serde", serde(default))]
     pub nets: Vec<NetConfig>,
+    /// A virtio-balloon, `balloon0`, through which the guest gives memory back. Default: none.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub balloon: Option<BalloonConfig>,
     /// A virtio-rng, `rng0`, fed from the host's `getrandom`. On by default for a PC.
     #[cfg_attr(feature = "serde", serde(default = "yes"))]
     pub rng: bool,
@@ -95,6 +98,7 @@ impl VmConfig {
             console: ConsoleKind::default(),
             disks: Vec::new(),
             nets: Vec::new(),
+            balloon: None,
             rng: true,
         }
     }
@@ -122,6 +126,34 @@ pub struct PromiseConfig {
     /// the host's memory and swap could not hold all that its guests may touch. Default `None`: it may not.
     #[cfg_attr(feature = "serde", serde(default))]
     pub victim: Option<u8>,
+}
+
+/// A virtio-balloon: how a guest gives memory back. It has its own account of the guest's memory
+/// ([`Vm::guest_memory`](crate::Vm::guest_memory)) in any case.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields, default)
+)]
+#[non_exhaustive]
+pub struct BalloonConfig {
+    /// The guest may take memory out of the balloon before it kills a process for want of memory. Default `true`.
+    pub deflate_on_oom: bool,
+    /// The guest gives large pieces of free memory back as it goes along, a few seconds after they became free, and
+    /// has them again when it touches them. Default `true`.
+    pub reporting: bool,
+    /// [`Vm::discard_free_pages`](crate::Vm::discard_free_pages) works. Default `false`: a Linux guest that runs out of
+    /// memory at that moment may use a page while it is being given back, and lose what it has written there.
+    pub hinting: bool,
+    /// Where on the PCI bus; the first free place when absent.
+    pub pci: Option<PciAddress>,
+}
+
+impl Default for BalloonConfig {
+    fn default() -> Self {
+        Self { deflate_on_oom: true, reporting: true, hinting: false, pci: None }
+    }
 }
 
 /// What is soldered on the board.

@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::error::{Error, Result};
 use crate::sys::{fork, lock};
+use crate::units::Bytes;
 
 /// Something that happened to a VM.
 #[derive(Clone, Debug, PartialEq)]
@@ -77,6 +78,14 @@ pub enum EventKind {
         offset: u64,
         /// What the guest wrote, little-endian.
         value: u64,
+    },
+    /// The guest has given up as much memory as it was asked for, or it takes memory back that it was not told it
+    /// might have. At most one is unread: the latest.
+    Balloon {
+        /// How much it was asked to give up.
+        target: Bytes,
+        /// How much it says that it has given up.
+        actual: Bytes,
     },
     /// This many events were dropped because nobody read the stream.
     Lost {
@@ -324,6 +333,7 @@ impl EventKind {
                 one == other
             }
             (Self::Doorbell { device: one, .. }, Self::Doorbell { device: other, .. }) => one == other,
+            (Self::Balloon { .. }, Self::Balloon { .. }) => true,
             _ => false,
         }
     }
@@ -402,6 +412,10 @@ const ERROR_INTERVAL: Duration = Duration::from_secs(1);
 const RESETS_AT_ONCE: u32 = 64;
 
 impl DeviceReporter {
+    pub fn report(&self, kind: EventKind) {
+        self.reporter.report(kind);
+    }
+
     pub fn needs_reset(&mut self, why: impl fmt::Display) {
         let (now, resets) = (Instant::now(), &mut self.resets);
         if resets.since.is_none_or(|since| now.duration_since(since) >= ERROR_INTERVAL) {

@@ -16,7 +16,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::block::RawDisk;
 use crate::bus::Bus;
-use crate::config::{MacAddress, PciAddress};
+use crate::config::{BalloonConfig, MacAddress, PciAddress};
 use crate::console::Console;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, Reporter, StopLine, VmId};
@@ -29,6 +29,7 @@ use crate::pci::{ConfigPorts, Ecam, Function, Root, Window};
 use crate::reactor::Place;
 use crate::sys::lock;
 use crate::virtio::Signals;
+use crate::virtio::balloon::{self, BalloonStatistics};
 use crate::virtio::blk::Blk;
 use crate::virtio::console::ConsolePort;
 use crate::virtio::net::Net;
@@ -71,6 +72,20 @@ pub enum Part {
     /// A console port; [`Board::output`] and [`Board::input`] are its other end, and without it the
     /// serial port's.
     Console,
+    /// A balloon with everything; [`Board::balloon`] says what it has moved. One for each board.
+    Balloon,
+}
+
+impl Part {
+    fn id(&self) -> &'static str {
+        match self {
+            Self::Disk { .. } => "disk",
+            Self::Net => "net",
+            Self::Rng => "rng",
+            Self::Console => "console",
+            Self::Balloon => "balloon",
+        }
+    }
 }
 
 /// Guest memory and a PC's devices: PCI functions from 00:01.0 on, and those at fixed ports.
@@ -86,6 +101,7 @@ pub struct Board {
     /// The console is behind a virtio device, not behind the serial port.
     port: bool,
     network: Option<Arc<UnixDatagram>>,
+    balloon: Option<Arc<balloon::Control>>,
     stops: Arc<Mutex<Vec<String>>>,
 }
 
@@ -110,14 +126,15 @@ impl Board {
             console: Console::new(),
             port: false,
             network: None,
+            balloon: None,
             stops: Arc::default(),
         };
         let mut functions: Vec<(_, Arc<dyn Function>)> = Vec::new();
         for (part, device) in parts.into_iter().zip(1u8..) {
-            let (id, made) = board.make(part)?;
-            let (handle, served) = Handle::new(id, made);
-            let start = WINDOW.start + u64::from(device) * BAR;
+            let id = part.id();
             let signals = Signals::new(reporter.device(id));
+            let (handle, served) = Handle::new(id, board.make(part, &signals)?);
+            let start = WINDOW.start + u64::from(device) * BAR;
             let doorbells = Doorbells::Memory(board.bells.clone());
             let bar = start..start + BAR;
             let function =
@@ -131,23 +148,29 @@ impl Board {
         Ok(board)
     }
 
-    fn make(&mut self, part: Part) -> Result<(&'static str, Device)> {
+    fn make(&mut self, part: Part, signals: &Signals) -> Result<Device> {
+        let id = part.id();
         Ok(match part {
             Part::Disk { file, readonly } => {
-                let backend = Box::new(RawDisk::from_file("disk", file, readonly)?);
-                ("disk", Device::Blk(Blk::new("disk", "serial-1", backend, Place::Caller)))
+                let backend = Box::new(RawDisk::from_file(id, file, readonly)?);
+                Device::Blk(Blk::new(id, "serial-1", backend, Place::Caller))
             }
             Part::Net => {
                 let (pair, control) = Pair::open().map_err(|e| Error::os("making a socket pair", e))?;
                 self.network = Some(control.far);
                 let mac = MacAddress([2, 0, 0, 0, 0, 1]);
-                ("net", Device::Net(Net::new("net", mac, Box::new(pair), Place::Caller)))
+                Device::Net(Net::new(id, mac, Box::new(pair), Place::Caller))
             }
-            Part::Rng => ("rng", Device::Rng(Rng::new("rng", Place::Caller))),
+            Part::Rng => Device::Rng(Rng::new(id, Place::Caller)),
             Part::Console => {
                 self.port = true;
-                let port = ConsolePort::new("console", self.console.clone(), Place::Caller);
-                ("console", Device::Console(port))
+                Device::Console(ConsolePort::new(id, self.console.clone(), Place::Caller))
+            }
+            Part::Balloon => {
+                let control = Arc::new(balloon::Control::new(id, self.memory.size(), signals.clone())?);
+                self.balloon = Some(control.clone());
+                let config = BalloonConfig { hinting: true, ..BalloonConfig::default() };
+                Device::Balloon(balloon::Balloon::new(id, &config, control, Place::Caller))
             }
         })
     }
@@ -286,6 +309,23 @@ impl Board {
     /// The other end of the network card's cable: frames with 12 bytes of header in front.
     pub fn network(&self) -> Option<&UnixDatagram> {
         self.network.as_deref()
+    }
+
+    /// What the balloon has moved.
+    pub fn balloon(&self) -> Option<BalloonStatistics> {
+        self.balloon.as_ref().map(|control| control.statistics())
+    }
+
+    /// Asks the balloon's driver for `target` bytes, for an account of its memory, and for its free pages.
+    ///
+    /// # Errors
+    /// More than there is.
+    pub fn ask_balloon(&self, target: u64) -> Result<()> {
+        let Some(control) = &self.balloon else { return Ok(()) };
+        control.ask();
+        // Nobody waits: what is named until the device looks again is given back.
+        let _ = control.discard_free_pages(Instant::now());
+        control.set_target(crate::Bytes(target))
     }
 
     /// What the guest has said on its console, the last 64 KiB.

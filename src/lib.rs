@@ -83,16 +83,16 @@ pub use host::{ChargedBy, Finding, Host, HostConfig, Probe, Usage};
 
 // What a VM is to be: plain data.
 pub use config::{
-    BareBoot, Boot, ConsoleKind, CpuConfig, CpuMode, CpuidMask, CpuidRegister, DiskConfig, LinuxBoot,
-    MacAddress, NetConfig, PciAddress, Platform, PromiseConfig, Uuid, VmConfig,
+    BalloonConfig, BareBoot, Boot, ConsoleKind, CpuConfig, CpuMode, CpuidMask, CpuidRegister, DiskConfig,
+    LinuxBoot, MacAddress, NetConfig, PciAddress, Platform, PromiseConfig, Uuid, VmConfig,
 };
 pub use rate::RateLimit;
 pub use units::Bytes;
 
 // A VM in the making, and its life.
 pub use vm::{
-    DiskStatistics, NetStatistics, Registers, ThreadInfo, ThreadRole, VcpuReturn, VcpuStatistics, Vm,
-    VmBuilder, VmMemory, VmState,
+    BalloonStatistics, DiskStatistics, GivenBack, GuestMemory, NetStatistics, Registers, ThreadInfo,
+    ThreadRole, VcpuReturn, VcpuStatistics, Vm, VmBuilder, VmMemory, VmState,
 };
 
 // Networks inside of this process.

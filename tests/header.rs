@@ -8,7 +8,7 @@ fn root() -> &'static Path {
 }
 
 /// The sections in the order in which a reader wants them: a file of `src/capi` and its title.
-const SECTIONS: [(&str, &str); 12] = [
+const SECTIONS: [(&str, &str); 13] = [
     ("library", "The library"),
     ("error", "Errors"),
     ("device", "Devices of your own"),
@@ -20,6 +20,7 @@ const SECTIONS: [(&str, &str); 12] = [
     ("vm", "A VM's life"),
     ("drive", "Loops and threads of your own"),
     ("ledger", "What was promised, and what is there"),
+    ("balloon", "How guests give memory back"),
     ("events", "What happened"),
 ];
 

@@ -56,6 +56,7 @@ def wait_until(what: str, done: Callable[[], object]) -> None:
 
 #: The steps of tests/guests/virtio.c.
 END, READ, WRITE, FLUSH, BEGIN_READ, FINISH, SEND, RECEIVE, RESET, TELL, BEGIN_WRITE = range(11)
+INFLATE, DEFLATE, ACCOUNT, ASKED, TARGET = range(11, 16)
 Step = tuple[int, int, int, int]
 
 

@@ -20,16 +20,21 @@ from typing import Any
 import pytest
 import vmbed
 from guest import (
+    ACCOUNT,
+    ASKED,
     BEGIN_READ,
     BEGIN_WRITE,
+    DEFLATE,
     FINISH,
     FLUSH,
+    INFLATE,
     LONG,
     READ,
     RECEIVE,
     SEND,
     SPINS,
     TALKS,
+    TARGET,
     TELL,
     WRITE,
     WRITES,
@@ -570,6 +575,42 @@ def test_a_network_of_ones_own() -> None:
     del echo
     gc.collect()
     assert ended() is None, "the library has let go of it"
+
+
+def test_memory_given_back() -> None:
+    config, host = driver(), vmbed.Host()
+    with host.builder(config).build() as without:
+        with pytest.raises(vmbed.Unsupported, match="no balloon"):
+            without.set_balloon(0)
+        with pytest.raises(vmbed.Unsupported, match="no balloon"):
+            without.balloon_statistics()
+    config.balloon = vmbed.Balloon(pci="00:07.0")
+    steps = [
+        (ACCOUNT, 0, 4, 2),
+        (TELL, 0, 0, 1),
+        (ASKED, 0, 0, 0),
+        (ACCOUNT, 0, 4, 3),
+        (TARGET, 128, 0, 0),
+        (INFLATE, 768, 128, 9),
+        (DEFLATE, 768, 64, 0),
+    ]
+    said, size = Port(), 128 << 12
+    with start(host.builder(config), steps, said) as vm:
+        wait_until("the guest's word", lambda: said.written)
+        account = vm.guest_memory(LONG)
+        assert (account.free, account.total, account.caches) == (3 << 20, 4 << 20, None)
+        assert vm.guest_memory() == account, "the last one that came"
+        with pytest.raises(vmbed.InvalidArgument, match="balloon0"):
+            vm.set_balloon(5 << 20)
+        with pytest.raises(vmbed.Unsupported, match="hints"):
+            vm.discard_free_pages(LONG)
+        vm.set_balloon(size)
+        finish(vm, len(steps))
+        moved = vm.balloon_statistics()
+        assert (moved.target, moved.actual, vm.memory().loaned) == (size, size, size)
+        assert moved[2:] == (size, size, size // 2, 0, 0, 0, 0, 0)
+        told = [event.value for event in vm.events() if event.kind is vmbed.Kind.BALLOON]
+        assert told == [size]
 
 
 def test_disks_and_cards_by_descriptor() -> None:

@@ -20,7 +20,7 @@ import logging
 
 from ._lib import call, ffi, hold, let_go, lib, text
 from .backend import BlockBackend, BlockOp, BlockRequest, NetBackend
-from .config import BareConfig, Config, Console, CpuidMask, Disk, LinuxConfig, Mode, Net, Platform
+from .config import Balloon, BareConfig, Config, Console, CpuidMask, Disk, LinuxConfig, Mode, Net, Platform
 from .device import Device, log_line
 from .errors import (
     BadImage,
@@ -43,7 +43,7 @@ from .errors import (
 )
 from .events import Cause, Event, Events, Kind
 from .host import UNLIMITED, Builder, Dispatcher, Finding, Host, Probe, Shares, ThreadRole, Usage
-from .vm import DiskStatistics, Memory, NetStatistics, Registers, State, VcpuReturn, VcpuStatistics, Vm
+from .vm import BalloonStatistics, DiskStatistics, GuestMemory, Memory, NetStatistics, Registers, State, VcpuReturn, VcpuStatistics, Vm
 
 _VERSION = lib.vmbed_version()
 #: The library's version.
@@ -74,9 +74,9 @@ def log_to(logger: logging.Logger | None, level: int = logging.INFO) -> None:
 
 
 __all__ = [
-    "BadImage", "BareConfig", "BlockBackend", "BlockOp", "BlockRequest", "Builder", "Busy", "Cause", "Config",
+    "BadImage", "Balloon", "BalloonStatistics", "BareConfig", "BlockBackend", "BlockOp", "BlockRequest", "Builder", "Busy", "Cause", "Config",
     "Console", "Constraint", "CpuidMask", "Device", "Disk", "DiskStatistics", "Dispatcher", "Error", "Event",
-    "Events", "Exhausted", "Field", "Finding", "Host", "HostError", "Internal", "InvalidArgument",
+    "Events", "Exhausted", "Field", "Finding", "GuestMemory", "Host", "HostError", "Internal", "InvalidArgument",
     "InvalidState", "Kind", "LinuxConfig", "Memory", "Mode", "Net", "NetBackend", "NetStatistics", "NotFound",
     "PermissionDenied", "Platform", "Probe", "Refused", "Registers", "Shares", "Slack", "State", "ThreadRole",
     "TimedOut", "UNLIMITED", "Unsupported", "Usage", "VcpuReturn", "VcpuStatistics", "Verdict", "Vm",

@@ -62,6 +62,20 @@ class Net:
 
 
 @dataclass
+class Balloon:
+    """A virtio-balloon, through which a guest gives memory back."""
+
+    #: The guest may take memory out of it before it kills a process for want of memory.
+    deflate_on_oom: bool = True
+    #: The guest gives large pieces of free memory back as it goes along.
+    reporting: bool = True
+    #: :meth:`Vm.discard_free_pages` works. A Linux guest that runs out of memory at that moment may use a page while it
+    #: is being given back, and lose what it has written there.
+    hinting: bool = False
+    pci: str | None = None
+
+
+@dataclass
 class CpuidMask:
     """Bits of CPUID that the guest is not to see (`clear`), or is to see (`set`)."""
 
@@ -88,6 +102,8 @@ class _Common:
     rng: bool | None = None
     disks: list[Disk] = field(default_factory=list)
     nets: list[Net] = field(default_factory=list)
+    #: None: the guest has none.
+    balloon: Balloon | None = None
     cpuid_masks: list[CpuidMask] = field(default_factory=list)
     #: What of the memory the ledger never takes back, in bytes.
     guarantee: int = 0
@@ -130,6 +146,10 @@ class _Common:
         for net in self.nets:
             keep = [optional(net.tap), optional(net.mac), optional(net.pci)]
             call(lib.vmbed_config_add_net, config, structure("vmbed_net", tap=keep[0], mac=keep[1], pci=keep[2]))
+        if self.balloon is not None:
+            pci, given = optional(self.balloon.pci), self.balloon
+            flags = {"keep_on_oom": not given.deflate_on_oom, "no_reporting": not given.reporting, "hinting": given.hinting}
+            call(lib.vmbed_config_set_balloon, config, structure("vmbed_balloon", pci=pci, **flags))
         if self.guarantee or self.victim is not None:
             call(lib.vmbed_config_set_promise, config, self.guarantee, -1 if self.victim is None else self.victim)
         if self.dedicated:

@@ -24,6 +24,8 @@ class Kind(IntEnum):
     #: `count` events are missing, since nobody read the stream.
     LOST = 7
     DOORBELL = 8
+    #: The guest has given up as much as it was asked for, or takes some back; `value` is how much it has given up.
+    BALLOON = 9
 
 
 class Cause(IntEnum):
@@ -57,7 +59,7 @@ class Event:
     device: str | None
     errno: int
     offset: int
-    #: What the guest wrote to a doorbell.
+    #: What the guest wrote to a doorbell; bytes that it has given up to its balloon.
     value: int
     #: For people.
     text: str

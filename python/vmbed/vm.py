@@ -67,6 +67,8 @@ class Memory(NamedTuple):
     huge: int
     pinned: int
     stage2: int
+    #: What the guest says that it has given up to its balloon: no promise depends on it.
+    loaned: int
 
 
 class VcpuStatistics(NamedTuple):
@@ -101,10 +103,52 @@ class NetStatistics(NamedTuple):
     tx_dropped: int
 
 
+class BalloonStatistics(NamedTuple):
+    """What a balloon has moved since the VM was built, in bytes: as the guest claimed, and as the host measured."""
+
+    target: int
+    actual: int
+    inflated_claimed: int
+    inflated_measured: int
+    deflated: int
+    reported_claimed: int
+    reported_measured: int
+    hinted_claimed: int
+    hinted_measured: int
+    #: Pages and ranges that it named and that are not its memory.
+    ignored: int
+
+
+class GuestMemory(NamedTuple):
+    """A guest's own account of its memory, in bytes or in how often something happened; None where it does not say."""
+
+    #: When it came, in nanoseconds since 1970.
+    time: int
+    swapped_in: int | None
+    swapped_out: int | None
+    major_faults: int | None
+    minor_faults: int | None
+    free: int | None
+    total: int | None
+    available: int | None
+    caches: int | None
+    huge_allocations: int | None
+    huge_failures: int | None
+    oom_kills: int | None
+    stalls: int | None
+
+
+_balloon_statistics = filled("vmbed_balloon_statistics", BalloonStatistics, lib.vmbed_vm_get_balloon_statistics)
+_guest_memory = filled("vmbed_guest_memory", GuestMemory, lib.vmbed_vm_get_guest_memory)
 _disk_statistics = filled("vmbed_disk_statistics", DiskStatistics, lib.vmbed_vm_get_disk_statistics)
 _net_statistics = filled("vmbed_net_statistics", NetStatistics, lib.vmbed_vm_get_net_statistics)
 _memory = filled("vmbed_memory", Memory, lib.vmbed_vm_get_memory)
 _vcpu_statistics = filled("vmbed_vcpu_statistics", VcpuStatistics, lib.vmbed_vm_get_vcpu_statistics)
+
+
+def _milliseconds(timeout: float | None) -> int:
+    return -1 if timeout is None else max(0, round(timeout * 1000))
+
 
 #: Those that still are, to be ended before the interpreter is.
 _living: weakref.WeakSet[Vm] = weakref.WeakSet()
@@ -178,7 +222,7 @@ class Vm:
     def wait(self, timeout: float | None = None) -> Cause:
         """Waits until the guest has ended, at most `timeout` seconds: then TimedOut."""
         cause = ffi.new("int32_t *")
-        call(lib.vmbed_vm_wait, self._pointer, -1 if timeout is None else max(0, round(timeout * 1000)), cause)
+        call(lib.vmbed_vm_wait, self._pointer, _milliseconds(timeout), cause)
         return Cause(cause[0])
 
     def events(self) -> Events:
@@ -236,6 +280,26 @@ class Vm:
         """Changes what the ledger never takes back; InvalidState where `generation` is another one by now."""
         known = (1 << 64) - 1 if generation is None else generation
         call(lib.vmbed_vm_set_guarantee, self._pointer, guarantee, known)
+
+    def set_balloon(self, target: int) -> None:
+        """Asks the guest to give up that many bytes in all; it does it in its own time, and Kind.BALLOON tells when."""
+        call(lib.vmbed_vm_set_balloon, self._pointer, target)
+
+    def balloon_statistics(self) -> BalloonStatistics:
+        """What the balloon has moved so far. In every state."""
+        return _balloon_statistics(self._pointer)
+
+    def guest_memory(self, timeout: float | None = 0) -> GuestMemory:
+        """Asks the guest for an account of its memory and waits `timeout` seconds for it (None: for ever); with 0, the last
+        one that came. TimedOut where there is none."""
+        told = _guest_memory(self._pointer, _milliseconds(timeout))
+        return GuestMemory(told.time, *(None if n == (1 << 64) - 1 else n for n in told[1:]))
+
+    def discard_free_pages(self, timeout: float | None = None) -> int:
+        """Asks the guest for its free pages and gives them back to the host; how many bytes the host has got."""
+        got = ffi.new("uint64_t *")
+        call(lib.vmbed_vm_discard_free_pages, self._pointer, _milliseconds(timeout), got)
+        return int(got[0])
 
     def disk_statistics(self, index: int = 0) -> DiskStatistics:
         """What the disk has done so far. In every state."""

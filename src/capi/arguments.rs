@@ -124,6 +124,11 @@ fn size_of_struct<T: Sized_>(pointer: *const T) -> Result<usize> {
     Ok(size)
 }
 
+/// Whether one can be filled, before anything is done for it.
+pub(super) fn check_size<T: Sized_>(pointer: *const T) -> Result<()> {
+    size_of_struct(pointer).map(drop)
+}
+
 /// Reads one.
 pub(super) fn structure<T: Sized_>(pointer: *const T) -> Result<T> {
     let size = size_of_struct(pointer)?;

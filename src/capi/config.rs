@@ -366,7 +366,7 @@ pub unsafe extern "C" fn vmbed_config_add_disk(
     })
 }
 
-fn reserved(name: &str, value: u32) -> Result<()> {
+pub(super) fn reserved(name: &str, value: u32) -> Result<()> {
     if value == 0 { Ok(()) } else { Err(invalid(format!("{name}.reserved is {value}; it must be zero"))) }
 }
 

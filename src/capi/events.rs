@@ -27,6 +27,9 @@ pub const VMBED_EVENT_LOST: i32 = 7;
 /// The guest wrote to a doorbell, see vmbed_builder_add_pio_doorbell(). At most one event of each doorbell is unread:
 /// while it is, further writes are counted in it, and it tells of the last.
 pub const VMBED_EVENT_DOORBELL: i32 = 8;
+/// The guest has given up as much memory as vmbed_vm_set_balloon() asked for, or it takes memory back that it was not
+/// told it might have; vmbed_event_value() says how much it has given up. At most one is unread: the latest.
+pub const VMBED_EVENT_BALLOON: i32 = 9;
 
 /// The VM has not ended.
 pub const VMBED_CAUSE_NONE: i32 = 0;
@@ -101,6 +104,9 @@ impl Story {
             }
             EventKind::Doorbell { device, .. } => {
                 (VMBED_EVENT_DOORBELL, VMBED_CAUSE_NONE, Some(&**device), String::new())
+            }
+            EventKind::Balloon { .. } => {
+                (VMBED_EVENT_BALLOON, VMBED_CAUSE_NONE, Some("balloon0"), String::new())
             }
             EventKind::Lost { .. } => (VMBED_EVENT_LOST, VMBED_CAUSE_NONE, None, String::new()),
         };
@@ -227,11 +233,13 @@ pub unsafe extern "C" fn vmbed_event_offset(event: *const vmbed_event) -> u64 {
     })
 }
 
-/// What the guest wrote last to the doorbell of VMBED_EVENT_DOORBELL, little-endian; else 0.
+/// What the guest wrote last to the doorbell of VMBED_EVENT_DOORBELL, little-endian; how many bytes of memory the guest of
+/// VMBED_EVENT_BALLOON says that it has given up; else 0.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_event_value(event: *const vmbed_event) -> u64 {
     look(event, 0, |e| match e.event.kind {
         EventKind::Doorbell { value, .. } => value,
+        EventKind::Balloon { actual, .. } => actual.get(),
         _ => 0,
     })
 }

@@ -218,11 +218,13 @@ pub struct vmbed_memory {
     pub pinned: u64,
     /// What KVM has mapped for the guest; 0 where its statistics say nothing.
     pub stage2: u64,
+    /// What the guest says that it has given up to its balloon: advisory, no promise depends on it.
+    pub loaned: u64,
 }
 
 // SAFETY: it is repr(C) with its size first, and all zeroes is a value.
 unsafe impl Sized_ for vmbed_memory {
-    const FIRST: usize = size_of::<Self>();
+    const FIRST: usize = std::mem::offset_of!(Self, loaned);
     const NAME: &'static str = "vmbed_memory";
 }
 
@@ -249,6 +251,7 @@ pub unsafe extern "C" fn vmbed_vm_get_memory(
             huge: now.huge.get(),
             pinned: now.pinned.get(),
             stage2: now.stage2.get(),
+            loaned: now.loaned.get(),
         };
         fill(memory, &value)
     })

@@ -13,6 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::reactor::panic_text;
 
 mod arguments;
+mod balloon;
 mod block;
 mod config;
 mod device;

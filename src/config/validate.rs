@@ -201,7 +201,8 @@ impl Found {
     fn places(&mut self, config: &VmConfig) {
         let disks = config.disks.iter().enumerate().map(|(i, d)| (format!("disks[{i}]"), d.pci));
         let nets = config.nets.iter().enumerate().map(|(i, n)| (format!("nets[{i}]"), n.pci));
-        let devices: Vec<_> = disks.chain(nets).collect();
+        let balloon = config.balloon.as_ref().map(|b| ("balloon".to_owned(), b.pci));
+        let devices: Vec<_> = disks.chain(nets).chain(balloon).collect();
         let more = usize::from(config.rng) + usize::from(config.console == super::ConsoleKind::Virtio);
         let count = devices.len() + more;
         if config.platform == Platform::Bare {

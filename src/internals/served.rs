@@ -8,6 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::{Error, Result};
 use crate::sys::lock;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
 use crate::virtio::console::ConsolePort;
 use crate::virtio::net::Net;
@@ -20,6 +21,7 @@ pub(super) enum Device {
     Net(Net),
     Rng(Rng),
     Console(ConsolePort),
+    Balloon(Balloon),
 }
 
 impl Device {
@@ -29,6 +31,7 @@ impl Device {
             Self::Net(d) => d,
             Self::Rng(d) => d,
             Self::Console(d) => d,
+            Self::Balloon(d) => d,
         }
     }
 
@@ -38,6 +41,7 @@ impl Device {
             Self::Net(d) => d,
             Self::Rng(d) => d,
             Self::Console(d) => d,
+            Self::Balloon(d) => d,
         }
     }
 
@@ -47,6 +51,7 @@ impl Device {
             Self::Net(d) => d.process_queues(),
             Self::Rng(d) => d.process_queue(),
             Self::Console(d) => d.process_queues(),
+            Self::Balloon(d) => d.process_queues(),
         }
     }
 }
@@ -131,5 +136,9 @@ impl VirtioDevice for Served {
     fn deactivate(&mut self) -> Vec<Option<Queue>> {
         lock(&self.bells).clear();
         lock(&self.device).get_mut().deactivate()
+    }
+
+    fn reset(&mut self) {
+        lock(&self.device).get_mut().reset();
     }
 }

@@ -4,13 +4,16 @@
 //! Everyone reaches it through volatile accesses only (`vm_memory::Bytes`): it is never a Rust
 //! reference, since the guest writes to it at any moment.
 
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
 use vm_memory::mmap::MmapRegion;
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::memory::punch_hole;
+use crate::sys::residency as pages;
 
 pub(crate) use backing::HUGE;
 pub(crate) use residency::{Enrolled, Roll};
@@ -56,6 +59,30 @@ impl Memory {
                 backing::collapse(region, start - base..end - base);
             }
         }
+    }
+
+    /// Whether all of that is memory, of one region.
+    pub fn is_ram(&self, start: u64, len: u64) -> bool {
+        let region = self.find_region(GuestAddress(start));
+        region.is_some_and(|r| len <= r.len() - (start - r.start_addr().raw_value()))
+    }
+
+    /// Gives what backs `len` bytes at `start` back to the host, at any time: the guest reads zero there from now on.
+    /// Answers how many bytes the host has got, as it counts them; roughly, while others touch memory.
+    ///
+    /// # Errors
+    /// `InvalidInput` where it is not all memory of one region; what the host says.
+    pub fn discard(&self, start: u64, len: u64) -> io::Result<u64> {
+        let outside = || io::Error::from(io::ErrorKind::InvalidInput);
+        let region = self.find_region(GuestAddress(start)).ok_or_else(outside)?;
+        if !self.is_ram(start, len) {
+            return Err(outside());
+        }
+        let offset = start - region.start_addr().raw_value();
+        let file = region.file_offset().ok_or_else(outside)?;
+        let before = pages::occupied(file.file())?;
+        punch_hole(file.file(), file.start() + offset, len)?;
+        Ok(before.saturating_sub(pages::occupied(file.file())?).min(len))
     }
 
     /// What device code and loaders read and write through.
@@ -106,6 +133,21 @@ mod tests {
         let mine = smaps.lines().skip_while(|l| !l.starts_with(&start));
         let huge = mine.into_iter().find(|l| l.starts_with("ShmemPmdMapped:")).unwrap();
         assert!(huge.contains("4096 kB") || huge.contains("   0 kB"), "only whole pieces: {huge}");
+    }
+
+    #[test]
+    fn what_is_given_back_is_free_and_reads_zero() {
+        let memory = Memory::new(16 << 20).unwrap();
+        for page in 0..1024u64 {
+            memory.write_obj(7u8, GuestAddress(page << 12)).unwrap();
+        }
+        assert_eq!(memory.discard(1 << 20, 2 << 20).unwrap(), 2 << 20);
+        assert_eq!(memory.discard(1 << 20, 2 << 20).unwrap(), 0, "the second time there is nothing");
+        let at = |a| memory.read_obj::<u8>(GuestAddress(a)).unwrap();
+        assert_eq!([at((1 << 20) - 4096), at(1 << 20), at((3 << 20) - 4096), at(3 << 20)], [7, 0, 0, 7]);
+        for (start, len) in [(0, (16 << 20) + 1), (16 << 20, 4096), (4096, u64::MAX)] {
+            assert!(memory.discard(start, len).is_err(), "{start:#x} {len:#x}");
+        }
     }
 
     #[test]

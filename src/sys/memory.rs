@@ -57,6 +57,23 @@ pub(crate) fn advise(region: &MmapRegion, offset: usize, len: usize, advice: Adv
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Gives `len` bytes at `offset` of a file back to its file system: they read zero from now on. Its size stays.
+pub(crate) fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let wraps = |_| io::Error::from_raw_os_error(libc::EINVAL);
+    let (offset, len) = (offset.try_into().map_err(wraps)?, len.try_into().map_err(wraps)?);
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    loop {
+        // SAFETY: takes integers and touches no memory of ours.
+        if unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
 /// Address space with nothing in it. What is mapped inside goes with it when it is dropped.
 pub(crate) fn reserve(size: usize) -> io::Result<MmapRegion> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;

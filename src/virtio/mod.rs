@@ -12,11 +12,12 @@ use std::time::Instant;
 use virtio_bindings::bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
 
 use crate::error::Result;
-use crate::events::DeviceReporter;
+use crate::events::{DeviceReporter, EventKind};
 use crate::irq::Vector;
 use crate::memory::Memory;
 use crate::sys::lock;
 
+pub(crate) mod balloon;
 pub(crate) mod blk;
 mod chain;
 pub(crate) mod console;
@@ -74,6 +75,9 @@ pub(crate) trait VirtioDevice: Send {
     /// Stops serving: waits for the request in progress, and returns the queues in their places.
     /// Serves pause, reset and unplug. Of an inactive device: nothing, and no harm.
     fn deactivate(&mut self) -> Vec<Option<Queue>>;
+
+    /// Forgets what this driver has said, after `deactivate`: another one begins.
+    fn reset(&mut self) {}
 }
 
 /// What a device gets to work with.
@@ -152,7 +156,6 @@ impl Signals {
     }
 
     /// Tells the driver that the configuration space reads differently now.
-    #[cfg(test)]
     pub fn config_changed(&self) {
         self.0.generation.fetch_add(1, Ordering::SeqCst);
         self.interrupt();
@@ -166,6 +169,11 @@ impl Signals {
     /// The host failed a request: a rate-limited event.
     pub fn backend_error(&self, errno: i32, offset: u64) {
         lock(&self.0.reporter).backend_error(errno, offset);
+    }
+
+    /// An event of this device's VM.
+    pub fn report(&self, kind: EventKind) {
+        lock(&self.0.reporter).report(kind);
     }
 
     fn interrupt(&self) {

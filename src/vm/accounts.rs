@@ -35,6 +35,8 @@ pub struct VmMemory {
     pub huge: Bytes,
     /// What of it cannot be paged out. vmbed pins nothing so far.
     pub pinned: Bytes,
+    /// What the guest says that it has given up to its balloon: advisory, no promise depends on it.
+    pub loaned: Bytes,
     /// What KVM has mapped for the guest, as its statistics say; 0 where they say nothing (before Linux 5.14, or
     /// without nested paging).
     pub stage2: Bytes,
@@ -69,6 +71,7 @@ impl Machine {
             swapped: there.swapped,
             huge: there.huge,
             pinned: claim.pinned,
+            loaned: self.board.balloon.as_ref().map_or(Bytes(0), |balloon| balloon.actual()),
             stage2: there.quick.stage2,
         }
     }

@@ -25,7 +25,7 @@ use crate::pci::{ConfigPorts, Ecam, Root, Window};
 use crate::reactor::{Attached, Dispatcher, EventLoop};
 use crate::sys::{kvm, lock};
 use crate::virtio::transport::{Doorbells, VirtioPci};
-use crate::virtio::{blk, net};
+use crate::virtio::{balloon, blk, net};
 
 /// How long the last words of a guest may take to reach the embedder's output.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -61,6 +61,7 @@ pub(super) struct Board {
     /// What disks and cards count, in the order of the configuration.
     pub disks: Vec<Arc<blk::Counters>>,
     pub nets: Vec<Arc<net::Counters>>,
+    pub balloon: Option<Arc<balloon::Control>>,
 }
 
 impl Board {
@@ -98,7 +99,7 @@ impl Board {
         let doorbells = Doorbells::new(Some(plan.vm.clone()));
         let mut functions: Vec<(_, Arc<dyn crate::pci::Function>)> = Vec::new();
         let made = devices::make(plan, sources, &self.console, &mut self.loops)?;
-        (self.disks, self.nets) = (made.disks, made.nets);
+        (self.disks, self.nets, self.balloon) = (made.disks, made.nets, made.balloon);
         for planned in made.planned {
             let bar = planned.bar();
             let devices::Planned { address, device, signals } = planned;

@@ -59,7 +59,7 @@ impl HostParts {
         let count = config.cpus.count.into();
         let (vcpus, dedicated) = if config.cpus.dedicated { (0, count) } else { (count, 0) };
         let threads = match config.platform {
-            Platform::Pc => 1 + config.disks.len() as u64,
+            Platform::Pc => 1 + config.disks.len() as u64 + u64::from(config.balloon.is_some()),
             Platform::Bare => 0,
         };
         let shape = Shape { memory: config.memory, vcpus: count, threads, nested_paging: self.nested_paging };

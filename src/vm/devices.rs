@@ -11,6 +11,7 @@ use crate::console::Console;
 use crate::error::Result;
 use crate::memory::layout;
 use crate::reactor::{EventLoop, Place};
+use crate::virtio::balloon::{self, Balloon};
 use crate::virtio::blk::{self, Blk};
 use crate::virtio::console::ConsolePort;
 use crate::virtio::net::{self, Net};
@@ -56,6 +57,7 @@ pub(super) struct Made {
     pub planned: Vec<Planned>,
     pub disks: Vec<Arc<blk::Counters>>,
     pub nets: Vec<Arc<net::Counters>>,
+    pub balloon: Option<Arc<balloon::Control>>,
 }
 
 /// Opens and makes every device: disks on a loop each, since their requests wait for the host; the others
@@ -68,10 +70,11 @@ pub(super) fn make(
 ) -> Result<Made> {
     let config = plan.config;
     let named = config.disks.iter().map(|d| d.pci).chain(config.nets.iter().map(|n| n.pci));
+    let named = named.chain(config.balloon.iter().map(|b| b.pci));
     let mut places = Places { taken: named.flatten().map(|a| a.device).collect() };
-    let Made { mut planned, mut disks, mut nets } = Made::default();
-    let mut add = |address: PciAddress, device: Box<dyn VirtioDevice>| {
-        let signals = Signals::new(plan.reporter.device(device.id()));
+    let Made { mut planned, mut disks, mut nets, mut balloon } = Made::default();
+    let signals = |id: &str| Signals::new(plan.reporter.device(id));
+    let mut add = |address: PciAddress, device: Box<dyn VirtioDevice>, signals: Signals| {
         planned.push(Planned { address, device, signals });
     };
     let place = |on: &Arc<EventLoop>| Place::Loop(on.clone(), plan.stop.clone());
@@ -81,22 +84,35 @@ pub(super) fn make(
         loops.push(own.clone());
         let device = Blk::new(&format!("disk{i}"), &disk.serial, sources.disk(i, disk)?, place(&own));
         disks.push(device.counters());
-        add(places.take(disk.pci), Box::new(device));
+        let signals = signals(device.id());
+        add(places.take(disk.pci), Box::new(device), signals);
     }
     for (i, net) in config.nets.iter().enumerate() {
         let mac = net.mac.unwrap_or_else(|| stable_mac(config.uuid, i));
         let device = Net::new(&format!("net{i}"), mac, sources.net(i, net)?, place(&main_loop));
         nets.push(device.counters());
-        add(places.take(net.pci), Box::new(device));
+        let signals = signals(device.id());
+        add(places.take(net.pci), Box::new(device), signals);
+    }
+    if let Some(wanted) = &config.balloon {
+        let id = "balloon0";
+        // Its work is long and comes in bursts: frames and keys need not wait for it.
+        let own = plan.threads.start_loop(loops.len() as u32)?;
+        loops.push(own.clone());
+        let signals = signals(id);
+        let control = Arc::new(balloon::Control::new(id, plan.memory.size(), signals.clone())?);
+        let device = Balloon::new(id, wanted, control.clone(), place(&own));
+        balloon = Some(control);
+        add(places.take(wanted.pci), Box::new(device), signals);
     }
     if config.rng {
-        add(places.take(None), Box::new(Rng::new("rng0", place(&main_loop))));
+        add(places.take(None), Box::new(Rng::new("rng0", place(&main_loop))), signals("rng0"));
     }
     if config.console == ConsoleKind::Virtio {
         let device = ConsolePort::new("console0", console.clone(), place(&main_loop));
-        add(places.take(None), Box::new(device));
+        add(places.take(None), Box::new(device), signals("console0"));
     }
-    Ok(Made { planned, disks, nets })
+    Ok(Made { planned, disks, nets, balloon })
 }
 
 /// A locally administered address that follows from the VM's identity and the card's number

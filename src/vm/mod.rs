@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 mod accounts;
+mod balloon;
 mod board;
 mod builder;
 mod clock;
@@ -27,6 +28,7 @@ pub use registers::Registers;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, StopCause, VmId};
 use crate::units::Bytes;
+pub use crate::virtio::balloon::{BalloonStatistics, GivenBack, GuestMemory};
 pub use crate::virtio::blk::DiskStatistics;
 pub use crate::virtio::net::NetStatistics;
 

@@ -20,7 +20,7 @@ use crate::guests::{self, Op, outcome, script};
 const SECTORS: u64 = 1024;
 
 /// A PC with the guest of tests/guests, one open disk and one open card as asked for.
-fn config(disks: usize, nets: usize) -> VmConfig {
+pub fn config(disks: usize, nets: usize) -> VmConfig {
     let guest = guests::virtio(Path::new(env!("CARGO_TARGET_TMPDIR")));
     let code = std::fs::read(&guest).unwrap();
     std::fs::remove_file(guest).unwrap();
@@ -33,14 +33,14 @@ fn config(disks: usize, nets: usize) -> VmConfig {
     config
 }
 
-struct Guest {
-    vm: Vm,
+pub struct Guest {
+    pub vm: Vm,
     said: Arc<Port>,
 }
 
 impl Guest {
     /// Starts the guest on these steps.
-    fn start(builder: VmBuilder, steps: &[(Op, u32, u32, u32)]) -> Self {
+    pub fn start(builder: VmBuilder, steps: &[(Op, u32, u32, u32)]) -> Self {
         let said = Arc::new(Port::default());
         let vm = builder.pio_device("said", guests::SAY, 1, said.clone()).build().unwrap();
         vm.write_memory(guests::SCRIPT, &script(steps)).unwrap();
@@ -49,14 +49,14 @@ impl Guest {
     }
 
     /// How the steps went, when all are done.
-    fn results(&self, count: usize) -> Vec<guests::Outcome> {
+    pub fn results(&self, count: usize) -> Vec<guests::Outcome> {
         assert_eq!(ends(&self.vm), StopCause::GuestReset, "said {:?}", self.said.0.lock().unwrap());
         let mut bytes = vec![0; 16 * count];
         self.vm.read_memory(guests::RESULTS, &mut bytes).unwrap();
         (0..count).map(|i| outcome(&bytes, i)).collect()
     }
 
-    fn wait_for(&self, what: u8) {
+    pub fn wait_for(&self, what: u8) {
         wait_until("the guest's word", || self.said.0.lock().unwrap().chunks(2).any(|said| said[1] == what));
     }
 }

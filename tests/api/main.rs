@@ -5,6 +5,7 @@
 use libtest_mimic::{Arguments, Trial};
 
 mod backends;
+mod balloon;
 mod callbacks;
 mod drive;
 mod guest;
@@ -28,6 +29,7 @@ cases! {
     races: free_races_with_everything handles_from_eight_threads freeing_in_every_order stop_races_with_everything
         a_fork_while_a_vm_runs many_at_once;
     backends: a_disk_of_ones_own a_disk_that_does_not_answer a_network_of_ones_own disks_and_cards_by_descriptor;
+    balloon: memory_given_back;
     drive: vcpus_on_the_callers_threads devices_on_the_callers_loop;
 }
 

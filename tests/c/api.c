@@ -18,6 +18,7 @@ void many_at_once(void);
 void a_disk_of_ones_own(void);
 void a_disk_that_does_not_answer(void);
 void a_network_of_ones_own(void);
+void memory_given_back(void);
 void disks_and_cards_by_descriptor(void);
 void vcpus_on_the_callers_threads(void);
 void devices_on_the_callers_loop(void);
@@ -526,6 +527,7 @@ static const struct {
     CASE(a_disk_of_ones_own),
     CASE(a_disk_that_does_not_answer),
     CASE(a_network_of_ones_own),
+    CASE(memory_given_back),
     CASE(disks_and_cards_by_descriptor),
 };
 

@@ -7,7 +7,7 @@
 #include <sys/uio.h>
 #include <time.h>
 
-enum { END, READ, WRITE, FLUSH, BEGIN_READ, FINISH, SEND, RECEIVE, RESET, TELL, BEGIN_WRITE };
+enum { END, READ, WRITE, FLUSH, BEGIN_READ, FINISH, SEND, RECEIVE, RESET, TELL, BEGIN_WRITE, INFLATE, DEFLATE, ACCOUNT, ASKED, TARGET };
 
 struct step {
     uint32_t op, sector, sectors, fill;
@@ -40,10 +40,11 @@ static int32_t said_write(void *user, uint32_t vcpu, uint64_t offset, const uint
     return VMBED_OK;
 }
 
+static const vmbed_device_ops said_ops = {sizeof said_ops, said_read, said_write, NULL};
+
 /* A PC with the guest, that many disks and cards to attach something to, and a port that it tells on. */
 static struct guest prepare(int disks, int nets, struct said *said)
 {
-    static const vmbed_device_ops ops = {sizeof ops, said_read, said_write, NULL};
     static uint8_t code[1 << 16];
     const vmbed_disk disk = {.size = sizeof disk};
     const vmbed_net net = {.size = sizeof net};
@@ -65,7 +66,7 @@ static struct guest prepare(int disks, int nets, struct said *said)
         OK(vmbed_config_add_net(g.config, &net, &error));
     OK(vmbed_builder_new(g.host, g.config, &g.builder, &error));
     if (said)
-        OK(vmbed_builder_add_pio(g.builder, "said", 0x10, 1, &ops, said, &error));
+        OK(vmbed_builder_add_pio(g.builder, "said", 0x10, 1, &said_ops, said, &error));
     return g;
 }
 
@@ -399,4 +400,60 @@ void disks_and_cards_by_descriptor(void)
     FAILS(VMBED_ERR_INVALID_ARGUMENT, "no open file descriptor", vmbed_builder_net_fd(g.builder, 0, 9999, &error));
     drop(&g);
     close(file), close(null), close(pair[1]);
+}
+
+/* Memory that a guest gives back. */
+void memory_given_back(void)
+{
+    const struct step steps[] = {{ACCOUNT, 0, 4, 2},     {TELL, 0, 0, 1},        {ASKED, 0, 0, 0},       {ACCOUNT, 0, 4, 3},
+                                 {TARGET, 128, 0, 0},    {INFLATE, 768, 128, 9}, {DEFLATE, 768, 64, 0},  {END, 0, 0, 0}};
+    const uint64_t size = 128 << 12;
+    vmbed_balloon balloon = {.size = sizeof balloon};
+    vmbed_balloon_statistics moved = {.size = sizeof moved};
+    vmbed_guest_memory account = {.size = sizeof account}, again = {.size = sizeof again};
+    vmbed_memory memory = {.size = sizeof memory};
+    struct said said = {0};
+    struct result results[7];
+    vmbed_events *events;
+    vmbed_event *event;
+    uint64_t discarded;
+    int told = 0;
+
+    struct guest g = prepare(0, 0, &said);
+    OK(vmbed_builder_build(g.builder, &g.vm, &error));
+    FAILS(VMBED_ERR_UNSUPPORTED, "no balloon", vmbed_vm_set_balloon(g.vm, 0, &error));
+    FAILS(VMBED_ERR_UNSUPPORTED, "no balloon", vmbed_vm_get_balloon_statistics(g.vm, &moved, &error));
+    vmbed_vm_free(g.vm), vmbed_builder_free(g.builder), g.vm = NULL;
+    balloon.reserved = 1;
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "reserved", vmbed_config_set_balloon(g.config, &balloon, &error));
+    balloon.reserved = 0, balloon.pci = "00:07.0";
+    OK(vmbed_config_set_balloon(g.config, &balloon, &error));
+    OK(vmbed_builder_new(g.host, g.config, &g.builder, &error));
+    OK(vmbed_builder_add_pio(g.builder, "said", 0x10, 1, &said_ops, &said, &error));
+    start(&g, steps, sizeof steps);
+    wait_for(&said.last, 1);
+    OK(vmbed_vm_get_guest_memory(g.vm, 60000, &account, &error));
+    CHECK(account.free == 3 << 20 && account.total == 4 << 20 && account.caches == UINT64_MAX);
+    OK(vmbed_vm_get_guest_memory(g.vm, 0, &again, &error));
+    CHECK(again.time == account.time && again.time > 1000000000000000000u);
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "balloon0", vmbed_vm_set_balloon(g.vm, 5 << 20, &error));
+    FAILS(VMBED_ERR_UNSUPPORTED, "hints", vmbed_vm_discard_free_pages(g.vm, 60000, &discarded, &error));
+    OK(vmbed_vm_set_balloon(g.vm, size, &error));
+    finish(&g, results, sizeof results);
+    OK(vmbed_vm_get_balloon_statistics(g.vm, &moved, &error));
+    OK(vmbed_vm_get_memory(g.vm, &memory, &error));
+    CHECK(moved.target == size && moved.actual == size && memory.loaned == size);
+    CHECK(moved.inflated_claimed == size && moved.inflated_measured == size && moved.deflated == size / 2);
+    CHECK(moved.reported_claimed == 0 && moved.hinted_claimed == 0 && moved.ignored == 0);
+    OK(vmbed_vm_events(g.vm, &events, &error));
+    for (;;) {
+        OK(vmbed_events_next(events, 0, &event, &error));
+        if (!event)
+            break;
+        told += vmbed_event_kind(event) == VMBED_EVENT_BALLOON && vmbed_event_value(event) == size;
+        vmbed_event_free(event);
+    }
+    CHECK(told == 1);
+    vmbed_events_free(events);
+    drop(&g);
 }

@@ -24,7 +24,7 @@ impl Parameter {
     }
 }
 
-const STRUCTURES: [&str; 13] = [
+const STRUCTURES: [&str; 16] = [
     "vmbed_verdict",
     "vmbed_memory",
     "vmbed_vcpu_statistics",
@@ -38,6 +38,9 @@ const STRUCTURES: [&str; 13] = [
     "vmbed_net_ops",
     "vmbed_disk_statistics",
     "vmbed_net_statistics",
+    "vmbed_balloon",
+    "vmbed_balloon_statistics",
+    "vmbed_guest_memory",
 ];
 
 /// Where the header says that NULL is good, for every function that has the parameter.
@@ -48,8 +51,11 @@ const NULL_IS_GOOD: [&str; 9] =
 const ENUMERATIONS: [&str; 5] = ["mode", "register_", "platform", "console", "level"];
 
 /// Structures that have grown since the baseline, and their first new field.
-const GROWN: [(&str, &str); 2] =
-    [("vmbed_host_options", "memory_min_unit"), ("vmbed_usage", "dedicated_vcpus")];
+const GROWN: [(&str, &str); 3] = [
+    ("vmbed_host_options", "memory_min_unit"),
+    ("vmbed_usage", "dedicated_vcpus"),
+    ("vmbed_memory", "loaned"),
+];
 
 /// What the program needs before `main`.
 const PROLOGUE: &str = r#"#include <stddef.h>
@@ -71,6 +77,7 @@ static vmbed_block *some_block;
 static uint8_t bytes[4096];
 static uint32_t numbers[4];
 static size_t count;
+static uint64_t wide;
 static int32_t number, calls;
 
 static int32_t f_read(void *u, uint32_t v, uint64_t o, uint8_t *d, size_t l) { (void)u, (void)v, (void)o, (void)d, (void)l; return 0; }
@@ -98,6 +105,9 @@ STRUCTURE(vmbed_block_ops);
 STRUCTURE(vmbed_net_ops);
 STRUCTURE(vmbed_disk_statistics);
 STRUCTURE(vmbed_net_statistics);
+STRUCTURE(vmbed_balloon);
+STRUCTURE(vmbed_balloon_statistics);
+STRUCTURE(vmbed_guest_memory);
 
 static void good(void)
 {
@@ -118,6 +128,9 @@ static void good(void)
     the_vmbed_net_ops.s = (vmbed_net_ops){sizeof(vmbed_net_ops), f_receive, f_send, NULL};
     memset(&the_vmbed_disk_statistics, 0, sizeof the_vmbed_disk_statistics), the_vmbed_disk_statistics.s.size = sizeof(vmbed_disk_statistics);
     memset(&the_vmbed_net_statistics, 0, sizeof the_vmbed_net_statistics), the_vmbed_net_statistics.s.size = sizeof(vmbed_net_statistics);
+    memset(&the_vmbed_balloon, 0, sizeof the_vmbed_balloon), the_vmbed_balloon.s.size = sizeof(vmbed_balloon);
+    memset(&the_vmbed_balloon_statistics, 0, sizeof the_vmbed_balloon_statistics), the_vmbed_balloon_statistics.s.size = sizeof(vmbed_balloon_statistics);
+    memset(&the_vmbed_guest_memory, 0, sizeof the_vmbed_guest_memory), the_vmbed_guest_memory.s.size = sizeof(vmbed_guest_memory);
     vmbed_builder_free(some_builder), vmbed_config_free(some_config), vmbed_vm_free(some_vm);
     vmbed_builder *builder;
     if (vmbed_config_new_bare(VMBED_MODE_REAL, 0x1000, code, 1, &some_config, NULL) ||
@@ -154,7 +167,7 @@ int main(void)
         vmbed_probe_new(NULL, &some_probe, NULL) || vmbed_dispatcher_new(&some_dispatcher, NULL))
         abort();
     vmbed_config_validate(NULL, &some_error);
-    (void)number, (void)numbers, (void)count, (void)f_log, (void)f_console, (void)f_thread, (void)f_destroy, (void)some_event, (void)some_block;
+    (void)number, (void)numbers, (void)wide, (void)count, (void)f_log, (void)f_console, (void)f_thread, (void)f_destroy, (void)some_event, (void)some_block;
 "#;
 
 /// The program, and how many calls it will count.
@@ -248,6 +261,7 @@ fn value(parameter: &Parameter) -> String {
         "const uint32_t *" => "numbers".to_owned(),
         "size_t *" => "&count".to_owned(),
         "int32_t *" => "&number".to_owned(),
+        "uint64_t *" => "&wide".to_owned(),
         "void *" => "NULL".to_owned(),
         "int32_t" if name == "fd" => "1".to_owned(),
         "size_t" if name == "length" || name == "room" => "1".to_owned(),

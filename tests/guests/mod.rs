@@ -30,6 +30,11 @@ pub enum Op {
     Reset,
     Tell,
     BeginWrite,
+    Inflate,
+    Deflate,
+    Account,
+    Asked,
+    Target,
 }
 
 /// What comes of a step: the worst status, the bytes that the device wrote, the sum of what it read.

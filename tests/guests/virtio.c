@@ -1,5 +1,5 @@
 /*
- * A bare guest that does with a disk and a card what a script in its memory says, without interrupts: for tests of
+ * A bare guest that does with a disk, a card and a balloon what a script in its memory says, without interrupts: for tests of
  * what stands behind them. The test puts the script at SCRIPT before it starts the VM and finds a result for each step
  * at RESULTS; the last step resets the machine. mod.rs builds it and has the same script in Rust.
  */
@@ -16,7 +16,7 @@ typedef unsigned long u64;
 #define SIZE 16           /* entries of each queue, four for a request */
 #define SAY 0x10          /* a port of the test's */
 
-enum { END, READ, WRITE, FLUSH, BEGIN_READ, FINISH, SEND, RECEIVE, RESET, TELL, BEGIN_WRITE };
+enum { END, READ, WRITE, FLUSH, BEGIN_READ, FINISH, SEND, RECEIVE, RESET, TELL, BEGIN_WRITE, INFLATE, DEFLATE, ACCOUNT, ASKED, TARGET };
 
 struct step {
     u32 op, sector, sectors, fill;
@@ -43,11 +43,11 @@ struct queue {
 
 struct device {
     u32 place;
-    volatile u8 *common;
-    struct queue queues[2];
+    volatile u8 *common, *own;
+    struct queue queues[3];
 };
 
-static struct device disk, card;
+static struct device disk, card, balloon;
 static u16 pending;
 
 static inline void out8(u16 port, u8 value) { __asm__ volatile("outb %0, %1" : : "a"(value), "Nd"(port)); }
@@ -116,6 +116,8 @@ static void setup(struct device *device, u32 id, u16 queues, u32 features, u64 a
         base += config(place, next + 8);
         if (kind == 1)
             device->common = (volatile u8 *)base;
+        if (kind == 4)
+            device->own = (volatile u8 *)base;
         if (kind == 2)
             notify = (volatile u8 *)base, multiplier = config(place, next + 16);
     }
@@ -147,6 +149,13 @@ static struct device *the_card(void)
     if (!card.common)
         setup(&card, 0x1041, 2, 0, RINGS + 0x10000);
     return &card;
+}
+
+static struct device *the_balloon(void)
+{
+    if (!balloon.common)
+        setup(&balloon, 0x1045, 3, 3, RINGS + 0x30000); /* MUST_TELL_HOST, STATS_VQ */
+    return &balloon;
 }
 
 static void offer(struct queue *queue, u16 head)
@@ -241,6 +250,33 @@ static void transfer(const struct step *step, struct result *result)
         result->sum += frame[i];
 }
 
+/* Gives `sectors` pages from page `sector` on to the balloon, filled before, or takes them back. */
+static void move_pages(const struct step *step, struct result *result)
+{
+    struct queue *queue = &the_balloon()->queues[step->op == INFLATE ? 0 : 1];
+    volatile u32 *numbers = (volatile u32 *)(DATA + 0xa0000UL);
+    for (u32 i = 0; i < step->sectors; i++) {
+        numbers[i] = step->sector + i;
+        for (u32 b = 0; b < 4096 && step->op == INFLATE; b++)
+            ((volatile u8 *)((u64)numbers[i] << 12))[b] = (u8)step->fill;
+    }
+    put(queue, 0, (u64)numbers, 4 * step->sectors, 0);
+    offer(queue, 0);
+    done(queue, &result->length);
+}
+
+/* An account of memory: `fill` MiB free of `sectors`. The device keeps it until somebody asks for another one. */
+static void account(const struct step *step)
+{
+    volatile u16 *words = (volatile u16 *)(DATA + 0xb0000UL);
+    u64 values[] = {(u64)step->fill << 20, (u64)step->sectors << 20};
+    for (u32 i = 0; i < 2; i++)
+        for (u32 w = 0; w < 5; w++)
+            words[5 * i + w] = w ? (u16)(values[i] >> (16 * (w - 1))) : (u16)(4 + i);
+    put(&the_balloon()->queues[2], 0, (u64)words, 20, 0);
+    offer(&balloon.queues[2], 0);
+}
+
 /* The linker puts this section first: it is where the guest begins. */
 __attribute__((section(".text.startup"))) void guest(void)
 {
@@ -257,6 +293,15 @@ __attribute__((section(".text.startup"))) void guest(void)
         case SEND:
         case RECEIVE: transfer(step, result); break;
         case RESET: disk.common = 0, pending = 0, the_disk(); break;
+        case INFLATE:
+        case DEFLATE: move_pages(step, result); break;
+        case ACCOUNT: account(step); break;
+        case ASKED: done(&the_balloon()->queues[2], &result->length); break;
+        case TARGET:
+            while (*(volatile u32 *)the_balloon()->own != step->sector)
+                __asm__ volatile("pause");
+            *(volatile u32 *)(balloon.own + 4) = step->sector;
+            break;
         case TELL: out8(SAY, (u8)step->fill); break;
         default: die('!');
         }

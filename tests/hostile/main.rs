@@ -24,6 +24,8 @@ const RINGS: u64 = 0x8_0000;
 const HEADER: u64 = 0x1000;
 const DATA: u64 = 0x2000;
 const STATUS: u64 = 0x7000;
+/// Pages that a balloon's driver can do without.
+const PAGES: u64 = 0xc_0000;
 
 const IOERR: u8 = 1;
 
@@ -33,9 +35,10 @@ enum Kind {
     Net,
     Rng,
     Console,
+    Balloon,
 }
 
-const KINDS: [Kind; 4] = [Kind::Disk, Kind::Net, Kind::Rng, Kind::Console];
+const KINDS: [Kind; 5] = [Kind::Disk, Kind::Net, Kind::Rng, Kind::Console, Kind::Balloon];
 
 /// A board with one device, and its driver.
 struct Rig {
@@ -56,6 +59,7 @@ impl Rig {
             Kind::Net => Part::Net,
             Kind::Rng => Part::Rng,
             Kind::Console => Part::Console,
+            Kind::Balloon => Part::Balloon,
         };
         let board = Board::new(MEMORY, vec![part]).unwrap();
         let regs = Registers::find(&board, 1).unwrap();
@@ -76,7 +80,12 @@ impl Rig {
             })
             .collect();
         let features = (self.regs.offered(&self.board) & !0xffff_ffff) | VERSION_1 | INDIRECT_DESC;
-        let features = if self.kind == Kind::Net { features | 1 << 15 } else { features };
+        let features = match self.kind {
+            Kind::Net => features | 1 << 15,
+            // Everything: it decides which queues there are.
+            Kind::Balloon => features | 0x3f,
+            _ => features,
+        };
         let rings: Vec<_> = self.rings.iter().collect();
         assert!(self.regs.start(&self.board, features, &rings), "{:?} does not start", self.kind);
         self.board.process();
@@ -156,6 +165,12 @@ impl Rig {
                 self.fill(DATA, &[round; 7]);
                 self.complete(&[(DATA, 7, 0)], 0);
                 assert!(self.board.output().ends_with(&[round; 7]));
+            }
+            Kind::Balloon => {
+                self.fill(PAGES, &[round; 4096]);
+                self.fill(DATA, &((PAGES >> 12) as u32).to_le_bytes());
+                self.complete(&[(DATA, 4, 0)], 0);
+                assert_eq!(bytes::<4096>(&self.board, PAGES), [0; 4096], "it was given back");
             }
         }
         assert_eq!(self.status() & NEEDS_RESET, 0);

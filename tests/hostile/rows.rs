@@ -243,6 +243,41 @@ fn row_15_buffers_of_the_wrong_direction_are_an_error() {
 }
 
 #[test]
+fn row_16_what_a_balloon_cannot_have_is_ignored_and_counted() {
+    attack(Kind::Balloon, |rig| {
+        let before = rig.board.balloon().unwrap();
+        let pfns: Vec<u8> =
+            [0xffff_ffffu32, 0xc_0000, 0x100, 0xc0, 0xc0].iter().flat_map(|pfn| pfn.to_le_bytes()).collect();
+        rig.fill(DATA, &pfns);
+        rig.complete(&[(DATA, pfns.len() as u32, 0)], 0);
+        let after = rig.board.balloon().unwrap();
+        assert_eq!(after.ignored, before.ignored + 3, "those that are not memory");
+        assert_eq!(after.inflated.claimed.get(), before.inflated.claimed.get() + 2 * 4096, "twice is twice");
+        // A list of 4 GiB, which ends in the middle of a number and past the end of memory.
+        rig.complete(&[(DATA, 2, 0), (DATA + 4096, u32::MAX, 0)], 0);
+        let long = rig.board.balloon().unwrap();
+        let taken = (long.inflated.claimed.get() - after.inflated.claimed.get()) / 4096 + long.ignored
+            - after.ignored;
+        assert!((1..=4096).contains(&taken), "{taken} numbers of it");
+        let after = long;
+        rig.fill(DATA, &[7; 4096]);
+        let ranges =
+            [(1, 4096), (0, u32::MAX), (0, 100), (MEMORY - 4096, 8192), (0xfee0_0000, 4096), (1 << 40, 4096)];
+        for queue in [3, 4] {
+            let head = rig.rings[queue].send(&rig.board, &ranges.map(|(at, len)| (at, len, WRITE)));
+            rig.regs.ring(&rig.board, queue as u16);
+            rig.board.process();
+            assert_eq!(rig.rings[queue].take_used(&rig.board), Some((head, 0)));
+        }
+        // Nobody has asked for hints: they are not even looked at.
+        assert_eq!(rig.board.balloon().unwrap().ignored, after.ignored + 6);
+        assert_eq!(rig.board.balloon().unwrap().reported.claimed.get(), 0);
+        assert_eq!(bytes::<4096>(&rig.board, DATA), [7; 4096]);
+        assert_eq!(rig.status() & NEEDS_RESET, 0);
+    });
+}
+
+#[test]
 fn row_22_input_that_the_guest_does_not_read_waits_outside() {
     attack(Kind::Disk, |rig| {
         let typed: Vec<u8> = (0..100_000u32).map(|i| i as u8).collect();

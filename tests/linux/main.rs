@@ -12,6 +12,7 @@ use libtest_mimic::{Arguments, Trial};
 
 mod assets;
 mod backends;
+mod balloon;
 mod boot;
 mod c;
 mod devices;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
     }
     let mut trials = Vec::new();
     backends::add(&mut trials);
+    balloon::add(&mut trials);
     boot::add(&mut trials);
     devices::add(&mut trials);
     drive::add(&mut trials);

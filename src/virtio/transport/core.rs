@@ -284,6 +284,7 @@ impl Core {
         } = self;
         if !matches!(service, Service::Ended) {
             drop(device.deactivate());
+            device.reset();
             *service = Service::Idle;
         }
         signals.set_config_interrupt(None);
