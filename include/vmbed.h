@@ -105,6 +105,19 @@ typedef struct vmbed_config vmbed_config;
  */
 typedef struct vmbed_block vmbed_block;
 
+/** What passes through ports, while it is being written to a file. */
+typedef struct vmbed_capture vmbed_capture;
+
+/** A port of a switch: for the card of a VM (vmbed_builder_net_port()), or with a TAP interface of the host's on it. */
+typedef struct vmbed_port vmbed_port;
+
+/**
+ * A learning Ethernet switch with VLANs (802.1Q) inside of the process: it needs no privilege, and nothing of the host's
+ * network but for its uplinks. Its functions may be called from any thread and do not block for long, save where they
+ * say so.
+ */
+typedef struct vmbed_switch vmbed_switch;
+
 /**
  * A virtual machine in this process. Every function may be called from any thread, at the same time as any other,
  * vmbed_vm_free() included: calls that wait then come back with VMBED_ERR_INVALID_ARGUMENT or the VM's end.
@@ -945,6 +958,313 @@ int32_t vmbed_vm_get_net_statistics(const vmbed_vm *vm,
                                     uint32_t index,
                                     vmbed_net_statistics *statistics,
                                     vmbed_error **error);
+
+/* A switch in your process --------------------------------------------------------------------------------- */
+
+/** What a whole switch is told. All zeroes but the size are the defaults. */
+typedef struct {
+    /** sizeof(struct vmbed_switch_options) */
+    size_t size;
+    /** How many addresses are remembered, at most 1,048,576; each costs 32 bytes. 0: 8192. */
+    uint32_t addresses;
+    /** How many seconds an address is remembered that is not heard of. 0: 300. */
+    uint32_t ageing;
+} vmbed_switch_options;
+
+/** How much may pass. Over any time t, at most the burst, the rate times t, and one more. */
+typedef struct {
+    /** Bytes a second; 0 for any number. */
+    uint64_t bytes_per_second;
+    /** Bytes at once after a rest. 0: a tenth of a second's. */
+    uint64_t bytes_burst;
+    /** Frames a second; 0 for any number. */
+    uint64_t frames_per_second;
+    /** Frames at once after a rest. 0: a tenth of a second's. */
+    uint64_t frames_burst;
+} vmbed_rate;
+
+/**
+ * What one port is told. All zeroes but the size are the defaults: a port in VLAN 1, without tags. What it points to is
+ * copied.
+ */
+typedef struct {
+    /** sizeof(struct vmbed_port_options) */
+    size_t size;
+    /**
+     * Without `trunk`: the one VLAN of the port, 1 to 4094, of which the station knows nothing; 0: VLAN 1. With it: the VLAN
+     * of frames without a tag; 0 drops them.
+     */
+    uint32_t vlan;
+    /** How many VLANs `trunk` has. */
+    uint32_t trunk_length;
+    /** The VLANs that have tags here, each 1 to 4094. NULL: an access port, on which no frame has a tag. */
+    const uint32_t *trunk;
+    /** Other than 0: reaches ports that are not isolated, and not the others that are. */
+    uint32_t isolated;
+    /** Other than 0: frames to addresses that nobody has been heard from do not go here. Broadcasts and multicasts do. */
+    uint32_t no_unknown_unicast;
+    /** How many addresses behind this port are remembered. Further ones still send and receive. 0: 1024. */
+    uint32_t max_addresses;
+    /** Other than 0: a guarded station may say that it is a router (advertisements and redirects of IPv6). */
+    uint32_t guard_router;
+    /**
+     * Who the station may claim to be: its MAC addresses, with spaces between them. NULL: anybody. Nobody else on the
+     * switch may use them, but ports that list them too.
+     */
+    const char *guard_macs;
+    /**
+     * Its IP addresses of both families, with spaces between them: `192.0.2.7 2001:db8::/64`. NULL: any. The link-local ones
+     * that follow from `guard_macs` belong to them. What a station says before it has an address passes.
+     */
+    const char *guard_addresses;
+    /** How much the station may send. More is dropped. */
+    vmbed_rate rate_in;
+    /** How much goes to the station. More is dropped. */
+    vmbed_rate rate_out;
+    /**
+     * How much the station may send of what goes to many: broadcasts, multicasts and unknown addresses. All zeroes: 10,000
+     * frames a second in bursts of 2,000; for no limit, UINT64_MAX frames a second.
+     */
+    vmbed_rate storm;
+} vmbed_port_options;
+
+/**
+ * A switch without ports; `options` may be NULL. It is yours to free. It has no thread before it has an uplink or a capture.
+ * VMBED_ERR_INVALID_ARGUMENT with every bad option.
+ */
+int32_t vmbed_switch_new(const vmbed_switch_options *options,
+                         vmbed_switch **new_switch,
+                         vmbed_error **error);
+
+/**
+ * Frees this end of a switch. VMs on it go on reaching each other; its uplinks and captures end with the last handle of
+ * the switch, of its ports and of its captures. NULL is a no-op.
+ */
+void vmbed_switch_free(vmbed_switch *old_switch);
+
+/**
+ * Adds a port with nothing on it. `name` is for errors, captures and people; `options` may be NULL. The handle is yours to
+ * free, which leaves the port there.
+ *
+ * VMBED_ERR_INVALID_ARGUMENT with every bad option; VMBED_ERR_EXHAUSTED beyond 1024 ports, or where the process has no file
+ * descriptor left.
+ */
+int32_t vmbed_switch_add_port(vmbed_switch *on_switch,
+                              const char *name,
+                              const vmbed_port_options *options,
+                              vmbed_port **port,
+                              vmbed_error **error);
+
+/**
+ * Adds a port with a TAP interface of the host's on it, which must exist, have a single queue and be in nobody else's use.
+ * Frames to it keep their TCP segmentation and checksum offloads; the host's kernel does them. One thread, `vmbed-switch`,
+ * serves all uplinks of a switch. An interface that goes away is looked for once a second.
+ *
+ * As for vmbed_switch_add_port(); VMBED_ERR_NOT_FOUND, VMBED_ERR_BUSY or VMBED_ERR_PERMISSION_DENIED for the interface.
+ */
+int32_t vmbed_switch_add_tap(vmbed_switch *on_switch,
+                             const char *name,
+                             const char *tap,
+                             const vmbed_port_options *options,
+                             vmbed_port **port,
+                             vmbed_error **error);
+
+/**
+ * Puts card `index`, added without a TAP interface, on a port of a switch. The port is free again when the VM is freed.
+ * vmbed_builder_build() says whether there is such a card, and answers VMBED_ERR_BUSY where the port is in use,
+ * VMBED_ERR_NOT_FOUND where it was removed.
+ */
+int32_t vmbed_builder_net_port(vmbed_builder *builder,
+                               uint32_t index,
+                               const vmbed_port *port,
+                               vmbed_error **error);
+
+/** The name that a port was given. It belongs to the handle. NULL for NULL. */
+const char *vmbed_port_name(const vmbed_port *port);
+
+/**
+ * Tells a port something else, from the next frame on; NULL for the defaults. The addresses behind it are forgotten; what
+ * its limits have used up stays so.
+ *
+ * VMBED_ERR_INVALID_ARGUMENT with every bad option; VMBED_ERR_NOT_FOUND where it was removed.
+ */
+int32_t vmbed_port_set_options(vmbed_port *port,
+                               const vmbed_port_options *options,
+                               vmbed_error **error);
+
+/**
+ * Copies what comes in and goes out at `port` to `monitor` as well, as it is seen here; NULL ends that. A port to which
+ * others are mirrored gets nothing else, and what its station sends is dropped.
+ *
+ * VMBED_ERR_INVALID_ARGUMENT for itself or a port of another switch; VMBED_ERR_INVALID_STATE where `monitor` is mirrored to a
+ * third, or others are mirrored to this one; VMBED_ERR_NOT_FOUND where one of them was removed.
+ */
+int32_t vmbed_port_mirror_to(vmbed_port *port,
+                             const vmbed_port *monitor,
+                             vmbed_error **error);
+
+/**
+ * Takes a port away from its switch. A VM that is on it has a card without a cable from then on; an uplink is closed, for
+ * which this waits. The second time it does nothing. The handle is still yours to free.
+ */
+int32_t vmbed_port_remove(vmbed_port *port,
+                          vmbed_error **error);
+
+/** Frees this end of a port; the port stays. NULL is a no-op. */
+void vmbed_port_free(vmbed_port *port);
+
+/**
+ * Writes what passes through the `count` ports (through all that there are, where it is 0) to `fd`, which is duplicated, as a
+ * pcapng file that Wireshark opens: each frame once for each of the ports that it comes in or goes out of, as it is seen
+ * there. Frames that left segmentation or a checksum to others are in it as they were. A thread, `vmbed-capture`, does
+ * the writing; what comes faster is counted and left out, forwarding never waits. The handle is yours to free.
+ *
+ * VMBED_ERR_INVALID_ARGUMENT for a port of another switch; what the host says where the beginning cannot be written.
+ */
+int32_t vmbed_switch_capture(vmbed_switch *on_switch,
+                             const vmbed_port *const *ports,
+                             size_t count,
+                             int32_t fd,
+                             vmbed_capture **capture,
+                             vmbed_error **error);
+
+/**
+ * Ends a capture: what has passed until now is in the file when this returns. Blocks as long as writing does. `written` and
+ * `missed`, each of which may be NULL, are set to how many frames were written, and how many came faster than that. The
+ * handle is still yours to free.
+ *
+ * What the first failed write said, after which nothing was written; VMBED_ERR_INVALID_STATE the second time.
+ */
+int32_t vmbed_capture_finish(vmbed_capture *capture,
+                             uint64_t *written,
+                             uint64_t *missed,
+                             vmbed_error **error);
+
+/** Frees a capture, which ends it as vmbed_capture_finish() does. NULL is a no-op. */
+void vmbed_capture_free(vmbed_capture *capture);
+
+/* What its ports carry ------------------------------------------------------------------------------------- */
+
+/** How many reasons there are for a frame to be dropped. */
+#define VMBED_DROP_REASONS 26
+
+/** The frame ends before its headers do. */
+#define VMBED_DROP_RUNT 0
+
+/** The frame is longer than an IP packet of 64 KiB with two tags. */
+#define VMBED_DROP_TOO_LONG 1
+
+/** What its vnet header asks for cannot be done on it. */
+#define VMBED_DROP_BAD_OFFLOAD 2
+
+/** Its source is no station: a multicast address, or zero. */
+#define VMBED_DROP_BAD_SOURCE 3
+
+/** The frame is for the other end of the cable only: spanning trees, pause frames, LLDP. */
+#define VMBED_DROP_LINK_LOCAL 4
+
+/** Its tag names VLAN 4095, or is no 802.1Q tag. */
+#define VMBED_DROP_BAD_TAG 5
+
+/** A second tag, where one would come to the front or hide what a guard has to see. */
+#define VMBED_DROP_NESTED_TAG 6
+
+/** Its VLAN is not carried by the port that it came from; on an access port, it has a tag at all. */
+#define VMBED_DROP_FOREIGN_VLAN 7
+
+/** Its source is not a MAC address of this port's guard. */
+#define VMBED_DROP_SPOOFED_MAC 8
+
+/** Its source is not an IPv4 address of this port's guard, or there is none to be seen. */
+#define VMBED_DROP_SPOOFED_IPV4 9
+
+/** Its source is not an IPv6 address of this port's guard, or there is none to be seen. */
+#define VMBED_DROP_SPOOFED_IPV6 10
+
+/** ARP or RARP in another's name, or malformed. */
+#define VMBED_DROP_SPOOFED_ARP 11
+
+/** Neighbour discovery in another's name, or malformed. */
+#define VMBED_DROP_SPOOFED_NEIGHBOUR 12
+
+/** The frame says that its sender is a router, and must not. */
+#define VMBED_DROP_SPOOFED_ROUTER 13
+
+/** Its source belongs to another port, by that port's guard. */
+#define VMBED_DROP_FOREIGN_MAC 14
+
+/** Beyond its `rate_in`. */
+#define VMBED_DROP_RATE_IN 15
+
+/** Beyond its `storm`. */
+#define VMBED_DROP_STORM 16
+
+/** Whom it is for is where it came from. */
+#define VMBED_DROP_SAME_PORT 17
+
+/** Both ports are isolated. */
+#define VMBED_DROP_ISOLATED 18
+
+/** There is no port that it could go to. */
+#define VMBED_DROP_NOWHERE 19
+
+/** The frame came from a port to which others are mirrored. */
+#define VMBED_DROP_MONITOR 20
+
+/** The frame came from a port that was removed. */
+#define VMBED_DROP_REMOVED 21
+
+/** To this port, beyond its `rate_out`. */
+#define VMBED_DROP_RATE_OUT 22
+
+/** To this port, whose station takes them too slowly. */
+#define VMBED_DROP_QUEUE_FULL 23
+
+/** To this port, where a second tag would have come to the front. */
+#define VMBED_DROP_HIDDEN_TAG 24
+
+/** To this port, whose interface of the host's did not take it, or is gone. */
+#define VMBED_DROP_UPLINK 25
+
+/**
+ * What a port has carried since it was added. Bytes are from the Ethernet header on; one of several segments that were not
+ * cut counts once.
+ */
+typedef struct {
+    /** sizeof(struct vmbed_port_statistics) */
+    size_t size;
+    /** Frames that its station has sent, also those that were dropped. */
+    uint64_t received_frames;
+    /** Their bytes. */
+    uint64_t received_bytes;
+    /** Frames that were put into its queue for its station. */
+    uint64_t sent_frames;
+    /** Their bytes. */
+    uint64_t sent_bytes;
+    /** Frames that were copied to it because other ports are mirrored to it; not counted as sent. */
+    uint64_t mirrored_frames;
+    /** Their bytes. */
+    uint64_t mirrored_bytes;
+    /**
+     * Addresses that were not remembered, since the port has `max_addresses` already or the table is full there: once for
+     * each frame from one of them.
+     */
+    uint64_t unlearned;
+    /** Addresses that were another port's before. */
+    uint64_t moved;
+    /** Addresses remembered now. */
+    uint64_t addresses;
+    /** Frames that were dropped, by VMBED_DROP_*. */
+    uint64_t dropped[26];
+} vmbed_port_statistics;
+
+/** Fills `statistics`, whose size is set. Also of a port that was removed. */
+int32_t vmbed_port_get_statistics(const vmbed_port *port,
+                                  vmbed_port_statistics *statistics,
+                                  vmbed_error **error);
+
+/** A short, stable name of a reason, one of VMBED_DROP_*, for metrics: `spoofed-mac`. NULL for another number. Static. */
+const char *vmbed_drop_name(uint32_t reason);
 
 /* A VM's life ---------------------------------------------------------------------------------------------- */
 

@@ -17,8 +17,14 @@ mod guests;
 mod list;
 
 /// The program of the cases.
-const API: [&str; 5] =
-    ["tests/c/api.c", "tests/c/races.c", "tests/c/callbacks.c", "tests/c/drive.c", "tests/c/backends.c"];
+const API: [&str; 6] = [
+    "tests/c/api.c",
+    "tests/c/races.c",
+    "tests/c/callbacks.c",
+    "tests/c/drive.c",
+    "tests/c/backends.c",
+    "tests/c/switch.c",
+];
 const WARNINGS: [&str; 5] = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror"];
 
 fn main() -> std::process::ExitCode {

@@ -8,7 +8,7 @@ fn root() -> &'static Path {
 }
 
 /// The sections in the order in which a reader wants them: a file of `src/capi` and its title.
-const SECTIONS: [(&str, &str); 13] = [
+const SECTIONS: [(&str, &str); 15] = [
     ("library", "The library"),
     ("error", "Errors"),
     ("device", "Devices of your own"),
@@ -17,6 +17,8 @@ const SECTIONS: [(&str, &str); 13] = [
     ("config", "What a VM is to be"),
     ("block", "Disks of your own"),
     ("net", "Networks of your own"),
+    ("switch", "A switch in your process"),
+    ("traffic", "What its ports carry"),
     ("vm", "A VM's life"),
     ("drive", "Loops and threads of your own"),
     ("ledger", "What was promised, and what is there"),

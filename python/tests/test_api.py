@@ -613,6 +613,72 @@ def test_memory_given_back() -> None:
         assert told == [size]
 
 
+def test_cards_on_a_switch() -> None:
+    host, switch = vmbed.Host(), vmbed.Switch(addresses=100)
+    ports = [switch.add_port(name, vmbed.PortOptions(vlan=vlan)) for name, vlan in [("first", 10), ("second", 10), ("other", 20)]]
+    first, second, other = ports
+    assert first.name == "first"
+    listens = [(TELL, 0, 0, 1), (RECEIVE, 0, 0, 0), (SEND, 2, 70, 4), (TELL, 0, 0, 2)]
+    heard, outside_heard = Port(), Port()
+    with tempfile.TemporaryFile() as file, switch.capture(file, [first, second]) as capture:
+        with (
+            start(host.builder(driver(nets=1)).net_port(0, second), listens, heard) as answers,
+            start(host.builder(driver(nets=1)).net_port(0, other), listens, outside_heard) as outside,
+        ):
+            wait_until("both to listen", lambda: heard.written and outside_heard.written)
+            with start(host.builder(driver(nets=1)).net_port(0, first), [(SEND, 0xFF, 60, 2), (RECEIVE, 0, 0, 0)]) as asks:
+                assert finish(asks, 2)[1] == (0, 12 + 70, 6 * 2 + 64 * 4)
+                assert first.statistics().addresses == 1
+            assert finish(answers, 2)[1] == (0, 12 + 60, 6 * 0xFF + 54 * 2)
+            outside.stop()
+            assert outside.net_statistics().rx_frames == 0
+        one, two, three = (port.statistics() for port in ports)
+        assert (one.received.frames, one.sent, two.sent.bytes, three.sent.frames) == (1, (1, 70), 60, 0)
+        assert (one.addresses, one.drops) == (0, {}), "forgotten with its VM"
+        assert capture.finish() == (4, 0)
+        file.seek(0)
+        content = file.read()
+        assert content[:4] == bytes([0x0A, 0x0D, 0x0D, 0x0A]) and content.count(bytes([2] * 6 + [4] * 64)) == 2
+
+
+def test_a_switch_drops_and_says_why() -> None:
+    host, switch = vmbed.Host(), vmbed.Switch()
+    guard = vmbed.PortOptions(guard_macs=["04:04:04:04:04:04"], guard_addresses=[])
+    guarded, opened, monitor = switch.add_port("guarded", guard), switch.add_port("open"), switch.add_port("monitor")
+    guarded.mirror_to(monitor)
+    with pytest.raises(vmbed.InvalidArgument, match="itself"):
+        guarded.mirror_to(guarded)
+    heard, seen = Port(), Port()
+    made = host.builder(driver(nets=1)).net_port(0, opened)
+    with start(made, [(TELL, 0, 0, 1), (RECEIVE, 0, 0, 0)], heard) as hears:
+        made = host.builder(driver(nets=1)).net_port(0, monitor)
+        with start(made, [(TELL, 0, 0, 1), (RECEIVE, 0, 0, 0), (RECEIVE, 0, 0, 0)], seen) as sees:
+            wait_until("both to listen", lambda: heard.written and seen.written)
+            made = host.builder(driver(nets=1)).net_port(0, guarded)
+            with start(made, [(SEND, 0xFF, 60, 2), (SEND, 0xFF, 64, 4)]) as lies:
+                finish(lies, 2)
+            assert finish(hears, 2)[1][1] == 12 + 64
+            assert finish(sees, 3)[2][1] == 12 + 64
+        with pytest.raises(vmbed.Busy, match="net0"):
+            host.builder(driver(nets=1)).net_port(0, opened).build()
+    assert guarded.statistics().drops == {"spoofed-mac": 1}
+    assert monitor.statistics().mirrored.frames == 2
+    guarded.mirror_to(None)
+    host.builder(driver(nets=1)).net_port(0, opened).build().close()
+    with pytest.raises(vmbed.InvalidArgument) as wrong:
+        opened.set_options(vmbed.PortOptions(trunk=[10, 4095]))
+    assert [field.name for field in wrong.value.fields] == ["vlan.vlans"]
+    limits = vmbed.PortOptions(trunk=[10, 20], isolated=True, storm=vmbed.UNLIMITED_RATE, rate_in=vmbed.Rate(1000))
+    opened.set_options(limits)
+    opened.remove()
+    with pytest.raises(vmbed.NotFound, match="open"):
+        opened.set_options(limits)
+    with pytest.raises(vmbed.NotFound, match="open"):
+        host.builder(driver(nets=1)).net_port(0, opened).build()
+    with pytest.raises(vmbed.NotFound, match="vmbed-no-tap"):
+        switch.add_tap("uplink", "vmbed-no-tap")
+
+
 def test_disks_and_cards_by_descriptor() -> None:
     host = vmbed.Host()
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -43,6 +43,17 @@ from .errors import (
 )
 from .events import Cause, Event, Events, Kind
 from .host import UNLIMITED, Builder, Dispatcher, Finding, Host, Probe, Shares, ThreadRole, Usage
+from .switch import (
+    UNLIMITED_RATE,
+    Capture,
+    CaptureSummary,
+    PortOptions,
+    PortStatistics,
+    Rate,
+    Switch,
+    SwitchPort,
+    Traffic,
+)
 from .vm import BalloonStatistics, DiskStatistics, GuestMemory, Memory, NetStatistics, Registers, State, VcpuReturn, VcpuStatistics, Vm
 
 _VERSION = lib.vmbed_version()
@@ -74,11 +85,13 @@ def log_to(logger: logging.Logger | None, level: int = logging.INFO) -> None:
 
 
 __all__ = [
-    "BadImage", "Balloon", "BalloonStatistics", "BareConfig", "BlockBackend", "BlockOp", "BlockRequest", "Builder", "Busy", "Cause", "Config",
-    "Console", "Constraint", "CpuidMask", "Device", "Disk", "DiskStatistics", "Dispatcher", "Error", "Event",
-    "Events", "Exhausted", "Field", "Finding", "GuestMemory", "Host", "HostError", "Internal", "InvalidArgument",
-    "InvalidState", "Kind", "LinuxConfig", "Memory", "Mode", "Net", "NetBackend", "NetStatistics", "NotFound",
-    "PermissionDenied", "Platform", "Probe", "Refused", "Registers", "Shares", "Slack", "State", "ThreadRole",
-    "TimedOut", "UNLIMITED", "Unsupported", "Usage", "VcpuReturn", "VcpuStatistics", "Verdict", "Vm",
-    "features", "has_feature", "log_to",
+    "BadImage", "Balloon", "BalloonStatistics", "BareConfig", "BlockBackend", "BlockOp", "BlockRequest",
+    "Builder", "Busy", "Capture", "CaptureSummary", "Cause", "Config", "Console", "Constraint", "CpuidMask",
+    "Device", "Disk", "DiskStatistics", "Dispatcher", "Error", "Event", "Events", "Exhausted", "Field",
+    "Finding", "GuestMemory", "Host", "HostError", "Internal", "InvalidArgument", "InvalidState", "Kind",
+    "LinuxConfig", "Memory", "Mode", "Net", "NetBackend", "NetStatistics", "NotFound", "PermissionDenied",
+    "Platform", "PortOptions", "PortStatistics", "Probe", "Rate", "Refused", "Registers", "Shares", "Slack",
+    "State", "Switch", "SwitchPort", "ThreadRole", "TimedOut", "Traffic", "UNLIMITED", "UNLIMITED_RATE",
+    "Unsupported", "Usage", "VcpuReturn", "VcpuStatistics", "Verdict", "Vm", "features", "has_feature",
+    "log_to",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import Any, Callable, TypeVar
+from typing import Any, Callable, Protocol, TypeVar
 
 from vmbed._cdef import ffi as _ffi
 
@@ -53,6 +53,18 @@ def structure(kind: str, **fields: Any) -> Any:
     made = ffi.new(f"{kind} *", fields)
     made.size = ffi.sizeof(kind)
     return made
+
+
+class HasFileno(Protocol):
+    """A file, socket, pipe or the like."""
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+
+
+def fileno(file: int | HasFileno) -> int:
+    """The descriptor of a file, or one."""
+    return file if isinstance(file, int) else file.fileno()
 
 
 T = TypeVar("T", bound=tuple[Any, ...])

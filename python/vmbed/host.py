@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Protocol, Sequence, TypedDict
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Sequence, TypedDict
 
 from . import backend, device
-from ._lib import call, ffi, filled, hold, let_go, lib, make, optional, structure, text
+from ._lib import HasFileno, call, ffi, filled, hold, let_go, lib, make, optional, structure, text
+from ._lib import fileno as _fd
 from .backend import BlockBackend, NetBackend
 from .config import Config
 from .device import Attached, Device
 from .errors import Verdict
 from .events import Events
+from .switch import SwitchPort
 from .vm import Vm
 
 if TYPE_CHECKING:
@@ -26,17 +28,6 @@ class ThreadRole(IntEnum):
     VCPU = 0
     DEVICE = 1
     CONTROL = 2
-
-
-class HasFileno(Protocol):
-    """A file, socket, pipe or the like."""
-
-    def fileno(self) -> int:
-        """Its descriptor."""
-
-
-def _fd(file: int | HasFileno) -> int:
-    return file if isinstance(file, int) else file.fileno()
 
 
 @dataclass(frozen=True)
@@ -186,6 +177,11 @@ class Builder:
         """Puts card `index` of the configuration, one without a TAP interface, on a queue of one that somebody attached, or
         on a connected Unix socket (SOCK_SEQPACKET or SOCK_DGRAM), on which each message is a frame (:class:`NetBackend`)."""
         call(lib.vmbed_builder_net_fd, self._pointer, index, _fd(net))
+        return self
+
+    def net_port(self, index: int, port: SwitchPort) -> Builder:
+        """Puts card `index` of the configuration, one without a TAP interface, on a port of a :class:`Switch`."""
+        call(lib.vmbed_builder_net_port, self._pointer, index, port._pointer)
         return self
 
     def net_backend(self, index: int, net: NetBackend) -> Builder:

@@ -70,6 +70,23 @@ pub(super) fn numbers<'a>(data: *const u32, length: usize, name: &str) -> Result
     }
 }
 
+/// The same for handles.
+pub(super) fn handles<'a, H: super::handle::Handle>(
+    list: *const *const H,
+    length: usize,
+    name: &str,
+) -> Result<&'a [*const H]> {
+    check_length(list.is_null(), length, name)?;
+    match length {
+        0 => Ok(&[]),
+        _ if !list.is_aligned() || length > isize::MAX as usize / size_of::<usize>() => {
+            Err(invalid(format!("{name} is not an array of {length} handles")))
+        }
+        // SAFETY: not NULL and aligned, so `length` pointers are there through the call: the header says so.
+        _ => Ok(unsafe { std::slice::from_raw_parts(list, length) }),
+    }
+}
+
 pub(super) fn slice_mut<'a>(data: *mut u8, length: usize, name: &str) -> Result<&'a mut [u8]> {
     check_length(data.is_null(), length, name)?;
     if length == 0 {

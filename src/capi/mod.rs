@@ -26,6 +26,8 @@ mod ledger;
 mod library;
 mod log;
 mod net;
+mod switch;
+mod traffic;
 mod vm;
 
 use error::vmbed_error;

@@ -24,7 +24,7 @@ impl Parameter {
     }
 }
 
-const STRUCTURES: [&str; 16] = [
+const STRUCTURES: [&str; 19] = [
     "vmbed_verdict",
     "vmbed_memory",
     "vmbed_vcpu_statistics",
@@ -41,11 +41,16 @@ const STRUCTURES: [&str; 16] = [
     "vmbed_balloon",
     "vmbed_balloon_statistics",
     "vmbed_guest_memory",
+    "vmbed_switch_options",
+    "vmbed_port_options",
+    "vmbed_port_statistics",
 ];
 
 /// Where the header says that NULL is good, for every function that has the parameter.
-const NULL_IS_GOOD: [&str; 9] =
-    ["error", "user", "destroy", "options", "kvm", "initrd", "uuid", "cause", "taken"];
+const NULL_IS_GOOD: [&str; 13] = [
+    "error", "user", "destroy", "options", "kvm", "initrd", "uuid", "cause", "taken", "monitor", "ports",
+    "written", "missed",
+];
 
 /// What the numbers of an enumeration are called.
 const ENUMERATIONS: [&str; 5] = ["mode", "register_", "platform", "console", "level"];
@@ -58,7 +63,8 @@ const GROWN: [(&str, &str); 3] = [
 ];
 
 /// What the program needs before `main`.
-const PROLOGUE: &str = r#"#include <stddef.h>
+const PROLOGUE: &str = r#"#include <fcntl.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -74,11 +80,14 @@ static vmbed_events *some_events, *out_events;
 static vmbed_event *some_event, *out_event;
 static vmbed_dispatcher *some_dispatcher, *out_dispatcher;
 static vmbed_block *some_block;
+static vmbed_switch *some_switch, *out_switch;
+static vmbed_port *some_port, *out_port;
+static vmbed_capture *some_capture, *out_capture;
 static uint8_t bytes[4096];
 static uint32_t numbers[4];
 static size_t count;
 static uint64_t wide;
-static int32_t number, calls;
+static int32_t number, calls, nowhere;
 
 static int32_t f_read(void *u, uint32_t v, uint64_t o, uint8_t *d, size_t l) { (void)u, (void)v, (void)o, (void)d, (void)l; return 0; }
 static int32_t f_write(void *u, uint32_t v, uint64_t o, const uint8_t *d, size_t l) { (void)u, (void)v, (void)o, (void)d, (void)l; return 0; }
@@ -108,6 +117,9 @@ STRUCTURE(vmbed_net_statistics);
 STRUCTURE(vmbed_balloon);
 STRUCTURE(vmbed_balloon_statistics);
 STRUCTURE(vmbed_guest_memory);
+STRUCTURE(vmbed_switch_options);
+STRUCTURE(vmbed_port_options);
+STRUCTURE(vmbed_port_statistics);
 
 static void good(void)
 {
@@ -131,6 +143,13 @@ static void good(void)
     memset(&the_vmbed_balloon, 0, sizeof the_vmbed_balloon), the_vmbed_balloon.s.size = sizeof(vmbed_balloon);
     memset(&the_vmbed_balloon_statistics, 0, sizeof the_vmbed_balloon_statistics), the_vmbed_balloon_statistics.s.size = sizeof(vmbed_balloon_statistics);
     memset(&the_vmbed_guest_memory, 0, sizeof the_vmbed_guest_memory), the_vmbed_guest_memory.s.size = sizeof(vmbed_guest_memory);
+    memset(&the_vmbed_switch_options, 0, sizeof the_vmbed_switch_options), the_vmbed_switch_options.s.size = sizeof(vmbed_switch_options);
+    memset(&the_vmbed_port_options, 0, sizeof the_vmbed_port_options), the_vmbed_port_options.s.size = sizeof(vmbed_port_options);
+    memset(&the_vmbed_port_statistics, 0, sizeof the_vmbed_port_statistics), the_vmbed_port_statistics.s.size = sizeof(vmbed_port_statistics);
+    vmbed_capture_free(some_capture), vmbed_port_free(some_port), vmbed_switch_free(some_switch);
+    if (vmbed_switch_new(NULL, &some_switch, NULL) || vmbed_switch_add_port(some_switch, "p", NULL, &some_port, NULL) ||
+        vmbed_switch_capture(some_switch, NULL, 0, nowhere, &some_capture, NULL))
+        abort();
     vmbed_builder_free(some_builder), vmbed_config_free(some_config), vmbed_vm_free(some_vm);
     vmbed_builder *builder;
     if (vmbed_config_new_bare(VMBED_MODE_REAL, 0x1000, code, 1, &some_config, NULL) ||
@@ -158,11 +177,14 @@ static void must_live(void)
     vmbed_host_free(out_host), vmbed_probe_free(out_probe), vmbed_config_free(out_config), vmbed_builder_free(out_builder);
     vmbed_vm_free(out_vm), vmbed_events_free(out_events), vmbed_event_free(out_event);
     vmbed_dispatcher_free(out_dispatcher), out_dispatcher = NULL;
+    vmbed_capture_free(out_capture), vmbed_port_free(out_port), vmbed_switch_free(out_switch);
+    out_capture = NULL, out_port = NULL, out_switch = NULL;
     out_host = NULL, out_probe = NULL, out_config = NULL, out_builder = NULL, out_vm = NULL, out_events = NULL, out_event = NULL;
 }
 
 int main(void)
 {
+    nowhere = open("/dev/null", O_RDWR);
     if (vmbed_host_open(NULL, &some_host, NULL) || vmbed_config_new_linux("/k", &some_linux, NULL) || vmbed_events_new(&some_events, NULL) ||
         vmbed_probe_new(NULL, &some_probe, NULL) || vmbed_dispatcher_new(&some_dispatcher, NULL))
         abort();
@@ -254,6 +276,7 @@ fn value(parameter: &Parameter) -> String {
         "vmbed_error **" => "&err".to_owned(),
         _ if kind.ends_with("**") => format!("&out_{object}"),
         _ if kind.ends_with("_fn") => format!("f_{}", object.trim_end_matches("_fn")),
+        _ if name == "ports" => "NULL".to_owned(),
         // A free function gets nothing to free: its NULL is what is called.
         _ if kind.contains("vmbed_") => format!("some_{object}"),
         "const char *" => "\"x\"".to_owned(),
@@ -263,7 +286,7 @@ fn value(parameter: &Parameter) -> String {
         "int32_t *" => "&number".to_owned(),
         "uint64_t *" => "&wide".to_owned(),
         "void *" => "NULL".to_owned(),
-        "int32_t" if name == "fd" => "1".to_owned(),
+        "int32_t" if name == "fd" => "nowhere".to_owned(),
         "size_t" if name == "length" || name == "room" => "1".to_owned(),
         _ if name == "length" => "1".to_owned(),
         _ => "0".to_owned(),

@@ -267,7 +267,7 @@ impl Switch {
     }
 
     /// The ports, in no particular order.
-    pub fn ports(&self) -> Vec<SwitchPort> {
+    pub(crate) fn ports(&self) -> Vec<SwitchPort> {
         let (map, _) = self.owner.shared.map();
         let handle = |entry: &Entry| SwitchPort { owner: self.owner.clone(), port: entry.port.clone() };
         map.entries().map(handle).collect()
@@ -322,7 +322,8 @@ impl SwitchPort {
     }
 
     /// What it is told now; `None` once it was removed.
-    pub fn options(&self) -> Option<PortOptions> {
+    #[cfg(test)]
+    pub(crate) fn options(&self) -> Option<PortOptions> {
         let (map, _) = self.owner.shared.map();
         map.get(&self.port).map(|entry| entry.rules.options.clone())
     }
