@@ -120,3 +120,8 @@ pub use error::{Error, ErrorKind, FieldError, Result};
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct ReadmePrograms;
+
+/// Compiles those of docs/networking.md.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/networking.md")]
+struct NetworkingPrograms;

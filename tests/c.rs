@@ -105,6 +105,12 @@ impl Stage {
         let mut cc = Command::new("cc");
         cc.args(WARNINGS).arg(stage.directory.join("introduction.c")).arg("-o");
         run(cc.arg(stage.directory.join("introduction")).args(&flags));
+        let page = std::fs::read_to_string(root.join("docs/networking.md")).unwrap();
+        let lines = page.split("```c\n").nth(1).and_then(|rest| rest.split("```").next());
+        std::fs::write(stage.directory.join("networking.c"), lines.expect("it has lines in C")).unwrap();
+        let mut cc = Command::new("cc");
+        cc.current_dir(&stage.directory).args(WARNINGS).args(["-c", "networking.c"]);
+        run(cc.args(config(&["--cflags"])));
         for name in ["bare", "many", "boot"] {
             stage.compile(name, &[&format!("examples/c/{name}.c")], &[], &flags);
         }

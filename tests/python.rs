@@ -61,7 +61,7 @@ fn install(home: &Path) {
         pip.args(["--quiet", "--disable-pip-version-check", "install"]);
         pip
     };
-    run(pip().args(["mypy", "pytest"]));
+    run(pip().args(["mypy", "pytest", "scapy"]));
     let mut package = pip();
     package.arg(root().join("python")).env("VMBED_PROFILE", "debug");
     // Not the jobserver and flags of a make that runs these tests.
@@ -119,6 +119,10 @@ fn readme(home: &Path) {
     let program = program.split("```").next().unwrap();
     let said = run(Command::new(home.join("bin/python")).args(["-c", program]));
     assert_eq!(said, "b'x'\nGUEST_HALT\n");
+    let page = std::fs::read_to_string(root().join("docs/networking.md")).unwrap();
+    let lines = page.split("```python\n").nth(1).and_then(|rest| rest.split("```").next());
+    let mut python = Command::new(home.join("bin/python"));
+    assert_eq!(run(python.current_dir(home).args(["-c", lines.expect("it has lines in Python")])), "{}\n");
     let doctest = "import doctest, vmbed; assert doctest.testmod(vmbed).failed == 0";
     run(Command::new(home.join("bin/python")).args(["-c", doctest]));
 }
