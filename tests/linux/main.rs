@@ -21,6 +21,7 @@ mod ends;
 mod guest;
 mod many;
 mod net;
+mod switch;
 mod time;
 
 /// Says which half of the trials, of two, a process runs: `0` or `1`. Absent where all are wanted.
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
     drive::add(&mut trials);
     ends::add(&mut trials);
     net::add(&mut trials);
+    switch::add(&mut trials);
     c::add(&mut trials);
     time::add(&mut trials);
     many::add(&mut trials);
