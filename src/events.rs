@@ -87,11 +87,40 @@ pub enum EventKind {
         /// How much it says that it has given up.
         actual: Bytes,
     },
+    /// The host has not enough memory, and something was done about it with this VM
+    /// ([`Host::set_reclaim`](crate::Host::set_reclaim)). At most one of each stage is unread: the latest.
+    MemoryPressure {
+        /// What was done.
+        stage: ReclaimStage,
+        /// How much the step is about: what the balloon is asked for now, what is to be paged out, what there is of a VM
+        /// that is paused or stopped.
+        wanted: Bytes,
+        /// What its guest says that it has put into the balloon so far; what was named to the kernel for paging out.
+        claimed: Bytes,
+        /// What the host has got of that, as it counts it.
+        measured: Bytes,
+        /// Of a pause: how long it lasts at most. What comes then: a victim is stopped, another VM goes on.
+        deadline: Option<Duration>,
+    },
     /// This many events were dropped because nobody read the stream.
     Lost {
         /// How many.
         events: u64,
     },
+}
+
+/// What is done with a VM when the host's memory gets short.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ReclaimStage {
+    /// Its guest is asked for memory that it does not use, or may have some back.
+    Balloon,
+    /// Some of its memory goes to swap.
+    PageOut,
+    /// It stands still, since it has more than its guarantee.
+    Pause,
+    /// It ends: it was declared a victim.
+    Stop,
 }
 
 /// Why a VM ended.
@@ -110,6 +139,9 @@ pub enum StopCause {
     GuestHalt,
     /// The embedder stopped or dropped it.
     HostStop,
+    /// The host had not enough memory, and the VM had agreed to be stopped then
+    /// ([`PromiseConfig::victim`](crate::PromiseConfig)). Its memory was given back at once: it reads zero.
+    MemoryPressure,
     /// A vCPU cannot go on: KVM refused, guest memory is gone, or vmbed has a defect.
     VcpuFault {
         /// The vCPU's index.
@@ -135,6 +167,7 @@ impl fmt::Display for StopCause {
             Self::GuestPanic => f.write_str("guest kernel panic"),
             Self::GuestHalt => f.write_str("guest halted"),
             Self::HostStop => f.write_str("stopped by the host"),
+            Self::MemoryPressure => f.write_str("stopped because the host has not enough memory"),
             Self::VcpuFault { vcpu, why } => write!(f, "vCPU {vcpu} failed: {why}"),
             Self::DeviceFault { device, why } => write!(f, "device {device} failed: {why}"),
         }
@@ -334,6 +367,9 @@ impl EventKind {
             }
             (Self::Doorbell { device: one, .. }, Self::Doorbell { device: other, .. }) => one == other,
             (Self::Balloon { .. }, Self::Balloon { .. }) => true,
+            (Self::MemoryPressure { stage: one, .. }, Self::MemoryPressure { stage: other, .. }) => {
+                one == other
+            }
             _ => false,
         }
     }

@@ -79,7 +79,7 @@ mod vm;
 
 // The machine that VMs run on: what it can do, and what it has promised.
 pub use budget::{Constraint, Slack, Verdict};
-pub use host::{ChargedBy, Finding, Host, HostConfig, Probe, Usage};
+pub use host::{ChargedBy, Finding, Host, HostConfig, Probe, ReclaimConfig, Usage};
 
 // What a VM is to be: plain data.
 pub use config::{
@@ -105,7 +105,7 @@ pub use net::switch::{
 pub use reactor::Dispatcher;
 
 // What happened to it.
-pub use events::{Event, EventKind, EventStream, StopCause, VmId};
+pub use events::{Event, EventKind, EventStream, ReclaimStage, StopCause, VmId};
 
 // Where an embedder plugs in hardware, disks and networks of its own.
 pub use block::{BlockBackend, BlockOp, BlockRequest};

@@ -8,7 +8,7 @@ fn root() -> &'static Path {
 }
 
 /// The sections in the order in which a reader wants them: a file of `src/capi` and its title.
-const SECTIONS: [(&str, &str); 15] = [
+const SECTIONS: [(&str, &str); 16] = [
     ("library", "The library"),
     ("error", "Errors"),
     ("device", "Devices of your own"),
@@ -23,6 +23,7 @@ const SECTIONS: [(&str, &str); 15] = [
     ("drive", "Loops and threads of your own"),
     ("ledger", "What was promised, and what is there"),
     ("balloon", "How guests give memory back"),
+    ("reclaim", "When memory gets short"),
     ("events", "What happened"),
 ];
 

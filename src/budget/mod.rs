@@ -20,6 +20,7 @@ use crate::units::Bytes;
 
 mod overhead;
 mod provider;
+pub(crate) mod reclaim;
 #[cfg(test)]
 mod tests;
 mod verdict;

@@ -30,6 +30,9 @@ pub const VMBED_EVENT_DOORBELL: i32 = 8;
 /// The guest has given up as much memory as vmbed_vm_set_balloon() asked for, or it takes memory back that it was not
 /// told it might have; vmbed_event_value() says how much it has given up. At most one is unread: the latest.
 pub const VMBED_EVENT_BALLOON: i32 = 9;
+/// The host has not enough memory, and something was done about it with this VM (vmbed_host_set_reclaim()):
+/// vmbed_event_pressure() says what. At most one of each stage is unread: the latest.
+pub const VMBED_EVENT_MEMORY_PRESSURE: i32 = 10;
 
 /// The VM has not ended.
 pub const VMBED_CAUSE_NONE: i32 = 0;
@@ -49,6 +52,9 @@ pub const VMBED_CAUSE_HOST_STOP: i32 = 6;
 pub const VMBED_CAUSE_VCPU_FAULT: i32 = 7;
 /// A device cannot go on: an embedder's callback failed, or vmbed has a defect.
 pub const VMBED_CAUSE_DEVICE_FAULT: i32 = 8;
+/// The host had not enough memory, and the VM had agreed to be stopped then (vmbed_config_set_promise()). Its memory was given
+/// back at once: it reads zero.
+pub const VMBED_CAUSE_MEMORY_PRESSURE: i32 = 9;
 
 pub(super) fn cause(cause: &StopCause) -> i32 {
     match cause {
@@ -58,6 +64,7 @@ pub(super) fn cause(cause: &StopCause) -> i32 {
         StopCause::GuestPanic => VMBED_CAUSE_GUEST_PANIC,
         StopCause::GuestHalt => VMBED_CAUSE_GUEST_HALT,
         StopCause::HostStop => VMBED_CAUSE_HOST_STOP,
+        StopCause::MemoryPressure => VMBED_CAUSE_MEMORY_PRESSURE,
         StopCause::VcpuFault { .. } => VMBED_CAUSE_VCPU_FAULT,
         StopCause::DeviceFault { .. } => VMBED_CAUSE_DEVICE_FAULT,
     }
@@ -83,6 +90,10 @@ pub(super) struct Story {
 }
 
 impl Story {
+    pub fn event(&self) -> &Event {
+        &self.event
+    }
+
     fn new(event: Event) -> Self {
         let (kind, end, device, text) = match &event.kind {
             EventKind::Started => (VMBED_EVENT_STARTED, VMBED_CAUSE_NONE, None, String::new()),
@@ -107,6 +118,9 @@ impl Story {
             }
             EventKind::Balloon { .. } => {
                 (VMBED_EVENT_BALLOON, VMBED_CAUSE_NONE, Some("balloon0"), String::new())
+            }
+            EventKind::MemoryPressure { .. } => {
+                (VMBED_EVENT_MEMORY_PRESSURE, VMBED_CAUSE_NONE, None, String::new())
             }
             EventKind::Lost { .. } => (VMBED_EVENT_LOST, VMBED_CAUSE_NONE, None, String::new()),
         };

@@ -26,6 +26,7 @@ mod ledger;
 mod library;
 mod log;
 mod net;
+mod reclaim;
 mod switch;
 mod traffic;
 mod vm;

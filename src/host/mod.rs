@@ -18,11 +18,14 @@ use crate::vcpu::cpuid::HostCpu;
 use crate::vm::{HostParts, Vm, VmBuilder};
 
 mod probe;
+mod reclaim;
 mod samples;
 mod shares;
 mod usage;
 
 pub use probe::{Finding, Probe};
+use reclaim::Reclaim;
+pub use reclaim::ReclaimConfig;
 pub use samples::ChargedBy;
 use samples::Samples;
 pub use shares::HostConfig;
@@ -42,6 +45,7 @@ pub struct Host {
     parts: Arc<HostParts>,
     samples: Arc<Samples>,
     reaction: Arc<Mutex<Duration>>,
+    reclaim: Arc<Reclaim>,
 }
 
 impl Host {
@@ -89,8 +93,9 @@ impl Host {
             })
         };
         let (cpu, nested_paging) = (host_cpu(&kvm)?, probe::nested_paging());
-        let parts = Arc::new(HostParts { cpu, ledger, kvm, roll, nested_paging, headroom });
-        Ok(Self { parts, samples, reaction })
+        let herd = Arc::default();
+        let parts = Arc::new(HostParts { cpu, ledger, kvm, roll, herd, nested_paging, headroom });
+        Ok(Self { parts, samples, reaction, reclaim: Arc::default() })
     }
 
     /// Starts the making of a VM: attach to the builder what is not data, then build.
@@ -125,6 +130,19 @@ impl Host {
         let generation = self.parts.ledger.set_provider(generation, provider, cores)?;
         *lock(&self.reaction) = config.reaction_time;
         Ok(generation)
+    }
+
+    /// Says what to do with the VMs of this host when its memory gets short; `None`, as in the beginning: nothing. One thread,
+    /// `vmbed-reclaim`, does it, until the last clone of this host is dropped, which waits for it. Each step is an event of
+    /// the VM that it is about ([`EventKind::MemoryPressure`](crate::EventKind)). With `None`, VMs that it has paused go on,
+    /// and balloons are asked for no more than [`Vm::set_balloon`](crate::Vm::set_balloon) said.
+    ///
+    /// `docs/overcommit.md` has the stages, and who gives first. Blocks for as long as a step takes: a pause up to 10 s.
+    ///
+    /// # Errors
+    /// `InvalidArgument` that names every bad field; `Exhausted` where the process is out of threads or file descriptors.
+    pub fn set_reclaim(&self, config: Option<&ReclaimConfig>) -> Result<()> {
+        self.reclaim.set(config, &self.parts.herd, &self.samples)
     }
 
     /// What the VMs of this host hold, what there is, and how much of it is really there. Costs two system calls

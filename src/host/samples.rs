@@ -73,6 +73,12 @@ fn groups(membership: &str, root: &Path) -> Vec<Group> {
     found
 }
 
+/// The pressure file of the cgroup that this process is in, where there is one (version 2).
+pub(super) fn own_pressure_file() -> Option<PathBuf> {
+    let own = groups(&membership(), Path::new("/sys/fs/cgroup")).into_iter().next()?;
+    Some(own.path.join("memory.pressure")).filter(|path| path.exists())
+}
+
 /// A file of the kernel's that is read again and again.
 struct Source(File);
 

@@ -8,11 +8,11 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use vm_memory::mmap::MmapRegion;
+use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::memory::punch_hole;
+use crate::sys::memory::{Advice, advise, punch_hole};
 use crate::sys::residency as pages;
 
 pub(crate) use backing::HUGE;
@@ -26,6 +26,17 @@ pub(crate) mod slots;
 /// The guest's memory. Cheap to clone; the mapping lives until the last clone is gone.
 #[derive(Clone)]
 pub(crate) struct Memory(Arc<Mapped>);
+
+/// What came of paging out, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PagedOut {
+    /// Where to go on.
+    pub next: u64,
+    /// What was there of what was named to the kernel.
+    pub named: u64,
+    /// What is not there any more.
+    pub gone: u64,
+}
 
 /// Field order is drop order: the regions lie within the address space.
 struct Mapped {
@@ -83,6 +94,49 @@ impl Memory {
         let before = pages::occupied(file.file())?;
         punch_hole(file.file(), file.start() + offset, len)?;
         Ok(before.saturating_sub(pages::occupied(file.file())?).min(len))
+    }
+
+    /// Gives everything back to the host, of a guest that will not run any more: it reads zero from now on.
+    pub fn discard_all(&self) {
+        for region in self.iter() {
+            if let Err(error) = self.discard(region.start_addr().raw_value(), region.len()) {
+                log::warn!("giving a guest's memory back: {error}");
+            }
+        }
+    }
+
+    /// Pages out about `bytes` of what is there, from `cursor` on (an offset into all regions together), piece by piece,
+    /// at most once around. What the guest touches meanwhile comes back.
+    pub fn page_out(&self, cursor: u64, bytes: u64) -> PagedOut {
+        let size = self.size();
+        let (mut done, mut seen) = (PagedOut { next: cursor % size, named: 0, gone: 0 }, 0);
+        while done.gone < bytes && seen < size {
+            let Some((region, start, offset, len)) = self.piece(done.next) else { break };
+            let there = || pages::resident_in(region, offset as usize, len as usize).unwrap_or(0);
+            let before = there();
+            if before > 0 {
+                done.named += before;
+                // Where there is no swap, or it is full, the pages stay.
+                let _ = advise(region, offset as usize, len as usize, Advice::PageOut);
+                done.gone += before.saturating_sub(there());
+            }
+            seen += len;
+            done.next = (start + len) % size;
+        }
+        done
+    }
+
+    /// The huge page that `cursor` is in: its region, where it starts, also in that region, and how much of it there is.
+    fn piece(&self, cursor: u64) -> Option<(&GuestRegionMmap, u64, u64, u64)> {
+        let mut base = 0;
+        for region in self.iter() {
+            let offset = cursor.checked_sub(base)? / HUGE * HUGE;
+            if offset < region.len() {
+                return Some((region, base + offset, offset, HUGE.min(region.len() - offset)));
+            }
+            base += region.len();
+        }
+        None
     }
 
     /// What device code and loaders read and write through.
@@ -148,6 +202,22 @@ mod tests {
         for (start, len) in [(0, (16 << 20) + 1), (16 << 20, 4096), (4096, u64::MAX)] {
             assert!(memory.discard(start, len).is_err(), "{start:#x} {len:#x}");
         }
+    }
+
+    #[test]
+    fn paging_out_goes_around_once_and_keeps_the_content() {
+        let memory = Memory::new(5 << 20).unwrap();
+        for page in [0u64, 600, 1279] {
+            memory.write_obj(page as u8 | 1, GuestAddress(page << 12)).unwrap();
+        }
+        let done = memory.page_out(3 << 20, u64::MAX);
+        assert_eq!((done.named, done.next), (3 << 12, 2 << 20), "from the piece at 2 MiB around to it");
+        assert!(done.gone <= done.named, "nothing goes where there is no swap");
+        for page in [0u64, 600, 1279] {
+            assert_eq!(memory.read_obj::<u8>(GuestAddress(page << 12)).unwrap(), page as u8 | 1);
+        }
+        memory.discard_all();
+        assert_eq!(memory.page_out(0, 1).named, 0);
     }
 
     #[test]

@@ -56,15 +56,19 @@ impl Meter {
     fn all(&self) -> Residency {
         let quick = self.quick();
         let backing = quick.backing.get();
-        let resident = if residency::swap_is_used() {
-            let of = |region: &GuestRegionMmap| residency::resident(region).unwrap_or(0);
-            // A guest may have touched more meanwhile.
-            self.memory.iter().map(of).fold(0, u64::saturating_add).min(backing)
-        } else {
-            backing
-        };
+        let resident = self.resident(backing);
         let swapped = Bytes(backing.saturating_sub(resident));
         Residency { quick, resident: Bytes(resident), swapped, huge: Bytes(self.huge()) }
+    }
+
+    /// What is in memory of that backing.
+    fn resident(&self, backing: u64) -> u64 {
+        if !residency::swap_is_used() {
+            return backing;
+        }
+        let of = |region: &GuestRegionMmap| residency::resident(region).unwrap_or(0);
+        // A guest may have touched more meanwhile.
+        self.memory.iter().map(of).fold(0, u64::saturating_add).min(backing)
     }
 
     fn huge(&self) -> u64 {
@@ -126,6 +130,16 @@ pub(crate) struct Enrolled {
 }
 
 impl Enrolled {
+    /// What exists of its memory, in memory or in swap. Costs one system call for each region.
+    pub fn backing(&self) -> u64 {
+        self.meter.backing()
+    }
+
+    /// What of it is in memory: the same, unless something of the machine's is swapped out; then a walk over page tables.
+    pub fn resident(&self) -> u64 {
+        self.meter.resident(self.meter.backing())
+    }
+
     /// All that can be told of this VM. Walks page tables: 4 ms for a GiB of small pages.
     pub fn read(&self) -> Residency {
         self.meter.all()

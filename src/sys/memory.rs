@@ -36,6 +36,8 @@ pub(crate) enum Advice {
     DontDump,
     /// Make 2 MiB pages of what is there, now (Linux 6.1).
     Collapse,
+    /// Page out what is there, now (Linux 5.4).
+    PageOut,
 }
 
 /// Not in the libc crate's stable surface for every target (linux/mman.h).
@@ -50,6 +52,7 @@ pub(crate) fn advise(region: &MmapRegion, offset: usize, len: usize, advice: Adv
         Advice::DontFork => libc::MADV_DONTFORK,
         Advice::DontDump => libc::MADV_DONTDUMP,
         Advice::Collapse => MADV_COLLAPSE,
+        Advice::PageOut => libc::MADV_PAGEOUT,
     };
     // SAFETY: the range lies within a live mapping (checked above), and none of these advices changes
     // its content or unmaps anything.

@@ -25,11 +25,18 @@ pub(crate) fn occupied(file: &File) -> io::Result<u64> {
 
 /// The bytes of a shared mapping of a file whose pages are in memory, mapped or not.
 pub(crate) fn resident(region: &MmapRegion) -> io::Result<u64> {
+    resident_in(region, 0, region.size())
+}
+
+/// The same for `len` bytes at `offset`, both in whole pages.
+pub(crate) fn resident_in(region: &MmapRegion, offset: usize, len: usize) -> io::Result<u64> {
+    let end = offset.checked_add(len).filter(|end| *end <= region.size());
+    let end = end.ok_or(io::ErrorKind::InvalidInput)?;
     let mut pages = 0u64;
-    let mut states = vec![0u8; (region.size() / PAGE + 1).min(1 << 16)];
+    let mut states = vec![0u8; (len / PAGE + 1).min(1 << 16)];
     let step = states.len() * PAGE;
-    for start in (0..region.size()).step_by(step) {
-        let length = step.min(region.size() - start);
+    for start in (offset..end).step_by(step) {
+        let length = step.min(end - start);
         let at = region.as_ptr().wrapping_add(start);
         // SAFETY: the range lies within a live mapping, whose pages it does not touch; there is a byte for each.
         if unsafe { libc::mincore(at.cast(), length, states.as_mut_ptr()) } < 0 {
@@ -40,16 +47,27 @@ pub(crate) fn resident(region: &MmapRegion) -> io::Result<u64> {
     Ok(pages * PAGE as u64)
 }
 
-/// Whether anything at all of this machine is swapped out.
-pub(crate) fn swap_is_used() -> bool {
+/// The machine's swap space, and what is left of it, in bytes; `None` where it does not say.
+fn swap() -> Option<(u64, u64)> {
     let mut info = MaybeUninit::<libc::sysinfo>::uninit();
     // SAFETY: there is room for one structure.
     if unsafe { libc::sysinfo(info.as_mut_ptr()) } < 0 {
-        return true;
+        return None;
     }
     // SAFETY: the call above has filled it.
     let info = unsafe { info.assume_init() };
-    info.totalswap != info.freeswap
+    let unit = u64::from(info.mem_unit);
+    Some((info.totalswap.saturating_mul(unit), info.freeswap.saturating_mul(unit)))
+}
+
+/// Whether anything at all of this machine is swapped out.
+pub(crate) fn swap_is_used() -> bool {
+    swap().is_none_or(|(total, free)| total != free)
+}
+
+/// The swap space that is left.
+pub(crate) fn swap_free() -> u64 {
+    swap().map_or(0, |(_, free)| free)
 }
 
 /// `_IOWR('f', 16, struct pm_scan_arg)`.

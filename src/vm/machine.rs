@@ -285,8 +285,9 @@ impl Machine {
         }
     }
 
-    /// Joins every thread. After it, nothing of this VM runs.
+    /// Joins every thread. After it, nothing of this VM runs, and nobody works on it.
     pub fn join(&self) {
+        self.host.herd.leave(self.id.0);
         let threads = std::mem::take(&mut lock(&self.control).threads);
         for thread in threads {
             // Its panics were caught and reported as the cause.

@@ -56,9 +56,14 @@ struct Wishes {
     hinting: bool,
     /// Nobody waits for them any longer.
     enough: bool,
+    /// What the embedder asks for, and what is asked beside it, in bytes: the target is their sum.
+    own: u64,
+    extra: u64,
     /// The target has been told of; when the guest was last told on.
     reached: bool,
     told: Option<Instant>,
+    /// When it last took memory out by itself.
+    took_back: Option<Instant>,
 }
 
 impl Control {
@@ -114,12 +119,38 @@ impl Control {
                 format!("{}: a target of {target}: at most the VM's memory, {}", self.id, Bytes(self.memory));
             return Err(Error::new(ErrorKind::InvalidArgument, why));
         }
-        let target = u32::try_from(target.get() / PAGE).unwrap_or(u32::MAX);
-        lock(&self.wishes).reached = false;
-        if self.target.swap(target, Ordering::SeqCst) != target {
+        lock(&self.wishes).own = target.get();
+        self.retarget();
+        Ok(())
+    }
+
+    /// Asks the guest for that much beside what the embedder asks for, as far as there is so much.
+    pub fn set_extra(&self, extra: u64) {
+        lock(&self.wishes).extra = extra;
+        self.retarget();
+    }
+
+    /// What the guest is asked for beside what the embedder asks, and how much of that it has given up.
+    pub fn extra(&self) -> (u64, u64) {
+        let wishes = lock(&self.wishes);
+        (wishes.extra, self.actual().get().saturating_sub(wishes.own).min(wishes.extra))
+    }
+
+    /// Whether the guest has taken memory back by itself in the last so long.
+    pub fn took_back_within(&self, time: Duration) -> bool {
+        lock(&self.wishes).took_back.is_some_and(|at| at.elapsed() < time)
+    }
+
+    fn retarget(&self) {
+        let mut wishes = lock(&self.wishes);
+        let target = wishes.own.saturating_add(wishes.extra).min(self.memory) / PAGE;
+        let target = u32::try_from(target).unwrap_or(u32::MAX);
+        let changed = self.target.swap(target, Ordering::SeqCst) != target;
+        wishes.reached &= !changed;
+        drop(wishes);
+        if changed {
             self.signals.config_changed();
         }
-        Ok(())
     }
 
     /// Asks the guest for its numbers, without waiting for them.
@@ -222,8 +253,11 @@ impl Control {
         let mut wishes = lock(&self.wishes);
         let now = Instant::now();
         let arrived = actual == target && !std::mem::replace(&mut wishes.reached, actual == target);
-        let took_back =
-            actual < old && old <= target && wishes.told.is_none_or(|at| now - at >= EVENT_INTERVAL);
+        let by_itself = actual < old && old <= target;
+        if by_itself {
+            wishes.took_back = Some(now);
+        }
+        let took_back = by_itself && wishes.told.is_none_or(|at| now - at >= EVENT_INTERVAL);
         if took_back {
             wishes.told = Some(now);
         }

@@ -1,0 +1,173 @@
+#![forbid(unsafe_code)]
+//! The VMs of a host, for whoever carries out what is to be done when its memory gets short.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use super::machine::{Machine, VmState};
+use crate::budget::reclaim::{Standing, VmSample};
+use crate::events::{EventKind, ReclaimStage, StopCause};
+use crate::sys::lock;
+use crate::units::Bytes;
+
+/// How long a guest that took memory back by itself is left alone.
+const PEACE: Duration = Duration::from_secs(30);
+
+/// Every VM that has been built and not dropped.
+#[derive(Default)]
+pub(crate) struct Herd(Mutex<BTreeMap<u64, Arc<Place>>>);
+
+/// A VM's place in the herd. Who works on the VM holds the lock, and a VM that is being dropped waits for it: so nobody
+/// else ever drops the last of one.
+#[derive(Default)]
+struct Place {
+    machine: Mutex<Weak<Machine>>,
+    /// Where paging out goes on.
+    cursor: AtomicU64,
+}
+
+impl Herd {
+    pub(super) fn join(&self, machine: &Arc<Machine>) {
+        let place = Place { machine: Mutex::new(Arc::downgrade(machine)), cursor: AtomicU64::new(0) };
+        lock(&self.0).insert(machine.id.0, Arc::new(place));
+    }
+
+    /// Takes a VM out; when this returns, nobody works on it.
+    pub(super) fn leave(&self, id: u64) {
+        if let Some(place) = lock(&self.0).remove(&id) {
+            *lock(&place.machine) = Weak::new();
+        }
+    }
+
+    /// Every VM, as the policy sees it; `paused` are those that it has paused, with their deadlines.
+    pub fn sample(&self, paused: &BTreeMap<u64, Duration>) -> Vec<VmSample> {
+        let places: Vec<_> = lock(&self.0).iter().map(|(id, place)| (*id, place.clone())).collect();
+        let sample = |(id, place): (u64, Arc<Place>)| {
+            let held = lock(&place.machine);
+            held.upgrade().map(|machine| machine.reclaim_sample(paused.get(&id).copied()))
+        };
+        places.into_iter().filter_map(sample).collect()
+    }
+
+    /// Does something with one VM; `None` where it is gone.
+    fn with<R>(&self, id: u64, f: impl FnOnce(&Machine, &AtomicU64) -> R) -> Option<R> {
+        let place = lock(&self.0).get(&id).cloned()?;
+        let held = lock(&place.machine);
+        held.upgrade().map(|machine| f(&machine, &place.cursor))
+    }
+
+    /// Asks the guest to give up that much, beside what the embedder asks of it.
+    pub fn set_balloon(&self, id: u64, bytes: u64) {
+        self.with(id, |machine, _| {
+            let Some(control) = &machine.board.balloon else { return };
+            control.set_extra(bytes);
+            let now = control.statistics();
+            let (claimed, measured) = (now.inflated.claimed, now.inflated.measured);
+            machine.tell_pressure(ReclaimStage::Balloon, Bytes(bytes), claimed, measured, None);
+        });
+    }
+
+    /// Asks the guest for a new account of its memory; the next sample has it.
+    pub fn ask(&self, id: u64) {
+        self.with(id, |machine, _| machine.board.balloon.as_ref().map(|control| control.ask()));
+    }
+
+    /// Pages `bytes` of the VM out, going on where the last time ended.
+    pub fn page_out(&self, id: u64, bytes: u64) {
+        self.with(id, |machine, cursor| {
+            let done = machine.memory.page_out(cursor.load(Ordering::Relaxed), bytes);
+            cursor.store(done.next, Ordering::Relaxed);
+            let (claimed, measured) = (Bytes(done.named), Bytes(done.gone));
+            machine.tell_pressure(ReclaimStage::PageOut, Bytes(bytes), claimed, measured, None);
+        });
+    }
+
+    /// Pauses the VM for at most that long; whether it stands.
+    pub fn pause(&self, id: u64, at_most: Duration) -> bool {
+        let paused = self.with(id, |machine, _| {
+            let there = Bytes(machine.meter.backing());
+            let zero = Bytes(0);
+            machine.tell_pressure(ReclaimStage::Pause, there, zero, zero, Some(at_most));
+            machine.pause().inspect_err(|e| log::warn!("{}: for want of memory: {e}", machine.id)).is_ok()
+        });
+        paused.unwrap_or(false)
+    }
+
+    /// Lets a VM go on that was paused so.
+    pub fn resume(&self, id: u64) {
+        let resumed = self.with(id, |machine, _| machine.resume());
+        if let Some(Err(error)) = resumed {
+            // The embedder was faster, or it has ended.
+            log::debug!("resuming a VM that was paused for want of memory: {error}");
+        }
+    }
+
+    /// Stops a victim. Never blocks; its memory is given back with [`clear`](Self::clear), once it has ended.
+    pub fn stop(&self, id: u64) {
+        self.with(id, |machine, _| {
+            let there = Bytes(machine.meter.backing());
+            machine.tell_pressure(ReclaimStage::Stop, there, Bytes(0), Bytes(0), None);
+            machine.end.line(machine.id).pull(StopCause::MemoryPressure);
+        });
+    }
+
+    /// Gives the memory of a VM back that was stopped for want of it. `false` while its vCPUs have not left.
+    pub fn clear(&self, id: u64) -> bool {
+        let cleared = self.with(id, |machine, _| {
+            let ended = machine.state() == VmState::Stopped(StopCause::MemoryPressure);
+            if ended {
+                machine.memory.discard_all();
+            }
+            ended || matches!(machine.state(), VmState::Stopped(_))
+        });
+        cleared.unwrap_or(true)
+    }
+
+    /// Asks nothing more of anybody.
+    pub fn release(&self) {
+        let ids: Vec<u64> = lock(&self.0).keys().copied().collect();
+        for id in ids {
+            self.with(id, |machine, _| machine.board.balloon.as_ref().map(|control| control.set_extra(0)));
+        }
+    }
+}
+
+impl Machine {
+    fn reclaim_sample(&self, paused: Option<Duration>) -> VmSample {
+        let (claim, _) = self.reservation.terms();
+        let control = self.board.balloon.as_deref();
+        let (asked, ballooned) = control.map_or((0, 0), |control| control.extra());
+        let account = control.and_then(|control| control.last_guest_memory());
+        let idle = account.and_then(|account| account.available.or(account.free)).map_or(0, Bytes::get);
+        let standing = match (self.state(), paused) {
+            (VmState::Running, _) => Standing::Running,
+            (VmState::Paused, Some(until)) => Standing::Paused { until },
+            _ => Standing::Other,
+        };
+        VmSample {
+            id: self.id.0,
+            max: claim.memory.get(),
+            guarantee: claim.guaranteed(),
+            resident: self.meter.resident(),
+            idle,
+            asked,
+            ballooned,
+            needs_all: control.is_some_and(|control| control.took_back_within(PEACE)),
+            victim: claim.victim,
+            standing,
+        }
+    }
+
+    fn tell_pressure(
+        &self,
+        stage: ReclaimStage,
+        wanted: Bytes,
+        claimed: Bytes,
+        measured: Bytes,
+        deadline: Option<Duration>,
+    ) {
+        self.reporter.report(EventKind::MemoryPressure { stage, wanted, claimed, measured, deadline });
+    }
+}
