@@ -1830,6 +1830,87 @@ int32_t vmbed_vm_discard_free_pages(vmbed_vm *vm,
                                     uint64_t *discarded,
                                     vmbed_error **error);
 
+/* When memory gets short ----------------------------------------------------------------------------------- */
+
+/** A guest is asked for memory that it does not use, or may have some back. */
+#define VMBED_STAGE_BALLOON 0
+
+/** Some of a VM's memory goes to swap. */
+#define VMBED_STAGE_PAGE_OUT 1
+
+/** A VM stands still, since it has more than its guarantee. */
+#define VMBED_STAGE_PAUSE 2
+
+/** A VM ends: it was declared a victim. */
+#define VMBED_STAGE_STOP 3
+
+/**
+ * What a host does when its memory gets short. "Free" is what the kernel calls available, or what is left below the own
+ * cgroup's limit if that is less, in bytes. Each stage goes on until a quarter more is free than where it begins; one whose
+ * threshold is 0 never begins.
+ */
+typedef struct {
+    /** sizeof(struct vmbed_reclaim_options) */
+    size_t size;
+    /** Below it, guests with a balloon are asked for what they do not use; when there is room again, they have it back. */
+    uint64_t balloon_below;
+    /** Below it, what VMs have above their guarantees is paged out, where there is swap. */
+    uint64_t page_out_below;
+    /** Below it, VMs above their guarantees are paused, one after the other. */
+    uint64_t pause_below;
+    /** Below it, VMs with a victim class (vmbed_config_set_promise()) are stopped, one after the other. */
+    uint64_t stop_below;
+    /**
+     * How much of what a guest does not use may be asked for: below 1. The higher, the more an idle guest gives for a busy
+     * one. 0: 0.75.
+     */
+    double idle_tax;
+    /** How many milliseconds a VM may be paused. Then it goes on, or is stopped if it may be. 0: 10,000. */
+    uint32_t pause_deadline;
+    /** How often the host's memory is looked at, in milliseconds, besides whenever the kernel reports pressure. 0: 1,000. */
+    uint32_t interval;
+} vmbed_reclaim_options;
+
+/** What an event of the kind VMBED_EVENT_MEMORY_PRESSURE says, in bytes. */
+typedef struct {
+    /** sizeof(struct vmbed_pressure) */
+    size_t size;
+    /**
+     * What the step is about: what the balloon is asked for now, what is to be paged out, what there is of a VM that is
+     * paused or stopped.
+     */
+    uint64_t wanted;
+    /** What the guest says that it has put into the balloon so far; what was named to the kernel for paging out. */
+    uint64_t claimed;
+    /** What the host has got of that, as it counts it. */
+    uint64_t measured;
+    /** Of a pause: how many milliseconds it lasts at most. What comes then: a victim is stopped, another VM goes on. */
+    uint64_t deadline;
+    /** What was done, one of VMBED_STAGE_*. */
+    int32_t stage;
+    /** Zero. */
+    uint32_t unused;
+} vmbed_pressure;
+
+/**
+ * Says what to do with the VMs of a host when its memory gets short; NULL, as in the beginning: nothing. One thread,
+ * `vmbed-reclaim`, does it, until the last end of this host is freed, which waits for it. Each step is an event of the VM
+ * that it is about, VMBED_EVENT_MEMORY_PRESSURE. With NULL, VMs that it has paused go on, and balloons are asked for no more
+ * than vmbed_vm_set_balloon() said. Blocks for as long as a step takes: a pause up to 10 s.
+ *
+ * VMBED_ERR_INVALID_ARGUMENT with every bad field; VMBED_ERR_EXHAUSTED where the process is out of threads or descriptors.
+ */
+int32_t vmbed_host_set_reclaim(vmbed_host *host,
+                               const vmbed_reclaim_options *options,
+                               vmbed_error **error);
+
+/**
+ * Fills `pressure`, whose size is set, with what an event of the kind VMBED_EVENT_MEMORY_PRESSURE says. False for every other
+ * event, for NULL and for a wrong size.
+ */
+bool vmbed_event_pressure(const vmbed_event *event,
+                          vmbed_pressure *pressure);
+
 /* What happened -------------------------------------------------------------------------------------------- */
 
 /** The vCPUs run for the first time. */
@@ -1865,6 +1946,12 @@ int32_t vmbed_vm_discard_free_pages(vmbed_vm *vm,
  */
 #define VMBED_EVENT_BALLOON 9
 
+/**
+ * The host has not enough memory, and something was done about it with this VM (vmbed_host_set_reclaim()):
+ * vmbed_event_pressure() says what. At most one of each stage is unread: the latest.
+ */
+#define VMBED_EVENT_MEMORY_PRESSURE 10
+
 /** The VM has not ended. */
 #define VMBED_CAUSE_NONE 0
 
@@ -1891,6 +1978,12 @@ int32_t vmbed_vm_discard_free_pages(vmbed_vm *vm,
 
 /** A device cannot go on: an embedder's callback failed, or vmbed has a defect. */
 #define VMBED_CAUSE_DEVICE_FAULT 8
+
+/**
+ * The host had not enough memory, and the VM had agreed to be stopped then (vmbed_config_set_promise()). Its memory was given
+ * back at once: it reads zero.
+ */
+#define VMBED_CAUSE_MEMORY_PRESSURE 9
 
 /** A stream of your own, for vmbed_builder_set_events() of several VMs. It is yours to free. */
 int32_t vmbed_events_new(vmbed_events **events, vmbed_error **error);

@@ -682,6 +682,45 @@ def test_a_switch_drops_and_says_why() -> None:
         switch.add_tap("uplink", "vmbed-no-tap")
 
 
+def test_what_is_done_when_memory_gets_short() -> None:
+    always, host = 1 << 60, vmbed.Host()
+    nothing = {"balloon_below": 0, "page_out_below": 0, "interval": 0.02}
+
+    def told(vm: vmbed.Vm) -> list[vmbed.Stage]:
+        events, found = vm.events(), []
+        while event := events.next(0):
+            assert (event.pressure is not None) == (event.kind is vmbed.Kind.MEMORY_PRESSURE)
+            found += [event.pressure.stage] if event.pressure else []
+        return found
+
+    with pytest.raises(vmbed.InvalidArgument, match="interval"):
+        host.set_reclaim(vmbed.Reclaim(idle_tax=1.0, interval=0.001))
+    config = driver()
+    config.balloon = vmbed.Balloon()
+    steps = [(ACCOUNT, 0, 4, 2), (ASKED, 0, 0, 0), (ACCOUNT, 0, 4, 2), (TARGET, 384, 0, 0)]
+    with start(host.builder(config), steps) as vm:
+        host.set_reclaim(vmbed.Reclaim(**{**nothing, "balloon_below": always}))  # type: ignore[arg-type]
+        finish(vm, len(steps))
+        assert vm.balloon_statistics().target == 384 << 12
+        host.set_reclaim(None)
+        assert vm.balloon_statistics().target == 0
+        assert told(vm) == [vmbed.Stage.BALLOON]
+    with host.builder(vmbed.BareConfig(SPINS)).build() as vm:
+        vm.start()
+        host.set_reclaim(vmbed.Reclaim(**{**nothing, "pause_below": always}, pause_deadline=600))  # type: ignore[arg-type]
+        wait_until("the VM to be paused", lambda: vm.state is vmbed.State.PAUSED)
+        host.set_reclaim(None)
+        wait_until("the VM to go on", lambda: vm.state is vmbed.State.RUNNING)
+        assert told(vm) == [vmbed.Stage.PAUSE]
+        with host.builder(vmbed.BareConfig(SPINS, victim=1)).build() as victim:
+            victim.start()
+            host.set_reclaim(vmbed.Reclaim(**{**nothing, "stop_below": always}))  # type: ignore[arg-type]
+            assert victim.wait(LONG) is vmbed.Cause.MEMORY_PRESSURE
+            wait_until("its memory to be free", lambda: victim.memory().backing == 0)
+            assert told(victim) == [vmbed.Stage.STOP] and vm.state is vmbed.State.RUNNING
+        host.set_reclaim(None)
+
+
 def test_disks_and_cards_by_descriptor() -> None:
     host = vmbed.Host()
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

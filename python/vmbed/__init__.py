@@ -41,8 +41,8 @@ from .errors import (
     Unsupported,
     Verdict,
 )
-from .events import Cause, Event, Events, Kind
-from .host import UNLIMITED, Builder, Dispatcher, Finding, Host, Probe, Shares, ThreadRole, Usage
+from .events import Cause, Event, Events, Kind, Pressure, Stage
+from .host import UNLIMITED, Builder, Dispatcher, Finding, Host, Probe, Reclaim, Shares, ThreadRole, Usage
 from .switch import (
     UNLIMITED_RATE,
     Capture,
@@ -90,8 +90,8 @@ __all__ = [
     "Device", "Disk", "DiskStatistics", "Dispatcher", "Error", "Event", "Events", "Exhausted", "Field",
     "Finding", "GuestMemory", "Host", "HostError", "Internal", "InvalidArgument", "InvalidState", "Kind",
     "LinuxConfig", "Memory", "Mode", "Net", "NetBackend", "NetStatistics", "NotFound", "PermissionDenied",
-    "Platform", "PortOptions", "PortStatistics", "Probe", "Rate", "Refused", "Registers", "Shares", "Slack",
-    "State", "Switch", "SwitchPort", "ThreadRole", "TimedOut", "Traffic", "UNLIMITED", "UNLIMITED_RATE",
-    "Unsupported", "Usage", "VcpuReturn", "VcpuStatistics", "Verdict", "Vm", "features", "has_feature",
-    "log_to",
+    "Platform", "PortOptions", "PortStatistics", "Pressure", "Probe", "Rate", "Reclaim", "Refused", "Registers",
+    "Shares", "Slack", "Stage", "State", "Switch", "SwitchPort", "ThreadRole", "TimedOut", "Traffic",
+    "UNLIMITED", "UNLIMITED_RATE", "Unsupported", "Usage", "VcpuReturn", "VcpuStatistics", "Verdict", "Vm",
+    "features", "has_feature", "log_to",
 ]  # fmt: skip

@@ -6,9 +6,9 @@ import asyncio
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from enum import IntEnum
-from typing import Any, AsyncIterator, Iterator
+from typing import Any, AsyncIterator, Iterator, NamedTuple
 
-from ._lib import call, ffi, lib, make, text
+from ._lib import call, ffi, lib, make, structure, text
 
 
 class Kind(IntEnum):
@@ -26,6 +26,8 @@ class Kind(IntEnum):
     DOORBELL = 8
     #: The guest has given up as much as it was asked for, or takes some back; `value` is how much it has given up.
     BALLOON = 9
+    #: Something was done since the host has not enough memory; `pressure` says what.
+    MEMORY_PRESSURE = 10
 
 
 class Cause(IntEnum):
@@ -39,6 +41,31 @@ class Cause(IntEnum):
     HOST_STOP = 6
     VCPU_FAULT = 7
     DEVICE_FAULT = 8
+    #: The host had not enough memory, and the VM was a declared victim.
+    MEMORY_PRESSURE = 9
+
+
+class Stage(IntEnum):
+    """What is done with a VM when the host's memory gets short."""
+
+    BALLOON = 0
+    PAGE_OUT = 1
+    PAUSE = 2
+    STOP = 3
+
+
+class Pressure(NamedTuple):
+    """What was done with a VM since the host has not enough memory, in bytes."""
+
+    stage: Stage
+    #: What the step is about: what the balloon is asked for, what is to be paged out, what there is of the VM.
+    wanted: int
+    #: What the guest says that it has given up so far; what was named to the kernel for paging out.
+    claimed: int
+    #: What the host has got of that.
+    measured: int
+    #: Of a pause: how many seconds it lasts at most.
+    deadline: float | None
 
 
 @dataclass(frozen=True)
@@ -63,6 +90,8 @@ class Event:
     value: int
     #: For people.
     text: str
+    #: Of MEMORY_PRESSURE.
+    pressure: Pressure | None = None
 
 
 class Events:
@@ -136,4 +165,13 @@ def _read(event: Any) -> Event:
         offset=lib.vmbed_event_offset(event),
         value=lib.vmbed_event_value(event),
         text=text(lib.vmbed_event_text(event)),
+        pressure=_pressure(event),
     )
+
+
+def _pressure(event: Any) -> Pressure | None:
+    said = structure("vmbed_pressure")
+    if not lib.vmbed_event_pressure(event, said):
+        return None
+    deadline = said.deadline / 1000 if said.deadline else None
+    return Pressure(Stage(said.stage), said.wanted, said.claimed, said.measured, deadline)

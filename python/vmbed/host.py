@@ -72,6 +72,26 @@ class Usage(NamedTuple):
     unattributed: int
 
 
+@dataclass
+class Reclaim:
+    """What a host does when its memory gets short. The thresholds are bytes that are free; 0: never."""
+
+    #: Below it, guests with a balloon are asked for what they do not use.
+    balloon_below: int = 1 << 30
+    #: Below it, what VMs have above their guarantees is paged out, where there is swap.
+    page_out_below: int = 512 << 20
+    #: Below it, VMs above their guarantees are paused, one after the other.
+    pause_below: int = 0
+    #: Below it, VMs with a victim class are stopped, one after the other.
+    stop_below: int = 0
+    #: How much of what a guest does not use may be asked for.
+    idle_tax: float = 0.75
+    #: How many seconds a VM may be paused; then it goes on, or is stopped if it may be.
+    pause_deadline: float = 10.0
+    #: How often the host's memory is looked at, in seconds, besides whenever the kernel reports pressure.
+    interval: float = 1.0
+
+
 class Shares(TypedDict, total=False):
     """What a host may share out; what is not named has its default."""
 
@@ -272,6 +292,24 @@ class Host:
         is accepted. `generation`, if given, is the one of the :class:`Usage` that the change is based on."""
         options, _keep = _options(shares)
         call(lib.vmbed_host_set_shares, self._pointer, options, UNLIMITED if generation is None else generation)
+
+    def set_reclaim(self, reclaim: Reclaim | None) -> None:
+        """Says what to do with the VMs of this host when its memory gets short; None, as in the beginning: nothing. Each
+        step is an event of the VM that it is about, Kind.MEMORY_PRESSURE."""
+        if reclaim is None:
+            call(lib.vmbed_host_set_reclaim, self._pointer, ffi.NULL)
+            return
+        options = structure(
+            "vmbed_reclaim_options",
+            balloon_below=reclaim.balloon_below,
+            page_out_below=reclaim.page_out_below,
+            pause_below=reclaim.pause_below,
+            stop_below=reclaim.stop_below,
+            idle_tax=reclaim.idle_tax,
+            pause_deadline=max(1, round(reclaim.pause_deadline * 1000)),
+            interval=max(1, round(reclaim.interval * 1000)),
+        )
+        call(lib.vmbed_host_set_reclaim, self._pointer, options)
 
     def usage(self) -> Usage:
         """What the VMs hold, and what there is."""

@@ -139,8 +139,6 @@ impl Machine {
         let (claim, _) = self.reservation.terms();
         let control = self.board.balloon.as_deref();
         let (asked, ballooned) = control.map_or((0, 0), |control| control.extra());
-        let account = control.and_then(|control| control.last_guest_memory());
-        let idle = account.and_then(|account| account.available.or(account.free)).map_or(0, Bytes::get);
         let standing = match (self.state(), paused) {
             (VmState::Running, _) => Standing::Running,
             (VmState::Paused, Some(until)) => Standing::Paused { until },
@@ -151,7 +149,7 @@ impl Machine {
             max: claim.memory.get(),
             guarantee: claim.guaranteed(),
             resident: self.meter.resident(),
-            idle,
+            idle: control.map_or(0, |control| control.idle()),
             asked,
             ballooned,
             needs_all: control.is_some_and(|control| control.took_back_within(PEACE)),

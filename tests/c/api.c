@@ -20,6 +20,7 @@ void a_disk_that_does_not_answer(void);
 void a_network_of_ones_own(void);
 void memory_given_back(void);
 void cards_on_a_switch(void);
+void what_is_done_when_memory_gets_short(void);
 void a_switch_drops_and_says_why(void);
 void disks_and_cards_by_descriptor(void);
 void vcpus_on_the_callers_threads(void);
@@ -531,6 +532,7 @@ static const struct {
     CASE(a_network_of_ones_own),
     CASE(memory_given_back),
     CASE(cards_on_a_switch),
+    CASE(what_is_done_when_memory_gets_short),
     CASE(a_switch_drops_and_says_why),
     CASE(disks_and_cards_by_descriptor),
 };

@@ -24,7 +24,7 @@ impl Parameter {
     }
 }
 
-const STRUCTURES: [&str; 19] = [
+const STRUCTURES: [&str; 21] = [
     "vmbed_verdict",
     "vmbed_memory",
     "vmbed_vcpu_statistics",
@@ -44,6 +44,8 @@ const STRUCTURES: [&str; 19] = [
     "vmbed_switch_options",
     "vmbed_port_options",
     "vmbed_port_statistics",
+    "vmbed_reclaim_options",
+    "vmbed_pressure",
 ];
 
 /// Where the header says that NULL is good, for every function that has the parameter.
@@ -120,6 +122,8 @@ STRUCTURE(vmbed_guest_memory);
 STRUCTURE(vmbed_switch_options);
 STRUCTURE(vmbed_port_options);
 STRUCTURE(vmbed_port_statistics);
+STRUCTURE(vmbed_reclaim_options);
+STRUCTURE(vmbed_pressure);
 
 static void good(void)
 {
@@ -146,6 +150,8 @@ static void good(void)
     memset(&the_vmbed_switch_options, 0, sizeof the_vmbed_switch_options), the_vmbed_switch_options.s.size = sizeof(vmbed_switch_options);
     memset(&the_vmbed_port_options, 0, sizeof the_vmbed_port_options), the_vmbed_port_options.s.size = sizeof(vmbed_port_options);
     memset(&the_vmbed_port_statistics, 0, sizeof the_vmbed_port_statistics), the_vmbed_port_statistics.s.size = sizeof(vmbed_port_statistics);
+    memset(&the_vmbed_reclaim_options, 0, sizeof the_vmbed_reclaim_options), the_vmbed_reclaim_options.s.size = sizeof(vmbed_reclaim_options);
+    memset(&the_vmbed_pressure, 0, sizeof the_vmbed_pressure), the_vmbed_pressure.s.size = sizeof(vmbed_pressure);
     vmbed_capture_free(some_capture), vmbed_port_free(some_port), vmbed_switch_free(some_switch);
     if (vmbed_switch_new(NULL, &some_switch, NULL) || vmbed_switch_add_port(some_switch, "p", NULL, &some_port, NULL) ||
         vmbed_switch_capture(some_switch, NULL, 0, nowhere, &some_capture, NULL))

@@ -51,6 +51,8 @@ struct Wishes {
     asked: u64,
     answered: u64,
     guest: Option<GuestMemory>,
+    /// What the balloon held when that came.
+    held: u64,
     /// The last number that hints were asked with.
     hint: u32,
     hinting: bool,
@@ -107,6 +109,13 @@ impl Control {
     /// What the guest last said of its memory.
     pub fn last_guest_memory(&self) -> Option<GuestMemory> {
         lock(&self.wishes).guest
+    }
+
+    /// What the guest could do without by its last account, less what it has given up since; 0 where it says nothing.
+    pub fn idle(&self) -> u64 {
+        let wishes = lock(&self.wishes);
+        let told = wishes.guest.and_then(|guest| guest.available.or(guest.free)).map_or(0, Bytes::get);
+        told.saturating_add(wishes.held).saturating_sub(self.actual().get())
     }
 
     /// Asks the guest to give up that much in all, in whole pages.
@@ -292,6 +301,7 @@ impl Control {
     pub(super) fn answer(&self, guest: GuestMemory, asked: Option<u64>) {
         let mut wishes = lock(&self.wishes);
         wishes.guest = Some(guest);
+        wishes.held = self.actual().get();
         wishes.answered = wishes.answered.max(asked.unwrap_or(0));
         drop(wishes);
         self.changed.notify_all();

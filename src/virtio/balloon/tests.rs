@@ -185,6 +185,8 @@ fn the_target_is_read_and_its_arrival_told_once() {
 fn an_account_comes_when_it_is_asked_for() {
     let mut bench = bench(ALL);
     bench.send_account(&[(4, 1 << 20), (5, 60 << 20), (99, 1)]);
+    bench.balloon.write_config(ACTUAL, &100u32.to_le_bytes());
+    assert_eq!(bench.control.idle(), (1 << 20) - 100 * PAGE, "less what it has given up since");
     let first = bench.control.last_guest_memory().unwrap();
     assert_eq!(
         (first.free, first.total, first.available),
