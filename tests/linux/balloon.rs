@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Trial;
-use vmbed::{BalloonConfig, Bytes, EventKind, VmConfig};
+use vmbed::{BalloonConfig, Bytes, EventKind, Host, ReclaimConfig, ReclaimStage, VmConfig};
 
 use crate::assets::KERNELS;
 use crate::guest::{Guest, LONG, config};
@@ -12,6 +12,7 @@ use crate::trial;
 pub fn add(trials: &mut Vec<Trial>) {
     trials.push(trial("balloon::inflated_memory_is_free_and_comes_back", inflate));
     trials.push(trial("balloon::free_pages_are_reported_and_hinted", free_pages));
+    trials.push(trial("balloon::a_host_short_of_memory_takes_three_quarters", short));
     trials.push(trial("balloon::a_guest_out_of_memory_takes_it_back", out_of_memory));
 }
 
@@ -128,5 +129,41 @@ fn out_of_memory() {
     let took = |kind: &EventKind| matches!(kind, EventKind::Balloon { target, actual } if actual < target);
     let events: Vec<_> = std::iter::from_fn(|| vm.events().next_event()).map(|e| e.kind).collect();
     assert!(events.iter().any(took), "{events:?}");
+    assert_eq!(vm.wait_timeout(LONG).unwrap(), Some(vmbed::StopCause::GuestPoweroff));
+}
+
+/// The host is short of memory by a threshold that it cannot meet: the guest gives three quarters of what it does not use,
+/// and has it back when there is room again.
+fn short() {
+    let mut config = filled(BalloonConfig::default(), "read go");
+    if let Some(balloon) = &mut config.balloon {
+        (balloon.reporting, balloon.deflate_on_oom) = (false, false);
+    }
+    let host = Host::open().unwrap();
+    let guest = Guest { vm: host.build(config).unwrap() };
+    let vm = &guest.vm;
+    vm.start().unwrap();
+    guest.wait_for("now=freed");
+    let (before, idle) = (vm.memory().backing, vm.guest_memory(LONG).unwrap().available.unwrap());
+    let mut reclaim = ReclaimConfig::default();
+    (reclaim.balloon_below, reclaim.page_out_below) = (Bytes(1 << 60), Bytes(0));
+    reclaim.interval = Duration::from_millis(100);
+    host.set_reclaim(Some(&reclaim)).unwrap();
+    wait_until(&guest, "most of what is idle to be gone", |g| {
+        g.vm.memory().loaned.get() >= idle.get() * 7 / 10
+    });
+    // Nothing more comes: what is left is the guest's.
+    std::thread::sleep(Duration::from_secs(3));
+    let (kept, after) = (vm.guest_memory(LONG).unwrap().available.unwrap(), vm.memory());
+    let part = kept.get() as f64 / idle.get() as f64;
+    assert!((0.2..=0.3).contains(&part), "{part}: {kept} of {idle}, {after:?}");
+    assert!(before.get() - after.backing.get() > 60 << 20, "{before} {after:?}");
+    host.set_reclaim(None).unwrap();
+    wait_until(&guest, "the balloon to be empty", |g| g.vm.memory().loaned == Bytes(0));
+    let told =
+        |kind: &EventKind| matches!(kind, EventKind::MemoryPressure { stage: ReclaimStage::Balloon, .. });
+    let events: Vec<_> = std::iter::from_fn(|| vm.events().next_event()).map(|e| e.kind).collect();
+    assert!(events.iter().any(told), "{events:?}");
+    vm.console_input(b"go\n");
     assert_eq!(vm.wait_timeout(LONG).unwrap(), Some(vmbed::StopCause::GuestPoweroff));
 }
