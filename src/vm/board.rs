@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap};
 use kvm_ioctls::VmFd;
 
-use super::builder::{Buses, Threads};
+use super::builder::Buses;
 use super::devices;
 use super::sources::Sources;
+use super::threads::Threads;
 use crate::boot::{self, acpi};
 use crate::config::topology::Topology;
 use crate::config::{ConsoleKind, VmConfig};

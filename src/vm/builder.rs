@@ -3,9 +3,8 @@
 
 use std::fmt;
 use std::os::fd::AsFd;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, mpsc};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
 
 use kvm_ioctls::{Kvm, VmFd};
 
@@ -15,6 +14,7 @@ use super::board::{self, Board, Plan, Wiring};
 use super::doorbell::Doorbell;
 use super::herd::Herd;
 use super::machine::{Control, End, Machine, VmState};
+use super::threads::{self, Hook, ThreadInfo, Threads};
 use crate::boot::{self, Entry, Identity, Protocol};
 use crate::budget::{Claim, Claimed, Headroom, Ledger, Shape, overhead};
 use crate::bus::{Bus, Device};
@@ -22,9 +22,9 @@ use crate::config::topology::Topology;
 use crate::config::{Boot, CpuMode, Platform, Uuid, VmConfig};
 use crate::console::Output;
 use crate::error::{Error, ErrorKind, Result};
-use crate::events::{EventStream, Reporter, StopCause, StopLine, VmId};
+use crate::events::{EventStream, Reporter, VmId};
 use crate::memory::{Memory, Roll, layout, slots};
-use crate::reactor::{Dispatcher, EventLoop, own, panic_text};
+use crate::reactor::{Dispatcher, EventLoop};
 use crate::sys;
 use crate::units::Bytes;
 use crate::vcpu::cpuid::{self, HostCpu};
@@ -78,34 +78,6 @@ impl HostParts {
         }
     }
 }
-
-/// What a thread of the library is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ThreadRole {
-    /// Runs one vCPU.
-    Vcpu,
-    /// Serves devices.
-    Device,
-    /// Ends the VM, where the embedder's threads run its vCPUs ([`VmBuilder::caller_vcpus`]).
-    Control,
-}
-
-/// A thread of the library, as the hook of [`VmBuilder::on_thread_start`] sees it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct ThreadInfo {
-    /// The VM that it works for.
-    pub vm: VmId,
-    /// What it is for.
-    pub role: ThreadRole,
-    /// Counts the VM's threads of one role from 0: for a vCPU its index.
-    pub index: u32,
-    /// The kernel's id of the thread, for affinity, cgroups and schedulers.
-    pub tid: i32,
-}
-
-type Hook = Arc<dyn Fn(&ThreadInfo) + Send + Sync>;
 
 /// A VM in the making: its configuration, and what is not data.
 ///
@@ -430,7 +402,7 @@ impl VmBuilder {
             state_changed: Condvar::new(),
         });
         let herd = machine.host.herd.clone();
-        let vm = start_threads(machine, &threads)?;
+        let vm = threads::start(machine, &threads)?;
         herd.join(&vm.machine);
         Ok(vm)
     }
@@ -471,48 +443,6 @@ impl Buses {
             self.mmio.insert(&d.name, d.base, d.len, d.device)?;
         }
         Ok(())
-    }
-}
-
-/// How the library's threads of one VM begin.
-pub(super) struct Threads {
-    id: VmId,
-    hook: Option<Hook>,
-    stop: StopLine,
-}
-
-impl Threads {
-    /// Starts a thread that counts as the VM's own and has passed the embedder's hook.
-    pub fn spawn(
-        &self,
-        role: ThreadRole,
-        index: u32,
-        f: impl FnOnce() + Send + 'static,
-    ) -> Result<std::thread::JoinHandle<()>> {
-        let (id, hook, stop) = (self.id, self.hook.clone(), self.stop.clone());
-        let kind = match role {
-            ThreadRole::Vcpu => "vcpu",
-            ThreadRole::Device => "dev",
-            ThreadRole::Control => "end",
-        };
-        let body = move || {
-            let _inside = own::enter(id);
-            if let Some(hook) = hook {
-                let info = ThreadInfo { vm: id, role, index, tid: sys::signal::thread_id() };
-                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| hook(&info))) {
-                    let why = format!("the thread hook panicked: {}", panic_text(&*panic));
-                    stop.pull(StopCause::DeviceFault { device: "thread hook".to_owned(), why });
-                }
-            }
-            f();
-        };
-        sys::thread::spawn(format!("vmbed-{kind}{index}"), body)
-            .map_err(|e| Error::os(format!("starting the thread of {kind} {index}"), e))
-    }
-
-    /// Starts the `index`th event loop of the VM.
-    pub fn start_loop(&self, index: u32) -> Result<Arc<EventLoop>> {
-        EventLoop::start(&format!("vmbed-dev{index}"), |body| self.spawn(ThreadRole::Device, index, body))
     }
 }
 
@@ -591,34 +521,4 @@ fn place_vcpus(vcpus: &[Vcpu], config: &VmConfig, entry: &Entry) -> Result<()> {
         .map_err(|e| e.context(format!("vCPU {}", vcpu.index)))?;
     }
     Ok(())
-}
-
-/// Starts one thread a vCPU; they wait at the gate. If one cannot be had, the others leave again.
-fn start_threads(machine: Arc<Machine>, threads: &Threads) -> Result<Vm> {
-    let vm = Vm { machine };
-    let machine = &vm.machine;
-    let keep = |thread| sys::lock(&machine.control).threads.push(thread);
-    if machine.caller_vcpus {
-        let own = machine.clone();
-        keep(threads.spawn(ThreadRole::Control, 0, move || own.serve_end())?);
-        return Ok(vm);
-    }
-    for index in 0..machine.vcpus.len() {
-        let own = machine.clone();
-        let cpus = machine.confined.get(index).cloned().unwrap_or_default();
-        let (told, answer) = mpsc::channel();
-        let body = move || {
-            let confined = if cpus.is_empty() { Ok(()) } else { sys::thread::set_affinity(&cpus) };
-            // Dropped at once where nobody waits for it.
-            let _ = told.send(confined.map_err(|e| {
-                Error::os(format!("confining vCPU {index} to the CPUs {cpus:?} (sched_setaffinity)"), e)
-            }));
-            own.serve_vcpu(index);
-        };
-        keep(threads.spawn(ThreadRole::Vcpu, index as u32, body)?);
-        if !machine.confined.get(index).is_none_or(Vec::is_empty) {
-            answer.recv().unwrap_or(Ok(()))?;
-        }
-    }
-    Ok(vm)
 }

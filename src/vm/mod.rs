@@ -16,16 +16,18 @@ mod herd;
 mod machine;
 mod registers;
 mod sources;
+mod threads;
 
 pub use accounts::{VcpuStatistics, VmMemory};
 #[cfg(feature = "internals")]
 pub(crate) use board::describe;
 pub(crate) use builder::HostParts;
-pub use builder::{ThreadInfo, ThreadRole, VmBuilder};
+pub use builder::VmBuilder;
 pub(crate) use herd::Herd;
 use machine::{BOUND, Machine};
 pub use machine::{VcpuReturn, VmState};
 pub use registers::Registers;
+pub use threads::{ThreadInfo, ThreadRole};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, StopCause, VmId};
