@@ -294,7 +294,7 @@ impl VmBuilder {
     }
 
     /// Leaves the vCPUs to threads of yours, which call [`Vm::run_vcpu`], instead of starting a thread for each.
-    /// One thread of the library's, [`ThreadRole::Control`], then waits for the VM's end.
+    /// One thread of the library's, [`ThreadRole::Control`](crate::ThreadRole::Control), then waits for the VM's end.
     pub fn caller_vcpus(mut self) -> Self {
         self.set_caller_vcpus();
         self
