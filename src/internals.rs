@@ -323,8 +323,8 @@ impl Board {
     pub fn ask_balloon(&self, target: u64) -> Result<()> {
         let Some(control) = &self.balloon else { return Ok(()) };
         control.ask();
-        // Nobody waits: what is named until the device looks again is given back.
-        let _ = control.discard_free_pages(Instant::now());
+        // Nobody waits for the end of it. Busy, where it has not come since the last time.
+        let _ = control.begin_hints();
         control.set_target(crate::Bytes(target))
     }
 

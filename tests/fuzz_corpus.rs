@@ -4,6 +4,8 @@
 use std::fs;
 use std::path::Path;
 
+#[path = "../fuzz/bodies/balloon.rs"]
+mod balloon;
 #[path = "../fuzz/bodies/bent.rs"]
 mod bent;
 #[path = "../fuzz/bodies/blk.rs"]
@@ -89,6 +91,20 @@ fn net_receives_and_sends() {
     }
     let all: Vec<_> = kept.iter().chain(&more).map(|i| net::run(i)).collect();
     assert!(all.iter().map(|d| d.resets).sum::<u32>() > 100, "rings were broken");
+}
+
+#[test]
+fn balloon_gives_pages_back() {
+    let (kept, more) = inputs("balloon");
+    for input in &kept {
+        let depth = balloon::run(input);
+        assert!(depth.completed >= 20 && depth.inflated >= 20 && depth.reported >= 20, "{depth:?}");
+        assert!(depth.hinted >= 20 && depth.ignored > 0, "{depth:?}");
+    }
+    let all: Vec<_> = kept.iter().chain(&more).map(|i| balloon::run(i)).collect();
+    assert!(all.iter().map(|d| d.resets).sum::<u32>() > 100, "rings were broken");
+    assert!(all.iter().map(|d| d.hinted).sum::<u64>() > 50, "hints were taken");
+    assert!(all.iter().map(|d| d.ignored).sum::<u64>() > 50, "nonsense was met");
 }
 
 #[test]

@@ -36,7 +36,7 @@ pub(crate) enum Standing {
     Paused {
         until: Duration,
     },
-    /// Somebody else's business: not started, paused by the embedder, or at its end.
+    /// Somebody else's business: not started, or paused by the embedder.
     Other,
 }
 
@@ -108,15 +108,11 @@ pub(crate) fn plan(limits: &Thresholds, sample: &Sample) -> Vec<Step> {
     pauses(limits, sample, &mut steps);
     if sample.free < limits.stop {
         // One at a time: it may be enough.
-        let victim = victims(sample).min_by_key(|vm| (vm.victim, std::cmp::Reverse(vm.resident), vm.id));
+        let victims = sample.vms.iter().filter(|vm| vm.victim.is_some());
+        let victim = victims.min_by_key(|vm| (vm.victim, std::cmp::Reverse(vm.resident), vm.id));
         steps.extend(victim.map(|vm| Step::Stop { vm: vm.id }));
     }
     steps
-}
-
-fn victims(sample: &Sample) -> impl Iterator<Item = &VmSample> {
-    let lives = |vm: &&VmSample| vm.standing != Standing::Other || vm.resident > 0;
-    sample.vms.iter().filter(|vm| vm.victim.is_some()).filter(lives)
 }
 
 /// A quarter above where a stage begins: there it has done enough.

@@ -29,7 +29,7 @@ use crate::vm::Herd;
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct ReclaimConfig {
-    /// Below it, guests with a balloon are asked for what they do not use; when twice as much is free again, they have it
+    /// Below it, guests with a balloon are asked for what they do not use; when half as much again is free, they have it
     /// back. Default 1 GiB.
     pub balloon_below: Bytes,
     /// Below it, what VMs have above their guarantees is paged out, where there is swap. Default 512 MiB.
@@ -119,7 +119,6 @@ impl Reclaim {
             let ended = running.take();
             drop(running);
             drop(ended);
-            herd.release();
             return Ok(());
         };
         if let Some(running) = &*running {
@@ -215,9 +214,9 @@ impl Worker {
             self.watch.wait(time);
             let _ = self.shared.bell.read();
         }
-        for vm in self.paused.keys() {
-            self.shared.herd.resume(*vm);
-        }
+        // Nothing that it did outlasts it.
+        self.paused.keys().for_each(|vm| self.shared.herd.resume(*vm));
+        self.shared.herd.release();
     }
 
     /// One look at the host, and what follows from it; whether anything did.

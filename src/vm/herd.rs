@@ -36,7 +36,9 @@ impl Herd {
 
     /// Takes a VM out; when this returns, nobody works on it.
     pub(super) fn leave(&self, id: u64) {
-        if let Some(place) = lock(&self.0).remove(&id) {
+        // The herd's own lock is not held meanwhile: whoever works on the VM may take long.
+        let place = lock(&self.0).remove(&id);
+        if let Some(place) = place {
             *lock(&place.machine) = Weak::new();
         }
     }
@@ -46,7 +48,7 @@ impl Herd {
         let places: Vec<_> = lock(&self.0).iter().map(|(id, place)| (*id, place.clone())).collect();
         let sample = |(id, place): (u64, Arc<Place>)| {
             let held = lock(&place.machine);
-            held.upgrade().map(|machine| machine.reclaim_sample(paused.get(&id).copied()))
+            held.upgrade().and_then(|machine| machine.reclaim_sample(paused.get(&id).copied()))
         };
         places.into_iter().filter_map(sample).collect()
     }
@@ -135,16 +137,18 @@ impl Herd {
 }
 
 impl Machine {
-    fn reclaim_sample(&self, paused: Option<Duration>) -> VmSample {
+    /// `None` at its end: there is nothing to be had by the policy any more.
+    fn reclaim_sample(&self, paused: Option<Duration>) -> Option<VmSample> {
         let (claim, _) = self.reservation.terms();
         let control = self.board.balloon.as_deref();
         let (asked, ballooned) = control.map_or((0, 0), |control| control.extra());
         let standing = match (self.state(), paused) {
             (VmState::Running, _) => Standing::Running,
             (VmState::Paused, Some(until)) => Standing::Paused { until },
+            (VmState::Stopped(_), _) => return None,
             _ => Standing::Other,
         };
-        VmSample {
+        Some(VmSample {
             id: self.id.0,
             max: claim.memory.get(),
             guarantee: claim.guaranteed(),
@@ -155,7 +159,7 @@ impl Machine {
             needs_all: control.is_some_and(|control| control.took_back_within(PEACE)),
             victim: claim.victim,
             standing,
-        }
+        })
     }
 
     fn tell_pressure(

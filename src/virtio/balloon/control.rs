@@ -191,21 +191,8 @@ impl Control {
     /// `Unsupported` where its driver gives no hints; `Busy` while another thread asks; `TimedOut`: what was given back
     /// by then stays so.
     pub fn discard_free_pages(&self, deadline: Instant) -> Result<Bytes> {
-        self.only_if(&self.can_hint, "gives no hints about free pages")?;
         let before = self.counters.hinted.measured.get();
-        {
-            let mut wishes = lock(&self.wishes);
-            if std::mem::replace(&mut wishes.hinting, true) {
-                return Err(Error::new(
-                    ErrorKind::Busy,
-                    format!("{}: free pages are asked for already", self.id),
-                ));
-            }
-            // Any number that is neither of the two, and not the last one.
-            wishes.hint = wishes.hint.wrapping_add(1).max(HINT_DONE + 1);
-            self.hint.store(wishes.hint, Ordering::SeqCst);
-        }
-        self.signals.config_changed();
+        self.begin_hints()?;
         let ended = self.wait(deadline, |wishes| (!wishes.hinting).then_some(()));
         if ended.is_none() {
             // Only the worker knows when it touches no page any more.
@@ -214,6 +201,22 @@ impl Control {
             return Err(self.late("named all of its free pages"));
         }
         Ok(Bytes(self.counters.hinted.measured.get().saturating_sub(before)))
+    }
+
+    /// Asks the guest for all of its free pages.
+    pub(crate) fn begin_hints(&self) -> Result<()> {
+        self.only_if(&self.can_hint, "gives no hints about free pages")?;
+        let mut wishes = lock(&self.wishes);
+        if std::mem::replace(&mut wishes.hinting, true) {
+            let why = format!("{}: free pages are asked for already", self.id);
+            return Err(Error::new(ErrorKind::Busy, why));
+        }
+        // Any number that is neither of the two, and not the last one.
+        wishes.hint = wishes.hint.wrapping_add(1).max(HINT_DONE + 1);
+        self.hint.store(wishes.hint, Ordering::SeqCst);
+        drop(wishes);
+        self.signals.config_changed();
+        Ok(())
     }
 
     fn only_if(&self, can: &AtomicBool, why: &str) -> Result<()> {
