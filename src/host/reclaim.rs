@@ -22,6 +22,11 @@ use crate::sys::{fork, lock, residency, thread};
 use crate::units::Bytes;
 use crate::vm::Herd;
 
+/// How long a turn pages out, before it looks at everything again.
+const AT_ONCE: Duration = Duration::from_millis(100);
+/// How long the memory of victims is waited for when the thread is to end: they leave in milliseconds.
+const LAST_LOOK: Duration = Duration::from_secs(1);
+
 /// What a host does when its memory gets short ([`Host::set_reclaim`](crate::Host::set_reclaim)).
 ///
 /// "Free" is what the kernel calls available, or what is left below the own cgroup's limit if that is less. Each stage goes
@@ -210,9 +215,14 @@ impl Worker {
             let config = lock(&self.shared.config).clone();
             let busy = self.turn(&config.thresholds());
             // While something is under way, what came of it is looked at sooner.
-            let time = if busy { config.interval.min(Duration::from_millis(250)) } else { config.interval };
+            let time = if busy { config.interval.min(Duration::from_millis(50)) } else { config.interval };
             self.watch.wait(time);
             let _ = self.shared.bell.read();
+        }
+        let patience = Instant::now() + LAST_LOOK;
+        while !self.stopped.is_empty() && Instant::now() < patience {
+            std::thread::sleep(Duration::from_millis(1));
+            self.stopped.retain(|vm| !self.shared.herd.clear(*vm));
         }
         // Nothing that it did outlasts it.
         self.paused.keys().for_each(|vm| self.shared.herd.resume(*vm));
@@ -231,8 +241,17 @@ impl Worker {
         self.paused.retain(|vm, _| there.contains(vm));
         let steps = plan(limits, &sample);
         let near = free < limits.balloon.saturating_mul(2);
-        for step in &steps {
-            self.carry_out(*step, now);
+        // What takes longest comes last, and a part at a time: somebody may need to be stopped meanwhile.
+        let is_long = |step: &&Step| matches!(step, Step::PageOut { .. });
+        steps.iter().filter(|step| !is_long(step)).for_each(|step| self.carry_out(*step, now));
+        let deadline = Instant::now() + AT_ONCE;
+        for step in steps.iter().filter(is_long) {
+            if let Step::PageOut { vm, bytes } = *step
+                && Instant::now() < deadline
+            {
+                log::debug!("{step:?}");
+                herd.page_out(vm, bytes, deadline);
+            }
         }
         if near {
             // The next plan wants to know who can do without what.
@@ -246,7 +265,8 @@ impl Worker {
         let herd = &self.shared.herd;
         match step {
             Step::Balloon { vm, target } => herd.set_balloon(vm, target),
-            Step::PageOut { vm, bytes } => herd.page_out(vm, bytes),
+            // Done by its caller.
+            Step::PageOut { .. } => {}
             Step::Pause { vm, until } => {
                 if herd.pause(vm, until.saturating_sub(now)) {
                     self.paused.insert(vm, until);

@@ -42,7 +42,16 @@ struct Group {
 
 impl Group {
     fn limit(&self) -> Option<u64> {
-        fs::read_to_string(self.path.join(self.limit)).ok()?.trim().parse().ok()
+        self.read(self.limit)
+    }
+
+    /// Where the kernel begins to hold its processes back (version 2): beyond it nothing is free for guests.
+    fn throttle(&self) -> Option<u64> {
+        self.read("memory.high")
+    }
+
+    fn read(&self, file: &str) -> Option<u64> {
+        fs::read_to_string(self.path.join(file)).ok()?.trim().parse().ok()
     }
 }
 
@@ -155,7 +164,7 @@ impl Samples {
             let usage = Source::open(g.path.join(g.usage))?;
             usage.number()?;
             // A limit that is no limit is larger than any machine.
-            let limit = g.limit().filter(|limit| *limit < 1 << 60);
+            let limit = g.limit().into_iter().chain(g.throttle()).min().filter(|limit| *limit < 1 << 60);
             Some(OwnGroup { usage, stat: Source::open(g.path.join("memory.stat")), file: g.file, limit })
         });
         Self {

@@ -7,6 +7,7 @@
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -106,11 +107,11 @@ impl Memory {
     }
 
     /// Pages out about `bytes` of what is there, from `cursor` on (an offset into all regions together), piece by piece,
-    /// at most once around. What the guest touches meanwhile comes back.
-    pub fn page_out(&self, cursor: u64, bytes: u64) -> PagedOut {
+    /// at most once around and until the deadline. What the guest touches meanwhile comes back.
+    pub fn page_out(&self, cursor: u64, bytes: u64, deadline: Instant) -> PagedOut {
         let size = self.size();
         let (mut done, mut seen) = (PagedOut { next: cursor % size, named: 0, gone: 0 }, 0);
-        while done.gone < bytes && seen < size {
+        while done.gone < bytes && seen < size && (seen == 0 || Instant::now() < deadline) {
             let Some((region, start, offset, len)) = self.piece(done.next) else { break };
             let there = || pages::resident_in(region, offset as usize, len as usize).unwrap_or(0);
             let before = there();
@@ -210,14 +211,16 @@ mod tests {
         for page in [0u64, 600, 1279] {
             memory.write_obj(page as u8 | 1, GuestAddress(page << 12)).unwrap();
         }
-        let done = memory.page_out(3 << 20, u64::MAX);
+        let later = Instant::now() + std::time::Duration::from_secs(60);
+        let done = memory.page_out(3 << 20, u64::MAX, later);
         assert_eq!((done.named, done.next), (3 << 12, 2 << 20), "from the piece at 2 MiB around to it");
         assert!(done.gone <= done.named, "nothing goes where there is no swap");
         for page in [0u64, 600, 1279] {
             assert_eq!(memory.read_obj::<u8>(GuestAddress(page << 12)).unwrap(), page as u8 | 1);
         }
+        assert_eq!(memory.page_out(0, u64::MAX, Instant::now()).next, 2 << 20, "one piece at least");
         memory.discard_all();
-        assert_eq!(memory.page_out(0, 1).named, 0);
+        assert_eq!(memory.page_out(0, 1, later).named, 0);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::machine::{Machine, VmState};
 use crate::budget::reclaim::{Standing, VmSample};
@@ -76,10 +76,10 @@ impl Herd {
         self.with(id, |machine, _| machine.board.balloon.as_ref().map(|control| control.ask()));
     }
 
-    /// Pages `bytes` of the VM out, going on where the last time ended.
-    pub fn page_out(&self, id: u64, bytes: u64) {
+    /// Pages `bytes` of the VM out, as far as it comes until the deadline, going on where the last time ended.
+    pub fn page_out(&self, id: u64, bytes: u64, deadline: Instant) {
         self.with(id, |machine, cursor| {
-            let done = machine.memory.page_out(cursor.load(Ordering::Relaxed), bytes);
+            let done = machine.memory.page_out(cursor.load(Ordering::Relaxed), bytes, deadline);
             cursor.store(done.next, Ordering::Relaxed);
             let (claimed, measured) = (Bytes(done.named), Bytes(done.gone));
             machine.tell_pressure(ReclaimStage::PageOut, Bytes(bytes), claimed, measured, None);
