@@ -149,6 +149,8 @@ impl Reclaim {
 impl Drop for Running {
     fn drop(&mut self) {
         if self.process != fork::process() {
+            // A child has no such thread: its handle is nothing that could be given back.
+            std::mem::forget(self.thread.take());
             return;
         }
         self.shared.ending.store(true, Ordering::Release);

@@ -295,8 +295,10 @@ mod tests {
         table.learn(whom, (port, share), now, || true)
     }
 
+    /// One whose secret is known: which buckets are full is chance otherwise, and what a full one gives away.
     fn table(addresses: u32) -> Table {
-        Table::new(addresses, Duration::from_secs(300))
+        let secret = [0x0123_4567_89ab_cdef, 0x9e37_79b9_7f4a_7c15];
+        Table { secret, ..Table::new(addresses, Duration::from_secs(300)) }
     }
 
     #[test]
