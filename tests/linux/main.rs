@@ -23,6 +23,7 @@ mod many;
 mod net;
 mod switch;
 mod time;
+mod watchdog;
 
 /// Says which half of the trials, of two, a process runs: `0` or `1`. Absent where all are wanted.
 const HALF: &str = "VMBED_LINUX_TESTS_HALF";
@@ -86,7 +87,7 @@ fn succeeds(mut half: Child) -> bool {
 fn start(root: &Path, half: &str) -> Child {
     let program = std::env::current_exe().expect("this program's own path");
     Command::new(root.join("tests/lab/here-or-lab"))
-        .env("LAB_OPTIONS", "--memory 9G --timeout 1500")
+        .env("LAB_OPTIONS", "--memory 9G --timeout 1500 --attempts 3")
         .args(["env", &format!("{HERE}=1"), &format!("{HALF}={half}")])
         .arg(program)
         .args(std::env::args_os().skip(1))
@@ -97,8 +98,9 @@ fn start(root: &Path, half: &str) -> Child {
 
 /// A trial by the name of its function's module and what it shows.
 fn trial(name: impl Into<String>, run: impl FnOnce() + Send + 'static) -> Trial {
-    Trial::test(name, move || {
-        run();
+    let name = name.into();
+    Trial::test(name.clone(), move || {
+        watchdog::guarded(&name, run);
         Ok(())
     })
 }

@@ -1,0 +1,34 @@
+//! A deadline for a whole trial: each of its waits has one of its own, but a call that never returns has none.
+
+use std::fmt::Write;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
+
+/// More than the waits of any trial that goes well, also beside a second lab on a slow machine.
+const LIMIT: Duration = Duration::from_secs(600);
+
+/// Runs `body`; where that never ends, says what each thread of this process waits for, and ends the process.
+pub fn guarded(name: &str, body: impl FnOnce()) {
+    let (done, waiting) = channel::<()>();
+    let name = name.to_owned();
+    let watchdog = std::thread::Builder::new().name("watchdog".to_owned()).spawn(move || {
+        if waiting.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
+            eprintln!("{name}: waited {LIMIT:?} for its end; its threads:\n{}", threads());
+            std::process::exit(101);
+        }
+    });
+    let watchdog = watchdog.expect("a thread more");
+    body();
+    drop(done);
+    watchdog.join().expect("it only waits");
+}
+
+/// The threads of this process: name, the system call it is in, and, for root, where in the kernel.
+fn threads() -> String {
+    let mut text = String::new();
+    for task in std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten() {
+        let read = |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+        let _ = writeln!(text, "{}: {}{}", read("comm").trim(), read("syscall"), read("stack"));
+    }
+    text
+}
