@@ -747,6 +747,69 @@ int32_t vmbed_builder_build(vmbed_builder *builder,
 /** Frees a builder. The VM that it made goes on. NULL is a no-op. */
 void vmbed_builder_free(vmbed_builder *builder);
 
+/* What memory is made of ----------------------------------------------------------------------------------- */
+
+/** A memfd, sealed against resizing: exact accounts at the cost of one system call. */
+#define VMBED_BACKING_MEMFD 0
+
+/**
+ * Anonymous memory, of which the kernel makes huge pages by itself where it is set up so, and which it may merge.
+ * Accounts cost a walk over page tables.
+ */
+#define VMBED_BACKING_ANONYMOUS 1
+
+/**
+ * Pages of 2 MiB from the pool that the host's administrator set aside (vm.nr_hugepages). They are never swapped, so the
+ * ledger counts the whole VM as pinned; its memory is a multiple of 2 MiB. A balloon frees whole pages only.
+ */
+#define VMBED_BACKING_HUGE_2M 2
+
+/** The same with pages of 1 GiB. */
+#define VMBED_BACKING_HUGE_1G 3
+
+/** Transparent huge pages for what the loader fills, and where a kernel boots; elsewhere as the host's kernel is set up. */
+#define VMBED_HUGE_AUTO 0
+
+/**
+ * For all of it. Where the kernel makes huge pages of shared memory for nobody (shmem_enabled is "never"), that of a
+ * memfd has them where it is prefaulted.
+ */
+#define VMBED_HUGE_ALWAYS 1
+
+/** For none of it. */
+#define VMBED_HUGE_NEVER 2
+
+/** What a VM's memory is made of. All zeroes but the size are the defaults. */
+typedef struct {
+    /** sizeof(struct vmbed_backing) */
+    size_t size;
+    /** Where its pages come from, one of VMBED_BACKING_*. */
+    int32_t kind;
+    /** What to ask transparent huge pages for, one of VMBED_HUGE_*. */
+    int32_t huge;
+    /** Other than 0: all of the memory is there when the VM is built, made by several threads at once. */
+    uint32_t prefault;
+    /**
+     * Other than 0: the kernel may merge pages of the same content (KSM), of anonymous memory only. It saves memory, and
+     * lets a guest find out by time what others hold.
+     */
+    uint32_t mergeable;
+    /** The host's NUMA nodes that the pages may come from, by their numbers, below 1024. NULL for any. */
+    const uint32_t *numa_nodes;
+    /** How many they are. */
+    size_t numa_node_count;
+} vmbed_backing;
+
+/**
+ * Says what the VM's memory is made of; a sealed memfd by default. What `backing` points to is copied.
+ *
+ * What the host has not got is an error of vmbed_builder_build(): VMBED_ERR_EXHAUSTED where the pool of huge pages is too
+ * small, VMBED_ERR_INVALID_ARGUMENT for a NUMA node that there is not, VMBED_ERR_UNSUPPORTED for what its kernel lacks.
+ */
+int32_t vmbed_config_set_backing(vmbed_config *config,
+                                 const vmbed_backing *backing,
+                                 vmbed_error **error);
+
 /* Disks of your own ---------------------------------------------------------------------------------------- */
 
 /** The request goes on; vmbed_block_complete() ends it. */

@@ -11,6 +11,9 @@ use std::str::FromStr;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::Bytes;
 
+pub use backing::{BackingConfig, BackingKind, HugePages};
+
+mod backing;
 pub(crate) mod topology;
 pub(crate) mod validate;
 
@@ -42,6 +45,9 @@ pub struct VmConfig {
     /// for [`VmConfig::bare`] 2 MiB.
     #[cfg_attr(feature = "serde", serde(default = "default_memory"))]
     pub memory: Bytes,
+    /// What that memory is made of.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub backing: BackingConfig,
     /// What the host's ledger promises it.
     #[cfg_attr(feature = "serde", serde(default))]
     pub promise: PromiseConfig,
@@ -92,6 +98,7 @@ impl VmConfig {
             uuid: None,
             cpus: CpuConfig::default(),
             memory: default_memory(),
+            backing: BackingConfig::default(),
             promise: PromiseConfig::default(),
             boot,
             platform,

@@ -83,8 +83,9 @@ pub use host::{ChargedBy, Finding, Host, HostConfig, Probe, ReclaimConfig, Usage
 
 // What a VM is to be: plain data.
 pub use config::{
-    BalloonConfig, BareBoot, Boot, ConsoleKind, CpuConfig, CpuMode, CpuidMask, CpuidRegister, DiskConfig,
-    LinuxBoot, MacAddress, NetConfig, PciAddress, Platform, PromiseConfig, Uuid, VmConfig,
+    BackingConfig, BackingKind, BalloonConfig, BareBoot, Boot, ConsoleKind, CpuConfig, CpuMode, CpuidMask,
+    CpuidRegister, DiskConfig, HugePages, LinuxBoot, MacAddress, NetConfig, PciAddress, Platform,
+    PromiseConfig, Uuid, VmConfig,
 };
 pub use rate::RateLimit;
 pub use units::Bytes;

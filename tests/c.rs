@@ -17,13 +17,14 @@ mod guests;
 mod list;
 
 /// The program of the cases.
-const API: [&str; 7] = [
+const API: [&str; 8] = [
     "tests/c/api.c",
     "tests/c/races.c",
     "tests/c/callbacks.c",
     "tests/c/drive.c",
     "tests/c/backends.c",
     "tests/c/switch.c",
+    "tests/c/memory.c",
     "tests/c/reclaim.c",
 ];
 const WARNINGS: [&str; 5] = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror"];

@@ -8,13 +8,14 @@ fn root() -> &'static Path {
 }
 
 /// The sections in the order in which a reader wants them: a file of `src/capi` and its title.
-const SECTIONS: [(&str, &str); 16] = [
+const SECTIONS: [(&str, &str); 17] = [
     ("library", "The library"),
     ("error", "Errors"),
     ("device", "Devices of your own"),
     ("log", "Log lines"),
     ("host", "The host"),
     ("config", "What a VM is to be"),
+    ("memory", "What memory is made of"),
     ("block", "Disks of your own"),
     ("net", "Networks of your own"),
     ("switch", "A switch in your process"),

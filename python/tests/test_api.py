@@ -614,6 +614,35 @@ def test_memory_given_back() -> None:
         assert told == [size]
 
 
+def test_memory_of_every_kind() -> None:
+    host, size = vmbed.Host(), 4 << 20
+
+    def config(memory: int = size, **backing: Any) -> vmbed.BareConfig:
+        return vmbed.BareConfig(SPINS, memory=memory, backing=vmbed.Backing(**backing))
+
+    for kind in (vmbed.BackingKind.MEMFD, vmbed.BackingKind.ANONYMOUS):
+        with host.build(config(kind=kind, huge=vmbed.HugePages.NEVER)) as vm:
+            before = vm.memory()
+            vm.write_memory(0x200000, b"\1" * 8192)
+            after = vm.memory()
+            assert after.backing == before.backing + 8192 and after.resident == after.backing
+            assert after.huge == after.pinned == 0
+            vm.start()
+        with host.build(config(kind=kind, prefault=True)) as vm:
+            assert vm.memory().backing == size
+    pool = vmbed.BackingKind.HUGE_2M
+    with pytest.raises(vmbed.InvalidArgument) as wrong:
+        config(5 << 20, kind=pool, mergeable=True, huge=vmbed.HugePages.ALWAYS).validate()
+    assert [field.name for field in wrong.value.fields] == ["memory", "backing.huge", "backing.mergeable"]
+    try:
+        with host.build(config(kind=pool)) as vm:
+            assert vm.memory().pinned == size and vm.memory().huge == vm.memory().backing
+    except vmbed.Exhausted as error:
+        assert "nr_hugepages" in str(error)
+    with pytest.raises(vmbed.Error, match=r"numa_nodes is \[1000\]"):
+        host.build(config(numa_nodes=[1000]))
+
+
 def test_cards_on_a_switch() -> None:
     host, switch = vmbed.Host(), vmbed.Switch(addresses=100)
     ports = [switch.add_port(name, vmbed.PortOptions(vlan=vlan)) for name, vlan in [("first", 10), ("second", 10), ("other", 20)]]

@@ -20,7 +20,7 @@ import logging
 
 from ._lib import call, ffi, hold, let_go, lib, text
 from .backend import BlockBackend, BlockOp, BlockRequest, NetBackend
-from .config import Balloon, BareConfig, Config, Console, CpuidMask, Disk, LinuxConfig, Mode, Net, Platform
+from .config import Backing, BackingKind, Balloon, BareConfig, Config, Console, CpuidMask, Disk, HugePages, LinuxConfig, Mode, Net, Platform
 from .device import Device, log_line
 from .errors import (
     BadImage,
@@ -85,10 +85,10 @@ def log_to(logger: logging.Logger | None, level: int = logging.INFO) -> None:
 
 
 __all__ = [
-    "BadImage", "Balloon", "BalloonStatistics", "BareConfig", "BlockBackend", "BlockOp", "BlockRequest",
+    "Backing", "BackingKind", "BadImage", "Balloon", "BalloonStatistics", "BareConfig", "BlockBackend", "BlockOp", "BlockRequest",
     "Builder", "Busy", "Capture", "CaptureSummary", "Cause", "Config", "Console", "Constraint", "CpuidMask",
     "Device", "Disk", "DiskStatistics", "Dispatcher", "Error", "Event", "Events", "Exhausted", "Field",
-    "Finding", "GuestMemory", "Host", "HostError", "Internal", "InvalidArgument", "InvalidState", "Kind",
+    "Finding", "GuestMemory", "Host", "HugePages", "HostError", "Internal", "InvalidArgument", "InvalidState", "Kind",
     "LinuxConfig", "Memory", "Mode", "Net", "NetBackend", "NetStatistics", "NotFound", "PermissionDenied",
     "Platform", "PortOptions", "PortStatistics", "Pressure", "Probe", "Rate", "Reclaim", "Refused", "Registers",
     "Shares", "Slack", "Stage", "State", "Switch", "SwitchPort", "ThreadRole", "TimedOut", "Traffic",

@@ -48,7 +48,7 @@ def optional(value: str | bytes | None) -> Any:
     return ffi.new("char[]", value.encode() if isinstance(value, str) else value)
 
 
-def structure(kind: str, **fields: Any) -> Any:
+def structure(kind: str, /, **fields: Any) -> Any:
     """A structure that carries its size."""
     made = ffi.new(f"{kind} *", fields)
     made.size = ffi.sizeof(kind)

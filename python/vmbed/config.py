@@ -75,6 +75,43 @@ class Balloon:
     pci: str | None = None
 
 
+class BackingKind(IntEnum):
+    """Where a VM's pages come from."""
+
+    #: A memfd, sealed against resizing: exact accounts at the cost of one system call.
+    MEMFD = 0
+    #: Anonymous memory, which the kernel may merge. Accounts cost a walk over page tables.
+    ANONYMOUS = 1
+    #: Pages of 2 MiB from the pool that the host's administrator set aside. They are never swapped.
+    HUGE_2M = 2
+    #: The same with pages of 1 GiB.
+    HUGE_1G = 3
+
+
+class HugePages(IntEnum):
+    """What to ask transparent huge pages for."""
+
+    #: What the loader fills, and where a kernel boots; elsewhere as the host's kernel is set up.
+    AUTO = 0
+    ALWAYS = 1
+    NEVER = 2
+
+
+@dataclass
+class Backing:
+    """What a VM's memory is made of."""
+
+    kind: BackingKind = BackingKind.MEMFD
+    huge: HugePages = HugePages.AUTO
+    #: All of the memory is there when the VM is built.
+    prefault: bool = False
+    #: The kernel may merge pages of the same content (KSM), of anonymous memory only. It saves memory, and lets a guest
+    #: find out by time what others hold.
+    mergeable: bool = False
+    #: The host's NUMA nodes that the pages may come from, by their numbers; empty for any.
+    numa_nodes: list[int] = field(default_factory=list)
+
+
 @dataclass
 class CpuidMask:
     """Bits of CPUID that the guest is not to see (`clear`), or is to see (`set`)."""
@@ -93,6 +130,7 @@ class _Common:
     uuid: uuids.UUID | None = None
     #: Bytes, a multiple of 4 KiB. None: 256 MiB for Linux, 2 MiB for a bare guest.
     memory: int | None = None
+    backing: Backing = field(default_factory=Backing)
     vcpus: int = 1
     threads_per_core: int = 1
     sockets: int = 1
@@ -128,6 +166,21 @@ class _Common:
             call(lib.vmbed_config_set_uuid, config, self.uuid.bytes)
         if self.memory is not None:
             call(lib.vmbed_config_set_memory, config, self.memory)
+        if self.backing != Backing():
+            backing, nodes = self.backing, ffi.new("uint32_t[]", self.backing.numa_nodes)
+            call(
+                lib.vmbed_config_set_backing,
+                config,
+                structure(
+                    "vmbed_backing",
+                    kind=int(backing.kind),
+                    huge=int(backing.huge),
+                    prefault=int(backing.prefault),
+                    mergeable=int(backing.mergeable),
+                    numa_nodes=nodes,
+                    numa_node_count=len(backing.numa_nodes),
+                ),
+            )
         call(lib.vmbed_config_set_cpus, config, self.vcpus, self.threads_per_core, self.sockets)
         if self.platform is not None:
             call(lib.vmbed_config_set_platform, config, int(self.platform))

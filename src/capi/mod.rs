@@ -25,6 +25,7 @@ mod host;
 mod ledger;
 mod library;
 mod log;
+mod memory;
 mod net;
 mod reclaim;
 mod switch;

@@ -2,9 +2,12 @@
 //! Every rule about a configuration that needs no file, no KVM and no network.
 
 use super::topology::Topology;
-use super::{BareBoot, Boot, CpuConfig, CpuMode, LinuxBoot, Platform, VmConfig};
+use super::{
+    BackingConfig, BackingKind, BareBoot, Boot, CpuConfig, CpuMode, HugePages, LinuxBoot, Platform, VmConfig,
+};
 use crate::error::FieldError;
 use crate::memory::layout;
+use crate::units::Bytes;
 
 /// x2APIC-less APIC ids end at 254; 255 is the broadcast.
 pub(crate) const MAX_VCPUS: u16 = 254;
@@ -13,6 +16,8 @@ pub(crate) const MAX_CMDLINE: usize = 2047;
 const PAGE: u64 = 4096;
 /// What `sched_setaffinity` is given room for (`CPU_SETSIZE`).
 pub(crate) const MAX_HOST_CPUS: u32 = 1024;
+/// The kernel's own bound (`MAX_NUMNODES`).
+const MAX_NUMA_NODES: u32 = 1024;
 /// Below this the tables and a real-mode guest do not fit.
 const MIN_BARE_MEMORY: u64 = 64 << 10;
 const MIN_LINUX_MEMORY: u64 = 32 << 20;
@@ -31,6 +36,7 @@ pub(super) fn problems(config: &VmConfig) -> Vec<FieldError> {
     found.cpus(&config.cpus);
     found.affinity(&config.cpus);
     found.memory(config);
+    found.backing(&config.backing, config.memory);
     match &config.boot {
         Boot::Linux(linux) => found.linux(linux, config.platform),
         Boot::Bare(bare) => found.bare(bare, config.memory.get()),
@@ -105,7 +111,7 @@ impl Found {
         let size = config.memory.get();
         let least = if matches!(config.boot, Boot::Linux(_)) { MIN_LINUX_MEMORY } else { MIN_BARE_MEMORY };
         if size < least || size > MAX_MEMORY {
-            let range = format!("{} to {}", crate::Bytes(least), crate::Bytes(MAX_MEMORY));
+            let range = format!("{} to {}", Bytes(least), Bytes(MAX_MEMORY));
             self.add("memory", format!("is {}", config.memory), range);
         } else if !size.is_multiple_of(PAGE) {
             self.add("memory", format!("is {}", config.memory), "a multiple of 4 KiB");
@@ -113,6 +119,27 @@ impl Found {
         if config.promise.guarantee > config.memory {
             let problem = format!("is {}", config.promise.guarantee);
             self.add("promise.guarantee", problem, format!("at most memory, {}", config.memory));
+        }
+    }
+
+    fn backing(&mut self, backing: &BackingConfig, memory: Bytes) {
+        if let Some(page) = backing.kind.pool_page() {
+            if !memory.get().is_multiple_of(page) {
+                let problem = format!("is {memory}, of huge pages");
+                self.add("memory", problem, format!("a multiple of {}", Bytes(page)));
+            }
+            if backing.huge != HugePages::Auto {
+                let problem = "asks for transparent huge pages, where all pages are huge already";
+                self.add("backing.huge", problem, "HugePages::Auto");
+            }
+        }
+        if backing.mergeable && backing.kind != BackingKind::Anonymous {
+            let problem = "is set, but the kernel merges anonymous pages only";
+            self.add("backing.mergeable", problem, "false, or BackingKind::Anonymous");
+        }
+        if let Some(node) = backing.numa_nodes.iter().find(|node| **node >= MAX_NUMA_NODES) {
+            let problem = format!("names node {node}");
+            self.add("backing.numa_nodes", problem, format!("below {MAX_NUMA_NODES}"));
         }
     }
 
@@ -150,7 +177,7 @@ impl Found {
             let end = address.checked_add(bytes.len() as u64);
             if !end.is_some_and(|end| ram.iter().any(|r| *address >= r.start && end <= r.end)) {
                 let problem = format!("{} bytes at {address:#x} are outside the guest's memory", bytes.len());
-                self.add(format!("boot.images[{i}]"), problem, format!("memory is {}", crate::Bytes(memory)));
+                self.add(format!("boot.images[{i}]"), problem, format!("memory is {}", Bytes(memory)));
             } else if let Some(end) = end {
                 placed.push((*address, end, i));
             }

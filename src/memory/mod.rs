@@ -4,6 +4,7 @@
 //! Everyone reaches it through volatile accesses only (`vm_memory::Bytes`): it is never a Rust
 //! reference, since the guest writes to it at any moment.
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,9 +13,11 @@ use std::time::Instant;
 use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
+use crate::config::{BackingConfig, HugePages};
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::memory::{Advice, advise, punch_hole};
-use crate::sys::residency as pages;
+use crate::sys::memory::{Advice, advise, discard_anonymous, punch_hole};
+use crate::sys::residency::{self as pages, Pages};
+use crate::sys::thread;
 
 pub(crate) use backing::HUGE;
 pub(crate) use residency::{Enrolled, Roll};
@@ -23,6 +26,9 @@ mod backing;
 pub(crate) mod layout;
 mod residency;
 pub(crate) mod slots;
+
+/// No thread prefaults less.
+const PREFAULT_LEAST: u64 = 64 << 20;
 
 /// The guest's memory. Cheap to clone; the mapping lives until the last clone is gone.
 #[derive(Clone)]
@@ -43,18 +49,69 @@ pub(crate) struct PagedOut {
 struct Mapped {
     guest: GuestMemoryMmap,
     _space: Vec<MmapRegion>,
+    /// Where only page tables know what is there: of anonymous memory.
+    pagemap: Option<File>,
+    /// From the administrator's pool of huge pages.
+    pooled: bool,
+    /// No huge pages are wanted, or all are huge.
+    leave_pages: bool,
 }
 
 impl Memory {
     /// `size` bytes on sealed memfds, at the addresses that [`layout::ram`] gives.
+    #[cfg(any(test, feature = "internals"))]
     pub fn new(size: u64) -> Result<Self> {
-        let made: Vec<_> = layout::ram(size).iter().map(backing::memfd_region).collect::<Result<_>>()?;
+        Self::on(size, &BackingConfig::default())
+    }
+
+    /// `size` bytes of what the configuration says. With `prefault`, all of it is there on return.
+    pub fn on(size: u64, config: &BackingConfig) -> Result<Self> {
+        let pagemap = backing::pagemap(config)?;
+        let made: Vec<_> =
+            layout::ram(size).iter().map(|range| backing::region(range, config)).collect::<Result<_>>()?;
         let (regions, space): (Vec<_>, Vec<_>) = made.into_iter().unzip();
         let guest = GuestMemoryMmap::from_regions(regions).map_err(|e| {
             Error::new(ErrorKind::InvalidArgument, format!("laying out {size} bytes of guest memory"))
                 .with_source(e)
         })?;
-        Ok(Self(Arc::new(Mapped { guest, _space: space })))
+        let pooled = config.kind.pool_page().is_some();
+        let leave_pages = pooled || config.huge == HugePages::Never;
+        let memory = Self(Arc::new(Mapped { guest, _space: space, pagemap, pooled, leave_pages }));
+        if config.prefault {
+            memory.prefault(config.huge == HugePages::Always)?;
+        }
+        Ok(memory)
+    }
+
+    /// Has everything there, made by as many threads as may be of use; in huge pages, if so wanted.
+    fn prefault(&self, huge: bool) -> Result<()> {
+        let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
+        let share = (self.size() / cpus.min(16)).max(PREFAULT_LEAST).next_multiple_of(HUGE);
+        let failed = |e| {
+            let why = format!("prefaulting {} bytes of guest memory", self.size());
+            Error::new(ErrorKind::Exhausted, why).with_source(e)
+        };
+        let mut threads = Vec::new();
+        for index in 0..self.num_regions() {
+            let len = self.iter().nth(index).map_or(0, GuestMemoryRegion::len);
+            for start in (0..len).step_by(share as usize) {
+                let (memory, part) = (self.clone(), start..len.min(start + share));
+                let body = move || memory.iter().nth(index).map_or(Ok(()), |r| backing::prefault(r, part));
+                let (sender, answer) = std::sync::mpsc::channel();
+                let name = format!("vmbed-fill{}", threads.len());
+                let thread = thread::spawn(name, move || drop(sender.send(body()))).map_err(failed)?;
+                threads.push((thread, answer));
+            }
+        }
+        let ended: Vec<_> =
+            threads.into_iter().map(|(thread, answer)| (thread.join(), answer.recv())).collect();
+        for (_, answer) in ended {
+            answer.unwrap_or_else(|_| Err(io::Error::other("a thread panicked"))).map_err(failed)?;
+        }
+        if huge {
+            self.iter().for_each(|region| backing::collapse(region, 0..region.len()));
+        }
+        Ok(())
     }
 
     /// The size in bytes.
@@ -64,6 +121,9 @@ impl Memory {
 
     /// Makes huge pages of what lies in `range`, as far as the host will. Before the guest runs.
     pub fn collapse(&self, range: Range<u64>) {
+        if self.0.leave_pages {
+            return;
+        }
         for region in self.iter() {
             let base = region.start_addr().raw_value();
             let (start, end) = (range.start.max(base), range.end.min(base + region.len()));
@@ -91,10 +151,51 @@ impl Memory {
             return Err(outside());
         }
         let offset = start - region.start_addr().raw_value();
-        let file = region.file_offset().ok_or_else(outside)?;
+        let Some(file) = region.file_offset() else {
+            let there = || self.count(region, offset as usize, len as usize, Pages::Backed);
+            let before = there();
+            discard_anonymous(region, offset as usize, len as usize)?;
+            return Ok(before.saturating_sub(there()));
+        };
         let before = pages::occupied(file.file())?;
         punch_hole(file.file(), file.start() + offset, len)?;
         Ok(before.saturating_sub(pages::occupied(file.file())?).min(len))
+    }
+
+    /// What exists of it, in memory or in swap: exact, and one system call a region; of anonymous memory, a walk over
+    /// page tables.
+    pub fn backing(&self) -> u64 {
+        let of = |region: &GuestRegionMmap| match region.file_offset() {
+            Some(file) => pages::occupied(file.file()).unwrap_or(0),
+            None => self.count(region, 0, region.len() as usize, Pages::Backed),
+        };
+        self.iter().map(of).fold(0, u64::saturating_add)
+    }
+
+    /// What of it is in memory; of a `backing` that was read just before.
+    pub fn resident(&self, backing: u64) -> u64 {
+        // The pool's pages stay, whatever happens.
+        if self.0.pooled || !pages::swap_is_used() {
+            return backing;
+        }
+        let of = |region: &GuestRegionMmap| match region.file_offset() {
+            Some(_) => pages::resident(region).unwrap_or(0),
+            None => self.count(region, 0, region.len() as usize, Pages::Present),
+        };
+        // A guest may have touched more meanwhile.
+        self.iter().map(of).fold(0, u64::saturating_add).min(backing)
+    }
+
+    /// What of it this process maps with huge pages; of a `backing` that was read just before.
+    pub fn huge(&self, backing: u64) -> u64 {
+        if self.0.pooled { backing } else { residency::huge(self) }
+    }
+
+    /// What the page tables say of anonymous memory.
+    fn count(&self, region: &GuestRegionMmap, offset: usize, len: usize, what: Pages) -> u64 {
+        let Some(pagemap) = &self.0.pagemap else { return 0 };
+        let counted = pages::count(pagemap, region, offset, len, what);
+        counted.or_else(|_| pages::count_entries(pagemap, region, offset, len, what)).unwrap_or(0)
     }
 
     /// Gives everything back to the host, of a guest that will not run any more: it reads zero from now on.
@@ -110,10 +211,16 @@ impl Memory {
     /// at most once around and until the deadline. What the guest touches meanwhile comes back.
     pub fn page_out(&self, cursor: u64, bytes: u64, deadline: Instant) -> PagedOut {
         let size = self.size();
+        if self.0.pooled {
+            return PagedOut { next: cursor % size, named: 0, gone: 0 };
+        }
         let (mut done, mut seen) = (PagedOut { next: cursor % size, named: 0, gone: 0 }, 0);
         while done.gone < bytes && seen < size && (seen == 0 || Instant::now() < deadline) {
             let Some((region, start, offset, len)) = self.piece(done.next) else { break };
-            let there = || pages::resident_in(region, offset as usize, len as usize).unwrap_or(0);
+            let there = || match self.0.pagemap {
+                Some(_) => self.count(region, offset as usize, len as usize, Pages::Present),
+                None => pages::resident_in(region, offset as usize, len as usize).unwrap_or(0),
+            };
             let before = there();
             if before > 0 {
                 done.named += before;
@@ -156,75 +263,4 @@ impl std::ops::Deref for Memory {
 }
 
 #[cfg(test)]
-mod tests {
-    use vm_memory::{Bytes, GuestAddress};
-
-    use super::*;
-
-    #[test]
-    fn memory_is_there_where_the_layout_says() {
-        let memory = Memory::new(64 << 20).unwrap();
-        assert_eq!(memory.size(), 64 << 20);
-        memory.write_obj(0x1234_5678u32, GuestAddress((64 << 20) - 4)).unwrap();
-        assert!(memory.write_obj(0u32, GuestAddress((64 << 20) - 3)).is_err());
-        assert_eq!(memory.read_obj::<u64>(GuestAddress(0)).unwrap(), 0);
-    }
-
-    #[test]
-    fn memory_above_the_hole() {
-        let memory = Memory::new(layout::LOW_RAM_END + (2 << 20)).unwrap();
-        memory.write_obj(7u8, GuestAddress(layout::HIGH_RAM_START + (2 << 20) - 1)).unwrap();
-        assert!(memory.write_obj(7u8, GuestAddress(layout::LOW_RAM_END)).is_err());
-    }
-
-    #[test]
-    fn collapsing_keeps_the_content_and_makes_huge_pages_where_the_kernel_can() {
-        let memory = Memory::new(16 << 20).unwrap();
-        memory.write_obj(0xabcdu16, GuestAddress((4 << 20) + 5)).unwrap();
-        memory.collapse((2 << 20) + 1..(9 << 20));
-        assert_eq!(memory.read_obj::<u16>(GuestAddress((4 << 20) + 5)).unwrap(), 0xabcd);
-        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        let start = format!("{:x}-", memory.iter().next().unwrap().as_ptr().addr());
-        let mine = smaps.lines().skip_while(|l| !l.starts_with(&start));
-        let huge = mine.into_iter().find(|l| l.starts_with("ShmemPmdMapped:")).unwrap();
-        assert!(huge.contains("4096 kB") || huge.contains("   0 kB"), "only whole pieces: {huge}");
-    }
-
-    #[test]
-    fn what_is_given_back_is_free_and_reads_zero() {
-        let memory = Memory::new(16 << 20).unwrap();
-        for page in 0..1024u64 {
-            memory.write_obj(7u8, GuestAddress(page << 12)).unwrap();
-        }
-        assert_eq!(memory.discard(1 << 20, 2 << 20).unwrap(), 2 << 20);
-        assert_eq!(memory.discard(1 << 20, 2 << 20).unwrap(), 0, "the second time there is nothing");
-        let at = |a| memory.read_obj::<u8>(GuestAddress(a)).unwrap();
-        assert_eq!([at((1 << 20) - 4096), at(1 << 20), at((3 << 20) - 4096), at(3 << 20)], [7, 0, 0, 7]);
-        for (start, len) in [(0, (16 << 20) + 1), (16 << 20, 4096), (4096, u64::MAX)] {
-            assert!(memory.discard(start, len).is_err(), "{start:#x} {len:#x}");
-        }
-    }
-
-    #[test]
-    fn paging_out_goes_around_once_and_keeps_the_content() {
-        let memory = Memory::new(5 << 20).unwrap();
-        for page in [0u64, 600, 1279] {
-            memory.write_obj(page as u8 | 1, GuestAddress(page << 12)).unwrap();
-        }
-        let later = Instant::now() + std::time::Duration::from_secs(60);
-        let done = memory.page_out(3 << 20, u64::MAX, later);
-        assert_eq!((done.named, done.next), (3 << 12, 2 << 20), "from the piece at 2 MiB around to it");
-        assert!(done.gone <= done.named, "nothing goes where there is no swap");
-        for page in [0u64, 600, 1279] {
-            assert_eq!(memory.read_obj::<u8>(GuestAddress(page << 12)).unwrap(), page as u8 | 1);
-        }
-        assert_eq!(memory.page_out(0, u64::MAX, Instant::now()).next, 2 << 20, "one piece at least");
-        memory.discard_all();
-        assert_eq!(memory.page_out(0, 1, later).named, 0);
-    }
-
-    #[test]
-    fn more_than_the_address_space_is_an_error() {
-        assert!(Memory::new(1 << 50).is_err());
-    }
-}
+mod tests;

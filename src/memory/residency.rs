@@ -42,47 +42,35 @@ struct Meter {
 }
 
 impl Meter {
-    fn backing(&self) -> u64 {
-        let files = self.memory.iter().filter_map(|region| region.file_offset());
-        files.filter_map(|f| residency::occupied(f.file()).ok()).fold(0, u64::saturating_add)
-    }
-
     fn quick(&self) -> Quick {
         let open = || self.vm.as_ref().and_then(|vm| StageTwo::open(vm).ok());
         let mapped = self.stage2.get_or_init(open).as_ref().map_or(0, StageTwo::mapped);
-        Quick { backing: Bytes(self.backing()), stage2: Bytes(mapped) }
+        Quick { backing: Bytes(self.memory.backing()), stage2: Bytes(mapped) }
     }
 
     fn all(&self) -> Residency {
         let quick = self.quick();
         let backing = quick.backing.get();
-        let resident = self.resident(backing);
+        let resident = self.memory.resident(backing);
         let swapped = Bytes(backing.saturating_sub(resident));
-        Residency { quick, resident: Bytes(resident), swapped, huge: Bytes(self.huge()) }
+        Residency { quick, resident: Bytes(resident), swapped, huge: Bytes(self.memory.huge(backing)) }
     }
+}
 
-    /// What is in memory of that backing.
-    fn resident(&self, backing: u64) -> u64 {
-        if !residency::swap_is_used() {
-            return backing;
-        }
-        let of = |region: &GuestRegionMmap| residency::resident(region).unwrap_or(0);
-        // A guest may have touched more meanwhile.
-        self.memory.iter().map(of).fold(0, u64::saturating_add).min(backing)
-    }
-
-    fn huge(&self) -> u64 {
-        let Ok(pagemap) = File::open("/proc/self/pagemap") else { return 0 };
-        let scanned: Result<Vec<u64>, _> =
-            self.memory.iter().map(|region| residency::huge(&pagemap, region)).collect();
-        match scanned {
-            Ok(each) => each.into_iter().sum(),
-            Err(_) => {
-                // Before Linux 6.7: the same number, for every mapping of the process.
-                let smaps = fs::read_to_string("/proc/self/smaps").unwrap_or_default();
-                let of = |region: &GuestRegionMmap| huge_in(&smaps, region.as_ptr().addr());
-                self.memory.iter().map(of).sum()
-            }
+/// What this process maps of that memory with huge pages.
+pub(super) fn huge(memory: &Memory) -> u64 {
+    let Ok(pagemap) = File::open("/proc/self/pagemap") else { return 0 };
+    let of = |region: &GuestRegionMmap| {
+        residency::count(&pagemap, region, 0, region.len() as usize, residency::Pages::Huge)
+    };
+    let scanned: Result<Vec<u64>, _> = memory.iter().map(of).collect();
+    match scanned {
+        Ok(each) => each.into_iter().sum(),
+        Err(_) => {
+            // Before Linux 6.7: the same number, for every mapping of the process.
+            let smaps = fs::read_to_string("/proc/self/smaps").unwrap_or_default();
+            let of = |region: &GuestRegionMmap| huge_in(&smaps, region.as_ptr().addr());
+            memory.iter().map(of).sum()
         }
     }
 }
@@ -91,9 +79,10 @@ impl Meter {
 fn huge_in(smaps: &str, address: usize) -> u64 {
     let start = format!("{address:x}-");
     let mut mapping = smaps.lines().skip_while(|line| !line.starts_with(&start));
-    let line = mapping.find_map(|line| line.strip_prefix("ShmemPmdMapped:"));
-    let kib = line.and_then(|l| l.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    kib.unwrap_or(0) * 1024
+    let kinds = |line: &&str| line.starts_with("ShmemPmdMapped:") || line.starts_with("AnonHugePages:");
+    let in_one = mapping.by_ref().take_while(|line| !line.starts_with("VmFlags:")).filter(kinds);
+    let kib = |line: &str| line.split_whitespace().nth(1)?.parse::<u64>().ok();
+    in_one.filter_map(kib).sum::<u64>() * 1024
 }
 
 /// The memory of every VM of a host.
@@ -110,7 +99,7 @@ impl Roll {
 
     /// What is backed in all.
     pub fn backing(&self) -> u64 {
-        lock(&self.0).values().map(|meter| meter.backing()).fold(0, u64::saturating_add)
+        lock(&self.0).values().map(|meter| meter.memory.backing()).fold(0, u64::saturating_add)
     }
 
     /// What two system calls a VM tell in all.
@@ -132,12 +121,12 @@ pub(crate) struct Enrolled {
 impl Enrolled {
     /// What exists of its memory, in memory or in swap. Costs one system call for each region.
     pub fn backing(&self) -> u64 {
-        self.meter.backing()
+        self.meter.memory.backing()
     }
 
     /// What of it is in memory: the same, unless something of the machine's is swapped out; then a walk over page tables.
     pub fn resident(&self) -> u64 {
-        self.meter.resident(self.meter.backing())
+        self.meter.memory.resident(self.meter.memory.backing())
     }
 
     /// All that can be told of this VM. Walks page tables: 4 ms for a GiB of small pages.
@@ -182,7 +171,7 @@ mod tests {
         for page in (0..600u64 << 8).step_by(7) {
             memory.write_obj(1u8, GuestAddress(page << 12)).unwrap();
         }
-        let backing = meter(&memory).backing();
+        let backing = memory.backing();
         let resident: u64 = memory.iter().map(|region| residency::resident(region).unwrap()).sum();
         assert_eq!(backing, (600u64 << 8).div_ceil(7) << 12);
         assert!(
@@ -198,7 +187,7 @@ mod tests {
         let region = memory.iter().next().unwrap();
         let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
         let counted = huge_in(&smaps, region.as_ptr().addr());
-        assert_eq!(meter(&memory).huge(), counted);
+        assert_eq!(huge(&memory), counted);
         assert!(counted == 8 << 20 || counted == 0, "{counted}: all, or the kernel has none");
     }
 }

@@ -11,8 +11,18 @@ use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 /// A new memfd of `size` bytes that nobody can resize any more: a guest's memory cannot be cut off
 /// under it, and no fault on it raises SIGBUS for being past the end.
 pub(crate) fn sealed_memfd(name: &CStr, size: u64) -> io::Result<File> {
-    // SAFETY: `name` is a terminated string; the flags are constants.
-    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    sealed(name, size, 0)
+}
+
+/// The same of pages of `page` bytes, a power of two, from the administrator's pool.
+pub(crate) fn sealed_pool(name: &CStr, size: u64, page: u64) -> io::Result<File> {
+    sealed(name, size, libc::MFD_HUGETLB | page.ilog2() << libc::MFD_HUGE_SHIFT)
+}
+
+fn sealed(name: &CStr, size: u64, more: libc::c_uint) -> io::Result<File> {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | more;
+    // SAFETY: `name` is a terminated string; the flags are integers.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -38,6 +48,14 @@ pub(crate) enum Advice {
     Collapse,
     /// Page out what is there, now (Linux 5.4).
     PageOut,
+    /// Transparent huge pages wherever there can be some.
+    HugePage,
+    /// None.
+    NoHugePage,
+    /// Pages of the same content may be merged (KSM).
+    Mergeable,
+    /// Have every page there, now (Linux 5.14).
+    Populate,
 }
 
 /// Not in the libc crate's stable surface for every target (linux/mman.h).
@@ -53,10 +71,60 @@ pub(crate) fn advise(region: &MmapRegion, offset: usize, len: usize, advice: Adv
         Advice::DontDump => libc::MADV_DONTDUMP,
         Advice::Collapse => MADV_COLLAPSE,
         Advice::PageOut => libc::MADV_PAGEOUT,
+        Advice::HugePage => libc::MADV_HUGEPAGE,
+        Advice::NoHugePage => libc::MADV_NOHUGEPAGE,
+        Advice::Mergeable => libc::MADV_MERGEABLE,
+        Advice::Populate => libc::MADV_POPULATE_WRITE,
     };
     // SAFETY: the range lies within a live mapping (checked above), and none of these advices changes
     // its content or unmaps anything.
     let result = unsafe { libc::madvise(region.as_ptr().add(offset).cast(), len, advice) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The size of a transparent huge page.
+const HUGE: usize = 2 << 20;
+
+/// Gives `len` bytes at `offset` of an anonymous private mapping back to the kernel: they read zero from now on.
+pub(crate) fn discard_anonymous(region: &MmapRegion, offset: usize, len: usize) -> io::Result<()> {
+    if offset.checked_add(len).is_none_or(|end| end > region.size()) {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let at = region.as_ptr().wrapping_add(offset);
+    // Of a huge page that is discarded in part, the kernel keeps all until it is short of memory; unless it
+    // is split, which this advice does on its way, and which may fail.
+    if !at.addr().is_multiple_of(HUGE) || !len.is_multiple_of(HUGE) {
+        // SAFETY: the range lies within a live mapping (checked above). The content that this allows the kernel to
+        // take is what the next call takes.
+        let _ = unsafe { libc::madvise(at.cast(), len, libc::MADV_FREE) };
+    }
+    // SAFETY: the range lies within a live mapping (checked above) of guest memory, which is accessed as
+    // volatile bytes only: that they turn to zero is what the caller asks for.
+    let result = unsafe { libc::madvise(at.cast(), len, libc::MADV_DONTNEED) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Has the pages of a mapping come from these NUMA nodes of the host only (`MPOL_BIND`). Before any of them is there.
+pub(crate) fn bind(region: &MmapRegion, nodes: &[u32]) -> io::Result<()> {
+    const BITS: u32 = libc::c_ulong::BITS;
+    let words = nodes.iter().max().map_or(0, |most| most / BITS + 1);
+    let mut mask = vec![0 as libc::c_ulong; words as usize];
+    for node in nodes {
+        mask[(node / BITS) as usize] |= 1 << (node % BITS);
+    }
+    // SAFETY: the range is a live mapping, of which this changes where later pages come from; the mask has the number
+    // of bits that is said (the kernel takes one off, mbind(2)).
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mbind,
+            region.as_ptr(),
+            region.size(),
+            libc::MPOL_BIND,
+            mask.as_ptr(),
+            libc::c_ulong::from(words * BITS) + 1,
+            0,
+        )
+    };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
@@ -83,31 +151,47 @@ pub(crate) fn reserve(size: usize) -> io::Result<MmapRegion> {
     MmapRegion::build(None, size, libc::PROT_NONE, flags).map_err(io::Error::other)
 }
 
-/// Maps the first `size` bytes of `file` shared, at the first multiple of `align` within `reserved`.
+/// What [`map_inside`] maps.
+pub(crate) enum Source {
+    /// The file's first bytes, shared.
+    File(File),
+    /// The same, of huge pages: as many as there are bytes are set aside for it in the administrator's pool, or it fails.
+    Pool(File),
+    /// Nothing but zeroes.
+    Anonymous,
+}
+
+/// Maps `size` bytes at the first multiple of `align` within `reserved`.
 ///
 /// The caller keeps `reserved` for as long as anyone may touch the result.
 pub(crate) fn map_inside(
     reserved: &MmapRegion,
     align: usize,
-    file: File,
+    source: Source,
     size: usize,
 ) -> io::Result<MmapRegion> {
     let start = reserved.as_ptr().addr().next_multiple_of(align) - reserved.as_ptr().addr();
     if start.checked_add(size).is_none_or(|end| end > reserved.size()) {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
-    let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE);
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    let (flags, file) = match source {
+        Source::File(file) => (libc::MAP_SHARED | libc::MAP_NORESERVE, Some(file)),
+        Source::Pool(file) => (libc::MAP_SHARED, Some(file)),
+        Source::Anonymous => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, None),
+    };
+    let fd = file.as_ref().map_or(-1, File::as_raw_fd);
     let at = reserved.as_ptr().wrapping_add(start);
     // SAFETY: MAP_FIXED replaces pages of our own empty reservation only (checked above), which nobody
     // has a pointer into.
-    let mapped = unsafe { libc::mmap(at.cast(), size, prot, flags | libc::MAP_FIXED, file.as_raw_fd(), 0) };
+    let mapped = unsafe { libc::mmap(at.cast(), size, prot, flags | libc::MAP_FIXED, fd, 0) };
     if mapped == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
-    let builder = MmapRegionBuilder::new(size)
-        .with_mmap_prot(prot)
-        .with_mmap_flags(flags)
-        .with_file_offset(FileOffset::new(file, 0));
+    let mut builder = MmapRegionBuilder::new(size).with_mmap_prot(prot).with_mmap_flags(flags);
+    if let Some(file) = file {
+        builder = builder.with_file_offset(FileOffset::new(file, 0));
+    }
     // SAFETY: the mapping made above, of this size; it lives as long as `reserved`, as the caller promises.
     unsafe { builder.with_raw_mmap_pointer(mapped.cast()) }.build().map_err(io::Error::other)
 }

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 
 use vm_memory::mmap::MmapRegion;
 
@@ -72,6 +73,10 @@ pub(crate) fn swap_free() -> u64 {
 
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
+const PAGE_IS_PRESENT: u64 = 1 << 3;
+const PAGE_IS_SWAPPED: u64 = 1 << 4;
+/// The kernel's one page of zeroes: nobody's.
+const PAGE_IS_PFNZERO: u64 = 1 << 5;
 const PAGE_IS_HUGE: u64 = 1 << 6;
 
 /// `struct pm_scan_arg` (linux/fs.h).
@@ -100,14 +105,38 @@ struct PageRegion {
     categories: u64,
 }
 
-/// The bytes of a mapping that this process maps with huge pages. `pagemap` is `/proc/self/pagemap`.
+/// What [`count`] counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pages {
+    /// What this process maps with huge pages.
+    Huge,
+    /// What is in memory, of an anonymous private mapping.
+    Present,
+    /// What is in memory or in swap, of the same.
+    Backed,
+}
+
+/// The bytes of `len` at `offset` of a mapping that are so. `pagemap` is `/proc/self/pagemap`.
 ///
 /// # Errors
 /// ENOTTY before Linux 6.7.
-pub(crate) fn huge(pagemap: &File, region: &MmapRegion) -> io::Result<u64> {
+pub(crate) fn count(
+    pagemap: &File,
+    region: &MmapRegion,
+    offset: usize,
+    len: usize,
+    what: Pages,
+) -> io::Result<u64> {
+    let end =
+        offset.checked_add(len).filter(|end| *end <= region.size()).ok_or(io::ErrorKind::InvalidInput)?;
+    let (all, any, not) = match what {
+        Pages::Huge => (PAGE_IS_HUGE, 0, 0),
+        Pages::Present => (PAGE_IS_PRESENT, 0, PAGE_IS_PFNZERO),
+        Pages::Backed => (0, PAGE_IS_PRESENT | PAGE_IS_SWAPPED, PAGE_IS_PFNZERO),
+    };
     let mut found = [PageRegion::default(); 64];
-    let start = region.as_ptr().addr() as u64;
-    let (mut at, end, mut bytes) = (start, start + region.size() as u64, 0);
+    let start = region.as_ptr().addr();
+    let (mut at, end, mut bytes) = ((start + offset) as u64, (start + end) as u64, 0);
     while at < end {
         let mut scan = PmScanArg {
             size: size_of::<PmScanArg>() as u64,
@@ -118,10 +147,11 @@ pub(crate) fn huge(pagemap: &File, region: &MmapRegion) -> io::Result<u64> {
             vec: found.as_mut_ptr().expose_provenance() as u64,
             vec_len: found.len() as u64,
             max_pages: 0,
-            category_inverted: 0,
-            category_mask: PAGE_IS_HUGE,
-            category_anyof_mask: 0,
-            return_mask: PAGE_IS_HUGE,
+            category_inverted: not,
+            category_mask: all | not,
+            category_anyof_mask: any,
+            // Told of each range; what is the same for all makes the ranges long.
+            return_mask: if not == 0 { all } else { not },
         };
         // SAFETY: the kernel reads and writes the structure, and at most `vec_len` regions behind `vec`; both live
         // here. It looks at page tables and changes none.
@@ -136,4 +166,28 @@ pub(crate) fn huge(pagemap: &File, region: &MmapRegion) -> io::Result<u64> {
         at = scan.walk_end;
     }
     Ok(bytes)
+}
+
+/// The same as [`count`] of what is present or backed, for older kernels; the page of zeroes counts, too.
+pub(crate) fn count_entries(
+    pagemap: &File,
+    region: &MmapRegion,
+    offset: usize,
+    len: usize,
+    what: Pages,
+) -> io::Result<u64> {
+    const PRESENT: u64 = 1 << 63;
+    const SWAPPED: u64 = 1 << 62;
+    let wanted = if what == Pages::Backed { PRESENT | SWAPPED } else { PRESENT };
+    let end =
+        offset.checked_add(len).filter(|end| *end <= region.size()).ok_or(io::ErrorKind::InvalidInput)?;
+    let mut entries = [0u8; 8 * 512];
+    let mut pages = 0;
+    for start in (offset..end).step_by(512 * PAGE) {
+        let part = &mut entries[..8 * ((end - start) / PAGE).min(512)];
+        pagemap.read_exact_at(part, ((region.as_ptr().addr() + start) / PAGE * 8) as u64)?;
+        let (entries, _) = part.as_chunks::<8>();
+        pages += entries.iter().filter(|e| u64::from_ne_bytes(**e) & wanted != 0).count() as u64;
+    }
+    Ok(pages * PAGE as u64)
 }

@@ -70,7 +70,8 @@ impl HostParts {
             memory: config.memory,
             entitlement: config.memory,
             guarantee: config.promise.guarantee,
-            pinned: Bytes(0),
+            // Pages of the pool are there for this VM alone, and never swapped.
+            pinned: if config.backing.kind.pool_page().is_some() { config.memory } else { Bytes(0) },
             overhead: overhead(shape),
             victim: config.promise.victim,
             vcpus,
@@ -333,7 +334,7 @@ impl VmBuilder {
         let reporter = Reporter::new(id, events.clone());
         doorbells.iter().for_each(|doorbell| doorbell.connect(&reporter));
 
-        let memory = Memory::new(claimed.memory().get())?;
+        let memory = Memory::on(claimed.memory().get(), &config.backing)?;
         let end = Arc::new(End {
             cause: OnceLock::new(),
             gate: Gate::new(config.cpus.count.into()),

@@ -19,6 +19,7 @@ void a_disk_of_ones_own(void);
 void a_disk_that_does_not_answer(void);
 void a_network_of_ones_own(void);
 void memory_given_back(void);
+void memory_of_every_kind(void);
 void cards_on_a_switch(void);
 void what_is_done_when_memory_gets_short(void);
 void a_switch_drops_and_says_why(void);
@@ -531,6 +532,7 @@ static const struct {
     CASE(a_disk_that_does_not_answer),
     CASE(a_network_of_ones_own),
     CASE(memory_given_back),
+    CASE(memory_of_every_kind),
     CASE(cards_on_a_switch),
     CASE(what_is_done_when_memory_gets_short),
     CASE(a_switch_drops_and_says_why),

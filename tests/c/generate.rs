@@ -24,7 +24,7 @@ impl Parameter {
     }
 }
 
-const STRUCTURES: [&str; 21] = [
+const STRUCTURES: [&str; 22] = [
     "vmbed_verdict",
     "vmbed_memory",
     "vmbed_vcpu_statistics",
@@ -38,6 +38,7 @@ const STRUCTURES: [&str; 21] = [
     "vmbed_net_ops",
     "vmbed_disk_statistics",
     "vmbed_net_statistics",
+    "vmbed_backing",
     "vmbed_balloon",
     "vmbed_balloon_statistics",
     "vmbed_guest_memory",
@@ -116,6 +117,7 @@ STRUCTURE(vmbed_block_ops);
 STRUCTURE(vmbed_net_ops);
 STRUCTURE(vmbed_disk_statistics);
 STRUCTURE(vmbed_net_statistics);
+STRUCTURE(vmbed_backing);
 STRUCTURE(vmbed_balloon);
 STRUCTURE(vmbed_balloon_statistics);
 STRUCTURE(vmbed_guest_memory);
@@ -144,6 +146,7 @@ static void good(void)
     the_vmbed_net_ops.s = (vmbed_net_ops){sizeof(vmbed_net_ops), f_receive, f_send, NULL};
     memset(&the_vmbed_disk_statistics, 0, sizeof the_vmbed_disk_statistics), the_vmbed_disk_statistics.s.size = sizeof(vmbed_disk_statistics);
     memset(&the_vmbed_net_statistics, 0, sizeof the_vmbed_net_statistics), the_vmbed_net_statistics.s.size = sizeof(vmbed_net_statistics);
+    memset(&the_vmbed_backing, 0, sizeof the_vmbed_backing), the_vmbed_backing.s.size = sizeof(vmbed_backing);
     memset(&the_vmbed_balloon, 0, sizeof the_vmbed_balloon), the_vmbed_balloon.s.size = sizeof(vmbed_balloon);
     memset(&the_vmbed_balloon_statistics, 0, sizeof the_vmbed_balloon_statistics), the_vmbed_balloon_statistics.s.size = sizeof(vmbed_balloon_statistics);
     memset(&the_vmbed_guest_memory, 0, sizeof the_vmbed_guest_memory), the_vmbed_guest_memory.s.size = sizeof(vmbed_guest_memory);

@@ -17,7 +17,7 @@ pub fn add(trials: &mut Vec<Trial>) {
 }
 
 /// A guest of 256 MiB that has filled 120 MiB and freed them again when it says so.
-fn filled(balloon: BalloonConfig, then: &str) -> VmConfig {
+pub fn filled(balloon: BalloonConfig, then: &str) -> VmConfig {
     let script = format!(
         "mkdir -p /mnt; mount -t tmpfs -o size=250m none /mnt
         dd if=/dev/urandom of=/mnt/fill bs=1M count=120 2>/dev/null
@@ -31,7 +31,7 @@ fn filled(balloon: BalloonConfig, then: &str) -> VmConfig {
     config
 }
 
-fn wait_until(guest: &Guest, what: &str, done: impl Fn(&Guest) -> bool) {
+pub fn wait_until(guest: &Guest, what: &str, done: impl Fn(&Guest) -> bool) {
     let end = Instant::now() + LONG;
     while !done(guest) {
         let statistics = guest.vm.balloon_statistics();

@@ -12,6 +12,7 @@ use libtest_mimic::{Arguments, Trial};
 
 mod assets;
 mod backends;
+mod backing;
 mod balloon;
 mod boot;
 mod c;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
     }
     let mut trials = Vec::new();
     backends::add(&mut trials);
+    backing::add(&mut trials);
     balloon::add(&mut trials);
     boot::add(&mut trials);
     devices::add(&mut trials);

@@ -1,0 +1,87 @@
+/* Memory of every kind, below the same guest. */
+#include "guest.h"
+
+void memory_of_every_kind(void);
+
+static const uint8_t halts[] = {0xf4};
+static const uint64_t size = 4 << 20;
+
+static int32_t build(vmbed_host *host, uint64_t memory, const vmbed_backing *backing, vmbed_vm **vm, vmbed_error **error)
+{
+    vmbed_config *config;
+    vmbed_builder *builder;
+    OK(vmbed_config_new_bare(VMBED_MODE_REAL, 0x1000, halts, sizeof halts, &config, &error));
+    OK(vmbed_config_set_memory(config, memory, &error));
+    OK(vmbed_config_set_backing(config, backing, &error));
+    OK(vmbed_builder_new(host, config, &builder, &error));
+    int32_t status = vmbed_builder_build(builder, vm, error);
+    vmbed_builder_free(builder);
+    vmbed_config_free(config);
+    return status;
+}
+
+static vmbed_memory memory_of(vmbed_vm *vm)
+{
+    vmbed_memory memory = {.size = sizeof memory};
+    OK(vmbed_vm_get_memory(vm, &memory, &error));
+    return memory;
+}
+
+void memory_of_every_kind(void)
+{
+    const int32_t kinds[] = {VMBED_BACKING_MEMFD, VMBED_BACKING_ANONYMOUS};
+    static const uint8_t pages[8192] = {1};
+    vmbed_host *host;
+    vmbed_vm *vm;
+    OK(vmbed_host_open(NULL, &host, &error));
+    for (size_t i = 0; i < 2; i++) {
+        vmbed_backing backing = {.size = sizeof backing, .kind = kinds[i], .huge = VMBED_HUGE_NEVER};
+        OK(build(host, size, &backing, &vm, &error));
+        vmbed_memory before = memory_of(vm);
+        OK(vmbed_vm_write_memory(vm, 0x200000, pages, sizeof pages, &error));
+        vmbed_memory after = memory_of(vm);
+        CHECK(after.backing == before.backing + sizeof pages && after.resident == after.backing && !after.huge && !after.pinned);
+        OK(vmbed_vm_start(vm, &error));
+        vmbed_vm_free(vm);
+
+        backing = (vmbed_backing){.size = sizeof backing, .kind = kinds[i], .prefault = 1};
+        OK(build(host, size, &backing, &vm, &error));
+        CHECK(memory_of(vm).backing == size);
+        vmbed_vm_free(vm);
+    }
+
+    vmbed_backing backing = {.size = sizeof backing, .kind = VMBED_BACKING_HUGE_2M, .huge = VMBED_HUGE_ALWAYS, .mergeable = 1};
+    vmbed_error *error = NULL;
+    CHECK(build(host, 5 << 20, &backing, &vm, &error) == VMBED_ERR_INVALID_ARGUMENT);
+    CHECK(!strcmp(vmbed_error_field(error, 0), "memory") && !strcmp(vmbed_error_field(error, 1), "backing.huge"));
+    CHECK(!strcmp(vmbed_error_field(error, 2), "backing.mergeable") && !vmbed_error_field(error, 3));
+    vmbed_error_free(error);
+
+    backing = (vmbed_backing){.size = sizeof backing, .kind = VMBED_BACKING_HUGE_2M};
+    error = NULL;
+    if (build(host, size, &backing, &vm, &error) == VMBED_OK) {
+        vmbed_memory there = memory_of(vm);
+        CHECK(there.pinned == size && there.huge == there.backing && there.backing % (2 << 20) == 0);
+        vmbed_vm_free(vm);
+    } else {
+        CHECK(vmbed_error_status(error) == VMBED_ERR_EXHAUSTED && strstr(vmbed_error_message(error), "nr_hugepages"));
+        vmbed_error_free(error);
+    }
+
+    const uint32_t node = 1000;
+    backing = (vmbed_backing){.size = sizeof backing, .numa_nodes = &node, .numa_node_count = 1};
+    error = NULL;
+    CHECK(build(host, size, &backing, &vm, &error) != VMBED_OK && strstr(vmbed_error_message(error), "numa_nodes is [1000]"));
+    vmbed_error_free(error);
+
+    vmbed_config *config;
+    OK(vmbed_config_new_bare(VMBED_MODE_REAL, 0x1000, halts, sizeof halts, &config, &error));
+    backing = (vmbed_backing){.size = sizeof backing, .kind = 4};
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "vmbed_backing.kind is 4", vmbed_config_set_backing(config, &backing, &error));
+    backing = (vmbed_backing){.size = sizeof backing, .huge = -1};
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "vmbed_backing.huge is -1", vmbed_config_set_backing(config, &backing, &error));
+    backing = (vmbed_backing){.size = sizeof backing, .numa_node_count = 1};
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "numa_nodes", vmbed_config_set_backing(config, &backing, &error));
+    vmbed_config_free(config);
+    vmbed_host_free(host);
+}

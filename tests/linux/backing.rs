@@ -1,0 +1,98 @@
+//! A stock kernel on memory of other kinds.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use libtest_mimic::Trial;
+use vmbed::{BackingKind, BalloonConfig, Bytes, ErrorKind, Host};
+
+use crate::assets::KERNELS;
+use crate::balloon::{filled, wait_until};
+use crate::guest::{Guest, config};
+use crate::trial;
+
+pub fn add(trials: &mut Vec<Trial>) {
+    trials.push(trial("backing::huge_pages_of_the_pool", pool));
+    trials.push(trial("backing::anonymous_memory_given_back_is_free", anonymous));
+}
+
+/// So many pages of 2 MiB in the pool, until it is dropped.
+struct Pool {
+    number: PathBuf,
+    before: String,
+}
+
+impl Pool {
+    fn of(pages: u32) -> Self {
+        let number = Path::new("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages").to_owned();
+        let before = fs::read_to_string(&number).expect("a kernel with huge pages");
+        let pool = Self { number, before };
+        pool.set(&pages.to_string());
+        assert_eq!(pool.read("nr_hugepages"), pages, "so many huge pages free at once");
+        pool
+    }
+
+    fn set(&self, pages: &str) {
+        fs::write(&self.number, pages).expect("root may size the pool of huge pages");
+    }
+
+    fn read(&self, file: &str) -> u32 {
+        fs::read_to_string(self.number.with_file_name(file)).unwrap().trim().parse().unwrap()
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        let _ = fs::write(&self.number, self.before.trim());
+    }
+}
+
+fn pool() {
+    let pool = Pool::of(70);
+    let mut config = config(KERNELS[0], "echo flags=$(grep -c . /proc/cpuinfo); read go");
+    config.backing.kind = BackingKind::Huge2M;
+    config.backing.numa_nodes = vec![0];
+    let guest = Guest::start(config.clone());
+    guest.wait_for("flags=");
+    let memory = guest.vm.memory();
+    assert_eq!((memory.pinned, memory.huge, memory.swapped), (Bytes::mib(128), memory.backing, Bytes(0)));
+    let taken = pool.read("nr_hugepages") - pool.read("free_hugepages");
+    assert_eq!(memory.backing, Bytes(u64::from(taken) << 21), "as the kernel counts them");
+    // The pages that this guest has not touched are set aside for it all the same.
+    let error = Host::open().unwrap().build(config).unwrap_err();
+    assert!(
+        error.kind() == ErrorKind::Exhausted && error.to_string().contains("of 70 pages are free"),
+        "{error}"
+    );
+    guest.vm.console_input(b"go\n");
+    guest.power_off();
+    drop(guest);
+    assert_eq!(pool.read("free_hugepages"), 70, "all are back");
+}
+
+/// Without file or pool: only the machine's free memory tells.
+fn free() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemFree:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() >> 10
+}
+
+fn anonymous() {
+    let mut off = BalloonConfig::default();
+    (off.reporting, off.deflate_on_oom) = (false, false);
+    let mut config = filled(off, "read go");
+    config.backing.kind = BackingKind::Anonymous;
+    let guest = Guest::start(config);
+    guest.wait_for("now=freed");
+    let (vm, before, free_before) = (&guest.vm, guest.vm.memory(), free());
+    assert!(before.backing > Bytes::mib(140) && before.resident == before.backing, "{before:?}");
+    vm.set_balloon(Bytes::mib(130)).unwrap();
+    wait_until(&guest, "the balloon to be full", |g| g.vm.memory().loaned == Bytes::mib(130));
+    let (after, statistics) = (vm.memory(), vm.balloon_statistics().unwrap());
+    let given = before.backing.get().saturating_sub(after.backing.get()) >> 20;
+    assert!(given > 100 && statistics.inflated.measured > Bytes::mib(105), "{given} {statistics:?}");
+    // Some of it lies on the CPU's own lists for a second or two.
+    wait_until(&guest, "what was given to be free", |_| free().saturating_sub(free_before) + 10 > given);
+    vm.console_input(b"go\n");
+    guest.power_off();
+}
