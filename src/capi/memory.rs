@@ -64,8 +64,7 @@ pub unsafe extern "C" fn vmbed_config_set_backing(
     change(config, error, |c| {
         let given = structure(backing)?;
         let nodes = numbers(given.numa_nodes, given.numa_node_count, "vmbed_backing.numa_nodes")?;
-        let mut made = BackingConfig::default();
-        made.kind = match given.kind {
+        let kind = match given.kind {
             VMBED_BACKING_MEMFD => BackingKind::Memfd,
             VMBED_BACKING_ANONYMOUS => BackingKind::Anonymous,
             VMBED_BACKING_HUGE_2M => BackingKind::Huge2M,
@@ -74,15 +73,14 @@ pub unsafe extern "C" fn vmbed_config_set_backing(
                 return Err(invalid(format!("vmbed_backing.kind is {other}, not one of VMBED_BACKING_*")));
             }
         };
-        made.huge = match given.huge {
+        let huge = match given.huge {
             VMBED_HUGE_AUTO => HugePages::Auto,
             VMBED_HUGE_ALWAYS => HugePages::Always,
             VMBED_HUGE_NEVER => HugePages::Never,
             other => return Err(invalid(format!("vmbed_backing.huge is {other}, not one of VMBED_HUGE_*"))),
         };
-        (made.prefault, made.mergeable) = (given.prefault != 0, given.mergeable != 0);
-        made.numa_nodes = nodes.to_vec();
-        c.backing = made;
+        let (prefault, mergeable) = (given.prefault != 0, given.mergeable != 0);
+        c.backing = BackingConfig { kind, huge, prefault, mergeable, numa_nodes: nodes.to_vec() };
         Ok(())
     })
 }
