@@ -64,6 +64,7 @@ test-all: test ## and the long forms
 	VMBED_ROUNDS=100000 cargo test --features serde,internals --test c -- handles_from
 	VMBED_ROUNDS=10000 cargo test --features serde,internals --test api -- handles_from
 	for suite in c api; do VMBED_ROUNDS=5000 cargo test --features serde,internals --test $$suite -- stop_races; done
+	VMBED_STEPS=1000000 cargo test --features serde,internals --lib every_step
 	tests/lab/selftest
 	tests/placement/run
 

@@ -5,6 +5,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::config::BackingKind;
+use crate::virtio::queue_driver::Dice;
 
 #[test]
 fn memory_is_there_where_the_layout_says() {
@@ -173,5 +174,57 @@ fn only_anonymous_pages_are_merged() {
             assert!(flags.unwrap().contains(" mg"), "{flags:?}");
         }
         Err(error) => assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}"),
+    }
+}
+
+/// Of both kinds together; a million with `make test-all`.
+fn steps() -> u64 {
+    std::env::var("VMBED_STEPS").map_or(20_000, |n| n.parse().expect("VMBED_STEPS is a number"))
+}
+
+/// Random touches, discards from a page to several MiB, balloon pages and huge pages, against a model that has every page.
+#[test]
+fn every_step_is_counted_to_the_page() {
+    const PAGES: u64 = 8192;
+    let kinds = [BackingKind::Memfd, BackingKind::Anonymous];
+    for (kind, huge) in kinds.into_iter().zip([HugePages::Auto, HugePages::Never]) {
+        let memory = Memory::on(PAGES << 12, &of(kind, |c| c.huge = huge)).unwrap();
+        let (mut there, mut now, mut dice) = (vec![false; PAGES as usize], 0, Dice(7));
+        for step in 0..steps() / 2 {
+            let page = dice.below(PAGES);
+            let most = if dice.below(8) == 0 { 2048 } else { 8 };
+            let range = page as usize..(page + 1 + dice.below(most)).min(PAGES) as usize;
+            let held = |there: &[bool]| there.iter().filter(|t| **t).count() as u64;
+            let before = now;
+            match dice.below(16) {
+                0..10 => {
+                    range
+                        .clone()
+                        .for_each(|p| memory.write_obj(1u8, GuestAddress((p as u64) << 12)).unwrap());
+                    there[range].fill(true);
+                }
+                10..15 => {
+                    let held = held(&there[range.clone()]);
+                    now -= held;
+                    let freed =
+                        memory.discard((range.start as u64) << 12, (range.len() as u64) << 12).unwrap();
+                    assert_eq!(freed, held << 12, "step {step}: {kind:?} {range:?}");
+                    there[range].fill(false);
+                }
+                _ => {
+                    let piece = range.start / 512 * 512;
+                    memory.collapse((piece as u64) << 12..(piece as u64 + 512) << 12);
+                    if huge == HugePages::Auto {
+                        now += u64::from(!std::mem::replace(&mut there[piece], true));
+                        // Where the kernel has a huge page to give.
+                        if memory.backing() != now << 12 {
+                            now += 512 - held(&there[piece..piece + 512]);
+                            there[piece..piece + 512].fill(true);
+                        }
+                    }
+                }
+            }
+            assert_eq!(memory.backing(), now << 12, "step {step}: {kind:?}, {before} pages before");
+        }
     }
 }
