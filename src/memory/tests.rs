@@ -198,6 +198,7 @@ fn every_step_is_counted_to_the_page() {
             let before = now;
             match dice.below(16) {
                 0..10 => {
+                    now += range.len() as u64 - held(&there[range.clone()]);
                     range
                         .clone()
                         .for_each(|p| memory.write_obj(1u8, GuestAddress((p as u64) << 12)).unwrap());
