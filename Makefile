@@ -68,6 +68,9 @@ test-all: test ## and the long forms
 	tests/lab/selftest
 	tests/placement/run
 
+soak: setup ## what takes hours if it is to mean something: fifty storms with swap, fifty without
+	VMBED_STORMS=50 VMBED_TRIAL_SECONDS=3000 cargo test --features serde,internals --test linux -- storm::
+
 SECONDS ?= 60
 fuzz: setup ## every fuzz target for SECONDS=60 seconds: executions, coverage, and how deep it went
 	fuzz/run $(SECONDS)
@@ -76,4 +79,4 @@ bench: setup ## measure, print each figure with its limit, fail beyond one
 	cargo bench --features internals
 	benches/figures/run
 
-.PHONY: fuzz help setup build header abi install demo lab lint test test-all bench
+.PHONY: fuzz soak help setup build header abi install demo lab lint test test-all bench

@@ -1,13 +1,14 @@
 //! A stock kernel on memory of other kinds.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use libtest_mimic::Trial;
 use vmbed::{BackingKind, BalloonConfig, Bytes, ErrorKind, Host};
 
 use crate::assets::KERNELS;
 use crate::balloon::{filled, wait_until};
+use crate::cage::Setting;
 use crate::guest::{Guest, config};
 use crate::trial;
 
@@ -16,39 +17,16 @@ pub fn add(trials: &mut Vec<Trial>) {
     trials.push(trial("backing::anonymous_memory_given_back_is_free", anonymous));
 }
 
-/// So many pages of 2 MiB in the pool, until it is dropped.
-struct Pool {
-    number: PathBuf,
-    before: String,
-}
+const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
-impl Pool {
-    fn of(pages: u32) -> Self {
-        let number = Path::new("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages").to_owned();
-        let before = fs::read_to_string(&number).expect("a kernel with huge pages");
-        let pool = Self { number, before };
-        pool.set(&pages.to_string());
-        assert_eq!(pool.read("nr_hugepages"), pages, "so many huge pages free at once");
-        pool
-    }
-
-    fn set(&self, pages: &str) {
-        fs::write(&self.number, pages).expect("root may size the pool of huge pages");
-    }
-
-    fn read(&self, file: &str) -> u32 {
-        fs::read_to_string(self.number.with_file_name(file)).unwrap().trim().parse().unwrap()
-    }
-}
-
-impl Drop for Pool {
-    fn drop(&mut self) {
-        let _ = fs::write(&self.number, self.before.trim());
-    }
+/// A number of the pool's.
+fn read(file: &str) -> u32 {
+    fs::read_to_string(Path::new(POOL).join(file)).unwrap().trim().parse().unwrap()
 }
 
 fn pool() {
-    let pool = Pool::of(70);
+    let pool = Setting::of(Path::new(POOL).join("nr_hugepages"), "70");
+    assert_eq!(read("nr_hugepages"), 70, "so many huge pages free at once");
     let mut config = config(KERNELS[0], "echo flags=$(grep -c . /proc/cpuinfo); read go");
     config.backing.kind = BackingKind::Huge2M;
     config.backing.numa_nodes = vec![0];
@@ -56,7 +34,7 @@ fn pool() {
     guest.wait_for("flags=");
     let memory = guest.vm.memory();
     assert_eq!((memory.pinned, memory.huge, memory.swapped), (Bytes::mib(128), memory.backing, Bytes(0)));
-    let taken = pool.read("nr_hugepages") - pool.read("free_hugepages");
+    let taken = read("nr_hugepages") - read("free_hugepages");
     assert_eq!(memory.backing, Bytes(u64::from(taken) << 21), "as the kernel counts them");
     // The pages that this guest has not touched are set aside for it all the same.
     let error = Host::open().unwrap().build(config).unwrap_err();
@@ -67,7 +45,8 @@ fn pool() {
     guest.vm.console_input(b"go\n");
     guest.power_off();
     drop(guest);
-    assert_eq!(pool.read("free_hugepages"), 70, "all are back");
+    assert_eq!(read("free_hugepages"), 70, "all are back");
+    drop(pool);
 }
 
 /// Without file or pool: only the machine's free memory tells.

@@ -10,18 +10,21 @@ use std::process::{Child, Command, ExitCode, Stdio};
 
 use libtest_mimic::{Arguments, Trial};
 
+mod accounts;
 mod assets;
 mod backends;
 mod backing;
 mod balloon;
 mod boot;
 mod c;
+mod cage;
 mod devices;
 mod drive;
 mod ends;
 mod guest;
 mod many;
 mod net;
+mod storm;
 mod switch;
 mod time;
 mod watchdog;
@@ -31,6 +34,14 @@ const HALF: &str = "VMBED_LINUX_TESTS_HALF";
 const HERE: &str = "VMBED_LINUX_TESTS_HERE";
 
 fn main() -> ExitCode {
+    if let Ok(part) = std::env::var(cage::PART) {
+        match part.split_once(' ') {
+            Some(("storm", swap)) => storm::inside(swap),
+            Some(("overhead", shape)) => accounts::inside(shape),
+            _ => panic!("no part is called {part}"),
+        }
+        return ExitCode::SUCCESS;
+    }
     let arguments = Arguments::from_args();
     if !arguments.list && std::env::var_os(HERE).is_none() {
         assets::prepare();
@@ -38,6 +49,7 @@ fn main() -> ExitCode {
         return elsewhere(&arguments);
     }
     let mut trials = Vec::new();
+    accounts::add(&mut trials);
     backends::add(&mut trials);
     backing::add(&mut trials);
     balloon::add(&mut trials);
@@ -46,6 +58,7 @@ fn main() -> ExitCode {
     drive::add(&mut trials);
     ends::add(&mut trials);
     net::add(&mut trials);
+    storm::add(&mut trials);
     switch::add(&mut trials);
     c::add(&mut trials);
     time::add(&mut trials);
@@ -89,7 +102,10 @@ fn succeeds(mut half: Child) -> bool {
 fn start(root: &Path, half: &str) -> Child {
     let program = std::env::current_exe().expect("this program's own path");
     Command::new(root.join("tests/lab/here-or-lab"))
-        .env("LAB_OPTIONS", "--memory 9G --timeout 1500 --attempts 3")
+        .env(
+            "LAB_OPTIONS",
+            format!("--memory 9G --timeout {} --attempts 3", watchdog::limit().as_secs() + 900),
+        )
         .args(["env", &format!("{HERE}=1"), &format!("{HALF}={half}")])
         .arg(program)
         .args(std::env::args_os().skip(1))

@@ -4,16 +4,19 @@ use std::fmt::Write;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
-/// More than the waits of any trial that goes well, also beside a second lab on a slow machine.
-const LIMIT: Duration = Duration::from_secs(600);
+/// More than the waits of any trial that goes well, also beside a second lab on a slow machine; `make soak` has longer ones.
+pub fn limit() -> Duration {
+    let given = std::env::var("VMBED_TRIAL_SECONDS").ok();
+    Duration::from_secs(given.map_or(600, |n| n.parse().expect("VMBED_TRIAL_SECONDS is a number")))
+}
 
 /// Runs `body`; where that never ends, says what each thread of this process waits for, and ends the process.
 pub fn guarded(name: &str, body: impl FnOnce()) {
     let (done, waiting) = channel::<()>();
     let name = name.to_owned();
     let watchdog = std::thread::Builder::new().name("watchdog".to_owned()).spawn(move || {
-        if waiting.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
-            eprintln!("{name}: waited {LIMIT:?} for its end; its threads:\n{}", threads());
+        if waiting.recv_timeout(limit()) == Err(RecvTimeoutError::Timeout) {
+            eprintln!("{name}: waited {:?} for its end; its threads:\n{}", limit(), threads());
             std::process::exit(101);
         }
     });

@@ -1,0 +1,112 @@
+//! The ledger's numbers against those of a kernel that has nested paging.
+
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Trial;
+use vmbed::{BareBoot, Bytes, CpuMode, DiskConfig, Host, HugePages, Platform, Vm, VmConfig};
+
+use crate::cage::{Cage, Setting, charged};
+use crate::devices::TempFile;
+use crate::guest::LONG;
+use crate::trial;
+
+pub fn add(trials: &mut Vec<Trial>) {
+    trials.push(trial("accounts::stage_two_is_what_a_guest_touched", stage_two));
+    trials.push(trial("accounts::overhead_is_as_modelled", overhead));
+}
+
+const MIB: u32 = 1 << 20;
+
+/// Without paging: writes to a byte in every `step` from 2 MiB on to `end`, and halts.
+fn strides(step: u32, end: u32) -> VmConfig {
+    let mut code = vec![0xb8]; // mov eax, 0x200000
+    code.extend((2 * MIB).to_le_bytes());
+    code.extend([0xc6, 0x00, 0x01, 0x05]); // 1: mov byte [eax], 1; add eax, step
+    code.extend(step.to_le_bytes());
+    code.push(0x3d); // cmp eax, end
+    code.extend(end.to_le_bytes());
+    code.extend([0x72, 0xf1, 0xf4]); // jb 1b; hlt
+    let mut config = VmConfig::bare(BareBoot::new(CpuMode::Protected, 0x1000, code));
+    config.memory = Bytes(u64::from(end));
+    config.backing.huge = HugePages::Never;
+    config
+}
+
+fn halted(vm: &Vm) {
+    assert!(vm.wait_timeout(LONG).unwrap().is_some(), "waited {LONG:?} for a guest to touch its memory");
+}
+
+fn stage_two() {
+    for step in [4096, 3 * 4096, 127 * 4096] {
+        let vm = Host::open().unwrap().build(strides(step, 64 * MIB)).unwrap();
+        assert_eq!(vm.memory().stage2, Bytes(0));
+        vm.start().unwrap();
+        halted(&vm);
+        // And the page of its code.
+        let pages = u64::from((62 * MIB).div_ceil(step)) + 1;
+        assert_eq!(
+            (vm.memory().stage2, vm.memory().backing),
+            (Bytes(pages << 12), Bytes(pages << 12)),
+            "{step}"
+        );
+    }
+}
+
+/// vCPUs, MiB, disks; on a PC, whose vCPUs wait for an interrupt, or bare, where they have ended.
+const SHAPES: [&str; 4] = ["1 48 0 pc", "4 32 0 pc", "1 32 3 pc", "1 32 0 bare"];
+
+fn overhead() {
+    // A huge page more or less in the heap is of the size of what is measured.
+    let huge = Setting::of("/sys/kernel/mm/transparent_hugepage/enabled", "never");
+    let none = u64::MAX >> 12 << 12;
+    for shape in SHAPES {
+        let said = Cage::new(none, none, false).run(&format!("overhead {shape}"));
+        let numbers: Vec<u64> = said.split_whitespace().map(|n| n.parse().expect(&said)).collect();
+        let [measured, modelled] = numbers[..] else { panic!("{said}") };
+        println!("{shape}: {measured} bytes measured, {modelled} modelled");
+        assert!(
+            modelled.abs_diff(measured) * 10 <= measured,
+            "{shape}: {measured} measured, {modelled} modelled"
+        );
+    }
+    drop(huge);
+}
+
+/// Says what a process is charged for a VM beside its memory, and what the model has for it.
+pub fn inside(shape: &str) {
+    const VMS: u64 = 8;
+    let words: Vec<_> = shape.split(' ').collect();
+    let number = |i: usize| words[i].parse::<u32>().expect("a number");
+    let disk = TempFile::new(&[0; 4096]);
+    let mut config = strides(4096, number(1) * MIB);
+    config.cpus.count = number(0) as u16;
+    for _ in 0..number(2) {
+        let mut shared = DiskConfig::new(disk.path());
+        shared.readonly = true;
+        config.disks.push(shared);
+    }
+    config.platform = if words[3] == "pc" { Platform::Pc } else { Platform::Bare };
+    let touched = Bytes(u64::from((number(1) - 2) * MIB) + 4096);
+    let host = Host::open().unwrap();
+    let made = || {
+        let vm = host.build(config.clone()).unwrap();
+        vm.start().unwrap();
+        let end = Instant::now() + LONG;
+        while vm.memory().backing < touched {
+            assert!(Instant::now() < end, "waited {LONG:?} for a guest to touch its memory");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        vm
+    };
+    // What the first one brings for all.
+    let _first = made();
+    let settled = || {
+        std::thread::sleep(Duration::from_millis(300));
+        // The page cache is nobody's.
+        let cache = charged("memory.stat", "file ") - charged("memory.stat", "shmem ");
+        charged("memory.current", "") - cache - host.usage().backing.get()
+    };
+    let before = settled();
+    let vms: Vec<Vm> = (0..VMS).map(|_| made()).collect();
+    println!("{} {}", (settled() - before) / VMS, vms[0].memory().overhead.get());
+}
