@@ -174,9 +174,12 @@ fn dedicated_vcpus_have_a_core_each() {
 fn overhead_grows_with_what_a_vm_has() {
     let shape = Shape { memory: Bytes::gib(1), vcpus: 1, threads: 2, nested_paging: true };
     let small = overhead(shape);
-    assert!((Bytes::mib(4)..Bytes::mib(6)).contains(&small), "{small}: tables are 4 MiB of it");
+    assert!(
+        (Bytes::mib(6)..Bytes::mib(8)).contains(&small),
+        "{small}: tables are 4 MiB of it, the index 2 MiB"
+    );
     let shadow = overhead(Shape { nested_paging: false, ..shape });
-    assert!(shadow.get() - small.get() > 2500 << 10, "{shadow}: arrays for every page of the slot");
+    assert!(shadow > small, "{shadow}: KVM keeps tables of its own");
     assert!(overhead(Shape { vcpus: 2, ..shape }) > small);
     let huge = Shape { memory: Bytes(u64::MAX), vcpus: u64::MAX, threads: u64::MAX, nested_paging: false };
     assert!(overhead(huge) > Bytes::gib(1 << 20), "saturates");
