@@ -23,8 +23,8 @@ pub struct BackingConfig {
     pub kind: BackingKind,
     /// Whether to ask for transparent huge pages. Default: for what is loaded.
     pub huge: HugePages,
-    /// All of the memory is there when the VM is built, made by several threads at once: no guest ever waits for a
-    /// page. Default `false`.
+    /// All of the memory is there when the VM is built, made by several short-lived threads at once (no hook is called on
+    /// them): no guest ever waits for a page. Default `false`.
     pub prefault: bool,
     /// The kernel may merge pages of the same content (KSM), of anonymous memory only: it saves memory, and lets a guest
     /// find out by time what others hold. Default `false`.

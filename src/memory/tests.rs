@@ -190,6 +190,7 @@ fn every_step_is_counted_to_the_page() {
     for (kind, huge) in kinds.into_iter().zip([HugePages::Auto, HugePages::Never]) {
         let memory = Memory::on(PAGES << 12, &of(kind, |c| c.huge = huge)).unwrap();
         let (mut there, mut now, mut dice) = (vec![false; PAGES as usize], 0, Dice(7));
+        let mut late = 0;
         for step in 0..steps() / 2 {
             let page = dice.below(PAGES);
             let most = if dice.below(8) == 0 { 2048 } else { 8 };
@@ -207,8 +208,18 @@ fn every_step_is_counted_to_the_page() {
                 10..15 => {
                     let held = held(&there[range.clone()]);
                     now -= held;
-                    let freed =
-                        memory.discard((range.start as u64) << 12, (range.len() as u64) << 12).unwrap();
+                    let (start, len) = ((range.start as u64) << 12, (range.len() as u64) << 12);
+                    let mut freed = memory.discard(start, len).unwrap();
+                    // Of a huge page that somebody holds at the moment, the kernel keeps what it cannot split off, and
+                    // counts it; seen once in 400,000 steps.
+                    for _ in 0..100 {
+                        if freed == held << 12 {
+                            break;
+                        }
+                        std::thread::sleep(std::time::Duration::from_millis(10));
+                        freed += memory.discard(start, len).unwrap();
+                        late += 1;
+                    }
                     assert_eq!(freed, held << 12, "step {step}: {kind:?} {range:?}");
                     there[range].fill(false);
                 }
@@ -227,5 +238,6 @@ fn every_step_is_counted_to_the_page() {
             }
             assert_eq!(memory.backing(), now << 12, "step {step}: {kind:?}, {before} pages before");
         }
+        assert!(late * 10_000 <= steps(), "{late} discards were late");
     }
 }
