@@ -27,7 +27,7 @@ pub struct BackingConfig {
     /// them): no guest ever waits for a page. Default `false`.
     pub prefault: bool,
     /// The kernel may merge pages of the same content (KSM), of anonymous memory only: it saves memory, and lets a guest
-    /// find out by time what others hold. Default `false`.
+    /// find out by time what others hold. Accounts count a merged page for each VM that has it. Default `false`.
     pub mergeable: bool,
     /// The host's NUMA nodes that its pages may come from, by their numbers, below 1024; empty for any. Default: any.
     pub numa_nodes: Vec<u32>,
@@ -46,8 +46,10 @@ pub enum BackingKind {
     Anonymous,
     /// Pages of 2 MiB from the pool that the host's administrator set aside (`vm.nr_hugepages`). They are never swapped,
     /// so the ledger counts the whole VM as pinned; `memory` is a multiple of 2 MiB. A balloon frees whole pages only.
+    #[cfg_attr(feature = "serde", serde(rename = "huge_2m"))]
     Huge2M,
     /// The same with pages of 1 GiB.
+    #[cfg_attr(feature = "serde", serde(rename = "huge_1g"))]
     Huge1G,
 }
 

@@ -86,6 +86,9 @@ fn set_up(region: &MmapRegion, length: usize, config: &BackingConfig) -> Result<
 
 /// The administrator's pool has not enough pages, or there is none of that size.
 fn no_pool(context: &str, page: u64, error: io::Error) -> Error {
+    if !matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::EINVAL | libc::ENODEV | libc::ENOENT)) {
+        return Error::os(format!("{context} of huge pages"), error);
+    }
     let pool = format!("/sys/kernel/mm/hugepages/hugepages-{}kB", page >> 10);
     let read = |file: &str| fs::read_to_string(format!("{pool}/{file}")).ok();
     let (kind, state) = match (read("free_hugepages"), read("nr_hugepages")) {

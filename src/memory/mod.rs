@@ -8,6 +8,8 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
@@ -91,23 +93,27 @@ impl Memory {
             let why = format!("prefaulting {} bytes of guest memory", self.size());
             Error::new(ErrorKind::Exhausted, why).with_source(e)
         };
-        let mut threads = Vec::new();
-        for index in 0..self.num_regions() {
-            let len = self.iter().nth(index).map_or(0, GuestMemoryRegion::len);
-            for start in (0..len).step_by(share as usize) {
-                let (memory, part) = (self.clone(), start..len.min(start + share));
-                let body = move || memory.iter().nth(index).map_or(Ok(()), |r| backing::prefault(r, part));
-                let (sender, answer) = std::sync::mpsc::channel();
-                let name = format!("vmbed-fill{}", threads.len());
-                let thread = thread::spawn(name, move || drop(sender.send(body()))).map_err(failed)?;
-                threads.push((thread, answer));
-            }
-        }
-        let ended: Vec<_> =
-            threads.into_iter().map(|(thread, answer)| (thread.join(), answer.recv())).collect();
-        for (_, answer) in ended {
-            answer.unwrap_or_else(|_| Err(io::Error::other("a thread panicked"))).map_err(failed)?;
-        }
+        let parts = self.iter().enumerate().flat_map(|(index, region)| {
+            let len = region.len();
+            (0..len).step_by(share as usize).map(move |start| (index, start..len.min(start + share)))
+        });
+        let fill = |(number, (index, part))| {
+            let memory = self.clone();
+            let body = move || memory.iter().nth(index).map_or(Ok(()), |r| backing::prefault(r, part));
+            let (sender, answer) = channel();
+            let thread = thread::spawn(format!("vmbed-fill{number}"), move || drop(sender.send(body())))?;
+            Ok((thread, answer))
+        };
+        let threads: Vec<io::Result<_>> = parts.enumerate().map(fill).collect();
+        // All have ended before anything is said.
+        let wait = |started: io::Result<(JoinHandle<()>, Receiver<io::Result<()>>)>| {
+            let (thread, answer) = started?;
+            let panicked = || io::Error::other("a thread that fills memory panicked");
+            thread.join().map_err(|_| panicked())?;
+            answer.recv().map_err(|_| panicked())?
+        };
+        let ended: Vec<_> = threads.into_iter().map(wait).collect();
+        ended.into_iter().collect::<io::Result<()>>().map_err(failed)?;
         if huge {
             self.iter().for_each(|region| backing::collapse(region, 0..region.len()));
         }
