@@ -726,7 +726,7 @@ def test_what_is_done_when_memory_gets_short() -> None:
         host.set_reclaim(vmbed.Reclaim(idle_tax=1.0, interval=0.001))
     config = driver()
     config.balloon = vmbed.Balloon()
-    steps = [(ACCOUNT, 0, 4, 2), (ASKED, 0, 0, 0), (ACCOUNT, 0, 4, 2), (TARGET, 384, 0, 0)]
+    steps = [(ACCOUNT, 0, 4, 2), (ASKED, 0, 0, 0), (TARGET, 384, 0, 0)]
     with start(host.builder(config), steps) as vm:
         host.set_reclaim(vmbed.Reclaim(**{**nothing, "balloon_below": always}))  # type: ignore[arg-type]
         finish(vm, len(steps))

@@ -53,11 +53,12 @@ static int told(const vmbed_vm *vm, int32_t stage)
 void what_is_done_when_memory_gets_short(void)
 {
     const vmbed_balloon balloon = {.size = sizeof balloon};
-    const struct step asks[] = {{ACCOUNT, 0, 4, 2}, {ASKED, 0, 0, 0}, {ACCOUNT, 0, 4, 2}, {TARGET, 384, 0, 0}, {END, 0, 0, 0}};
+    /* One account only: another could be read before or after the balloon is full, and would count differently. */
+    const struct step asks[] = {{ACCOUNT, 0, 4, 2}, {ASKED, 0, 0, 0}, {TARGET, 384, 0, 0}, {END, 0, 0, 0}};
     vmbed_balloon_statistics moved = {.size = sizeof moved};
     vmbed_reclaim_options options = {.size = sizeof options, .idle_tax = 1.0, .interval = 5};
     vmbed_memory memory = {.size = sizeof memory};
-    struct result results[4];
+    struct result results[3];
     int32_t cause;
 
     struct guest g = prepare(0, 0, NULL);
