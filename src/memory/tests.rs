@@ -5,7 +5,6 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::config::BackingKind;
-use crate::virtio::queue_driver::Dice;
 
 #[test]
 fn memory_is_there_where_the_layout_says() {
@@ -174,6 +173,18 @@ fn only_anonymous_pages_are_merged() {
             assert!(flags.unwrap().contains(" mg"), "{flags:?}");
         }
         Err(error) => assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}"),
+    }
+}
+
+/// xorshift64 (Marsaglia, 2003).
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % n
     }
 }
 
