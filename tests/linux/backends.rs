@@ -122,5 +122,6 @@ fn two_guests() {
     copy_thread.join().unwrap();
     let (source, copy) = (source.lock().unwrap(), copy.lock().unwrap());
     assert!(copy.bytes == content && copy.flushes > 0);
-    assert!(source.reordered > 0 && copy.reordered > 0, "{} and {}", source.reordered, copy.reordered);
+    // On a slow machine one of the guests may never have two requests on their way at once.
+    assert!(source.reordered + copy.reordered > 0, "no answer overtook another");
 }
