@@ -55,7 +55,7 @@ lint: ## formatting, clippy with warnings denied, shellcheck
 	cargo clippy --all-targets --features serde,internals -- -D warnings
 	cargo clippy --lib -- -D warnings
 	shellcheck -x tests/setup tests/lab/run tests/lab/place tests/lab/here-or-lab tests/lab/selftest tests/assets/fetch \
-		tests/assets/busybox-initrd tests/assets/debian-root tests/demo/run tests/demo/inside tests/demo/overcommit tests/stranger/run tests/placement/run benches/figures/run benches/figures/inside fuzz/run .ci/run
+		tests/assets/busybox-initrd tests/assets/disk-tools tests/assets/disk-exercise tests/assets/debian-root tests/demo/run tests/demo/inside tests/demo/overcommit tests/stranger/run tests/placement/run benches/figures/run benches/figures/inside fuzz/run .ci/run
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
 
 test: setup lint ## everything that must pass, about 10 minutes on 2 cores
@@ -67,6 +67,8 @@ test-all: test ## and the long forms
 	VMBED_ROUNDS=100000 cargo test --features serde,internals --test c -- handles_from
 	VMBED_ROUNDS=10000 cargo test --features serde,internals --test api -- handles_from
 	for suite in c api; do VMBED_ROUNDS=5000 cargo test --features serde,internals --test $$suite -- stop_races; done
+	VMBED_CUTS=200 cargo test --features serde,internals --test powercut
+	VMBED_DISKS=all VMBED_CUTS=20 VMBED_TRIAL_SECONDS=3000 cargo test --features serde,internals --test linux -- disks::
 	VMBED_STEPS=1000000 cargo test --features serde,internals --lib every_step
 	tests/lab/selftest
 	tests/placement/run

@@ -6,6 +6,9 @@
 //! ```
 //! `q` or Ctrl-C ends it. With `--seconds N` and no terminal it prints the table as it goes along, and a summary.
 
+#[path = "top/plot.rs"]
+mod plot;
+
 use std::error::Error;
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -22,11 +25,12 @@ use vmbed::{
     VmConfig, VmMemory, VmState,
 };
 
-const USAGE: &str = "usage: top --kernel FILE --initrd FILE [--guests N] [--memory MIB] [--seconds N]
+const USAGE: &str = "usage: top --kernel FILE --initrd FILE [--guests N] [--memory MIB] [--seconds N] [--plot FILE]
   --kernel, --initrd   a Debian kernel, and an initrd that runs what `vmbed.run=` says (tests/assets/busybox-initrd)
   --guests N           how many guests (default 6)
   --memory MIB         what each may have (default 320)
-  --seconds N          how long; without it until `q`";
+  --seconds N          how long; without it until `q`
+  --plot FILE          at the end, an SVG of what was promised, what existed, and the pressure, over time";
 
 /// What a guest does: fills much of its memory, frees it, rests; others do so at other times.
 const SCRIPT: &str = "mkdir -p /mnt; mount -t tmpfs -o size=90% none /mnt; sleep REST; turns=0
@@ -39,11 +43,12 @@ struct Arguments {
     guests: u32,
     memory: u64,
     seconds: Option<u64>,
+    plot: Option<PathBuf>,
 }
 
 fn arguments() -> Result<Arguments, String> {
     let (mut kernel, mut initrd) = (None, None);
-    let (mut guests, mut memory, mut seconds) = (6, 320, None);
+    let (mut guests, mut memory, mut seconds, mut plot) = (6, 320, None, None);
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         if word == "--help" {
@@ -58,11 +63,12 @@ fn arguments() -> Result<Arguments, String> {
             "--guests" => guests = number()?.clamp(1, 64) as u32,
             "--memory" => memory = number()?,
             "--seconds" => seconds = Some(number()?),
+            "--plot" => plot = Some(value.into()),
             _ => return Err(format!("{word} is not known\n{USAGE}")),
         }
     }
     let (Some(kernel), Some(initrd)) = (kernel, initrd) else { return Err(USAGE.to_owned()) };
-    Ok(Arguments { kernel, initrd, guests, memory, seconds })
+    Ok(Arguments { kernel, initrd, guests, memory, seconds, plot })
 }
 
 fn main() -> ExitCode {
@@ -158,19 +164,31 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     host.set_reclaim(Some(&reclaim(&host)))?;
     let mut guests: Vec<Guest> =
         (0..arguments.guests).map(|i| start(&host, arguments, i)).collect::<Result<_, _>>()?;
+    let mut plot = plot::Plot::new();
     let began = Instant::now();
     let over = || arguments.seconds.is_some_and(|s| began.elapsed() >= Duration::from_secs(s));
     if std::io::stdout().is_terminal() {
         let mut terminal = ratatui::init();
-        let drawn = live(&mut terminal, &host, &mut guests, over);
+        let drawn = live(&mut terminal, &host, &mut guests, &mut plot, over);
         ratatui::restore();
         drawn?;
     } else {
+        let mut last = Instant::now();
+        let mut turn = 0;
         while !over() {
-            std::thread::sleep(Duration::from_secs(2));
-            guests.iter_mut().for_each(|g| g.look(Duration::from_secs(2)));
+            std::thread::sleep(Duration::from_secs(1));
+            guests.iter_mut().for_each(|g| g.look(last.elapsed()));
+            last = Instant::now();
+            plot.look(&host.usage(), guests.iter().map(|g| g.steps).sum());
+            turn += 1;
+            if turn % 2 == 1 {
+                continue;
+            }
             println!("{}\n{}", plain(&guests), sums(&host.usage()));
         }
+    }
+    if let Some(path) = &arguments.plot {
+        plot.write(path, host.usage().memory_usable.get() as f64 / f64::from(1 << 20))?;
     }
     summary(&guests, arguments);
     Ok(())
@@ -190,7 +208,7 @@ fn start(host: &Host, arguments: &Arguments, index: u32) -> vmbed::Result<Guest>
     // Each has its turn: all at once would be more than the machine has.
     let script = SCRIPT
         .replace("REST", &(index * 10).to_string())
-        .replace("FILL", &(arguments.memory / 4).to_string());
+        .replace("FILL", &(arguments.memory * 2 / 5).to_string());
     let cmdline = format!("console=ttyS0 reboot=k panic=-1 quiet vmbed.run={}", base64(script.as_bytes()));
     let mut config =
         VmConfig::linux(LinuxBoot::new(&arguments.kernel).initrd(&arguments.initrd).cmdline(cmdline));
@@ -212,6 +230,7 @@ fn live(
     terminal: &mut ratatui::DefaultTerminal,
     host: &Host,
     guests: &mut [Guest],
+    plot: &mut plot::Plot,
     over: impl Fn() -> bool,
 ) -> std::io::Result<()> {
     let mut last = Instant::now();
@@ -219,6 +238,7 @@ fn live(
         guests.iter_mut().for_each(|g| g.look(last.elapsed()));
         last = Instant::now();
         let usage = host.usage();
+        plot.look(&usage, guests.iter().map(|g| g.steps).sum());
         terminal.draw(|frame| {
             let [table, below] =
                 Layout::vertical([Constraint::Min(3), Constraint::Length(2)]).areas(frame.area());

@@ -405,6 +405,8 @@ typedef struct {
     int32_t charged_by;
     /** 0. */
     int32_t unused;
+    /** The sum of what guests say that they have given up to their balloons: advisory, no promise depends on it. */
+    uint64_t loaned;
 } vmbed_usage;
 
 /**
@@ -498,25 +500,6 @@ void vmbed_host_free(vmbed_host *host);
 
 /** The thread waits for the end of a VM whose vCPUs run on threads of yours. */
 #define VMBED_THREAD_CONTROL 2
-
-/** A virtio-blk disk. */
-typedef struct {
-    /** sizeof(struct vmbed_disk) */
-    size_t size;
-    /**
-     * A regular file or a block device in raw format, a multiple of 512 bytes long. NULL where something is attached with
-     * vmbed_builder_disk_fd() or vmbed_builder_disk_backend().
-     */
-    const char *path;
-    /** At most 20 bytes of ASCII, the guest's /sys/block/vda/serial. NULL for none. */
-    const char *serial;
-    /** Where on the PCI bus, `00:03.0`. NULL: the first free place. */
-    const char *pci;
-    /** Other than 0: the guest may not write. */
-    uint32_t readonly;
-    /** Zero. */
-    uint32_t reserved;
-} vmbed_disk;
 
 /** A virtio-net card. */
 typedef struct {
@@ -632,14 +615,6 @@ int32_t vmbed_config_add_image(vmbed_config *config,
 
 /** Sets a bare guest's stack pointer at the entry; 0 for none. vCPU n starts n * 4096 bytes below it. */
 int32_t vmbed_config_set_stack(vmbed_config *config, uint64_t stack, vmbed_error **error);
-
-/**
- * Adds a disk; the guest's drivers see them in this order, events call them `disk0`, `disk1`, ... What it points to
- * is copied.
- */
-int32_t vmbed_config_add_disk(vmbed_config *config,
-                              const vmbed_disk *disk,
-                              vmbed_error **error);
 
 /** Adds a card; events call them `net0`, `net1`, ... What it points to is copied. */
 int32_t vmbed_config_add_net(vmbed_config *config, const vmbed_net *net, vmbed_error **error);
@@ -794,7 +769,7 @@ typedef struct {
      * lets a guest find out by time what others hold.
      */
     uint32_t mergeable;
-    /** The host's NUMA nodes that the pages may come from, by their numbers, below 1024. NULL for any. */
+    /** The host's NUMA nodes that the pages may come from, by their array, below 1024. NULL for any. */
     const uint32_t *numa_nodes;
     /** How many they are. */
     size_t numa_node_count;
@@ -809,6 +784,204 @@ typedef struct {
 int32_t vmbed_config_set_backing(vmbed_config *config,
                                  const vmbed_backing *backing,
                                  vmbed_error **error);
+
+/* Disks ---------------------------------------------------------------------------------------------------- */
+
+/** The bytes of the disk, one to one. */
+#define VMBED_DISK_RAW 0
+
+/** QEMU's format, version 2 or 3. Only where vmbed_has_feature("qcow2"). */
+#define VMBED_DISK_QCOW2 1
+
+/** Through the host's page cache; on stable storage when the guest flushes. */
+#define VMBED_CACHE_WRITEBACK 0
+
+/** Through the host's page cache; each write is on stable storage before it is answered, unless the guest chooses otherwise. */
+#define VMBED_CACHE_WRITETHROUGH 1
+
+/**
+ * Past the host's page cache (O_DIRECT); on stable storage when the guest flushes. What is not aligned as the storage wants
+ * it goes through the page cache all the same.
+ */
+#define VMBED_CACHE_DIRECT 2
+
+/** Flushes are answered and not done: for data that nobody misses after a power cut. */
+#define VMBED_CACHE_UNSAFE 3
+
+/** io_uring where the host has it and allows it, else synchronous. */
+#define VMBED_ENGINE_AUTO 0
+
+/** One system call for each request, on the disk's thread, which waits for it. */
+#define VMBED_ENGINE_SYNC 1
+
+/** Many requests on their way at a time. VMBED_ERR_UNSUPPORTED by vmbed_builder_build() where the host does not allow it. */
+#define VMBED_ENGINE_IO_URING 2
+
+/** Elements of a histogram of latencies. */
+#define VMBED_DISK_LATENCIES 24
+
+/** How much may pass. Over any time t, at most the burst, the rate times t, and one more. */
+typedef struct {
+    /** Bytes a second; 0 for any number. */
+    uint64_t bytes_per_second;
+    /** Bytes at once after a rest. 0: a tenth of a second's. */
+    uint64_t bytes_burst;
+    /** Operations a second, which are requests of a disk, frames of a network; 0 for any number. */
+    uint64_t ops_per_second;
+    /** Operations at once after a rest. 0: a tenth of a second's. */
+    uint64_t ops_burst;
+} vmbed_rate;
+
+/** A file that a qcow2 image is based on. */
+typedef struct {
+    /** Where it is. */
+    const char *path;
+    /** What it holds, VMBED_DISK_*. */
+    int32_t format;
+    /** Zero. */
+    uint32_t reserved;
+} vmbed_backing_file;
+
+/** A virtio-blk disk. */
+typedef struct {
+    /** sizeof(struct vmbed_disk) */
+    size_t size;
+    /**
+     * A regular file or a block device, a multiple of 512 bytes long. NULL where something is attached with
+     * vmbed_builder_disk_fd() or vmbed_builder_disk_backend().
+     */
+    const char *path;
+    /** At most 20 bytes of ASCII, the guest's /sys/block/vda/serial. NULL for none. */
+    const char *serial;
+    /** Where on the PCI bus, `00:03.0`. NULL: the first free place. */
+    const char *pci;
+    /** Other than 0: the guest may not write. */
+    uint32_t readonly;
+    /** Zero. */
+    uint32_t reserved;
+    /** What the file holds, VMBED_DISK_*: said by you, never guessed. */
+    int32_t format;
+    /** When a write is on stable storage, VMBED_CACHE_*. Not for a disk of code of yours. */
+    int32_t cache;
+    /** How data is moved, VMBED_ENGINE_*. Not for a disk of code of yours. */
+    int32_t engine;
+    /**
+     * Queues that the guest may use at a time, each with a thread of its own: 1 to 16. 0 stands for 1, which is what code of
+     * yours has.
+     */
+    uint32_t queues;
+    /** Other than 0: the guest is told that the disk knows no discard. By default what it discards becomes free on the host. */
+    uint32_t no_discard;
+    /**
+     * Other than 0: a file named by path is not locked. By default it is, as QEMU does it: a writer has it alone, readers
+     * share it.
+     */
+    uint32_t no_lock;
+    /** How much may be transferred, reads and writes together, over all queues. */
+    vmbed_rate rate;
+    /**
+     * What a qcow2 image is based on, the nearest first. Only these are opened, whatever the image itself says, and one that says
+     * that it is based on another is refused where that one does not stand here. NULL for none.
+     */
+    const vmbed_backing_file *backing;
+    /** How many they are. */
+    size_t backing_count;
+} vmbed_disk;
+
+/** Hears how many bytes are behind, and how many there are in all; false ends it. */
+typedef bool (*vmbed_progress_fn)(void *user, uint64_t behind, uint64_t all);
+
+/** What a disk has done since the VM was built. A request counts when it is answered. */
+typedef struct {
+    /** sizeof(struct vmbed_disk_statistics) */
+    size_t size;
+    /** Reads that succeeded. */
+    uint64_t reads;
+    /** Their bytes. */
+    uint64_t read_bytes;
+    /** Writes that succeeded. */
+    uint64_t writes;
+    /** Their bytes. */
+    uint64_t written_bytes;
+    /** Flushes that succeeded. */
+    uint64_t flushes;
+    /** Requests that were answered with an error: the host failed, or what the driver asked for was nonsense. */
+    uint64_t errors;
+    /** Discards and zeroings that succeeded. */
+    uint64_t discards;
+    /** Their bytes. */
+    uint64_t discarded_bytes;
+    /**
+     * How long requests took, from their parsing to their answer: element 0 counts those below 1 us, element i those of
+     * 2^(i-1) to below 2^i us, the last one also all that took longer.
+     */
+    uint64_t latency[VMBED_DISK_LATENCIES];
+} vmbed_disk_statistics;
+
+/**
+ * Adds a disk; the guest's drivers see them in this order, events call them `disk0`, `disk1`, ... What it points to
+ * is copied.
+ */
+int32_t vmbed_config_add_disk(vmbed_config *config,
+                              const vmbed_disk *disk,
+                              vmbed_error **error);
+
+/**
+ * Makes an image for a disk of `bytes` bytes, a multiple of 512: sparse, all zeroes, or, in qcow2, a layer on `backing`, of which it
+ * keeps the path as it stands here (QEMU takes it as relative to the image). With a backing file, 0 bytes stand for that one's.
+ * NULL for no backing file. The image must not be there yet. Blocks for as long as the file system does.
+ */
+int32_t vmbed_disk_create(const char *path,
+                          int32_t format,
+                          uint64_t bytes,
+                          const vmbed_backing_file *backing,
+                          vmbed_error **error);
+
+/**
+ * Gives disk `index` another size, in bytes, a multiple of 512; its guest is told at once, also while requests are under way.
+ * A file grows with it; one that is larger keeps its length, and what lies beyond. A block device must have grown before. A
+ * disk of code of yours must have that size from now on. In every state; never blocks for long.
+ * VMBED_ERR_INVALID_ARGUMENT where there is no such disk, or the size is none.
+ */
+int32_t vmbed_vm_resize_disk(const vmbed_vm *vm,
+                             uint32_t index,
+                             uint64_t bytes,
+                             vmbed_error **error);
+
+/**
+ * Limits disk `index` from now on; NULL for no limit. In every state; never blocks.
+ * VMBED_ERR_INVALID_ARGUMENT where there is no such disk.
+ */
+int32_t vmbed_vm_set_disk_rate(const vmbed_vm *vm,
+                               uint32_t index,
+                               const vmbed_rate *rate,
+                               vmbed_error **error);
+
+/**
+ * Saves disk `index`, as it is at one instant, to a new image at `path`: standalone and sparse. A guest that runs is paused for that
+ * instant, with no request on its way, as if its power were cut; from then on it runs while the image is made.
+ * `progress`, which may be NULL, is called on this thread with `user`. `complete`, which may be NULL, is false where it was
+ * ended; then, and where this fails, the image is gone. Blocks for as long as the disk's size takes.
+ *
+ * VMBED_ERR_UNSUPPORTED of a disk of code of yours, VMBED_ERR_BUSY while it is being saved already.
+ */
+int32_t vmbed_vm_save_disk(const vmbed_vm *vm,
+                           uint32_t index,
+                           const char *path,
+                           int32_t format,
+                           vmbed_progress_fn progress,
+                           void *user,
+                           bool *complete,
+                           vmbed_error **error);
+
+/**
+ * Fills `statistics`, whose size is set, with what disk `index` has done. In every state; reads counters only.
+ * VMBED_ERR_INVALID_ARGUMENT where there is no such disk.
+ */
+int32_t vmbed_vm_get_disk_statistics(const vmbed_vm *vm,
+                                     uint32_t index,
+                                     vmbed_disk_statistics *statistics,
+                                     vmbed_error **error);
 
 /* Disks of your own ---------------------------------------------------------------------------------------- */
 
@@ -837,16 +1010,16 @@ typedef struct {
     uint64_t tag;
     /** Where on the disk, in bytes, a multiple of 512. */
     uint64_t offset;
-    /** How many bytes, a multiple of 512: all pieces together. 0 for a flush. */
+    /** How many bytes, a multiple of 512: all pieces together, where there are any. 0 for a flush. */
     uint64_t length;
-    /** The guest's memory, to be filled or written out in this order. NULL for a flush. */
+    /** The guest's memory, to be filled or written out in this order. NULL where no data moves. */
     const vmbed_piece *pieces;
     /** How many pieces. */
     size_t count;
-    /** Of a write: other than 0 where it must be on stable storage when it ends, since the driver has no way to flush. */
+    /** Of a write or a zeroing: other than 0 where it must be on stable storage when it ends, since the driver has no way to flush. */
     uint32_t durable;
-    /** Zero. */
-    uint32_t reserved;
+    /** Of a zeroing: other than 0 where what was there may be given back to the host. */
+    uint32_t unmap;
 } vmbed_block_request;
 
 /**
@@ -873,25 +1046,14 @@ typedef struct {
      * nobody. May be NULL.
      */
     vmbed_destroy_fn destroy;
+    /**
+     * The guest no longer needs what is there, and takes whatever it reads from there afterwards. There are no pieces. NULL,
+     * or `write_zeroes` NULL: the guest is told that the disk knows no such thing.
+     */
+    int32_t (*discard)(void *user, const vmbed_block_request *request);
+    /** Makes it read as zeroes. There are no pieces. */
+    int32_t (*write_zeroes)(void *user, const vmbed_block_request *request);
 } vmbed_block_ops;
-
-/** What a disk has done since the VM was built. A request counts when it is answered. */
-typedef struct {
-    /** sizeof(struct vmbed_disk_statistics) */
-    size_t size;
-    /** Reads that succeeded. */
-    uint64_t reads;
-    /** Their bytes. */
-    uint64_t read_bytes;
-    /** Writes that succeeded. */
-    uint64_t writes;
-    /** Their bytes. */
-    uint64_t written_bytes;
-    /** Flushes that succeeded. */
-    uint64_t flushes;
-    /** Requests that were answered with an error: the host failed, or what the driver asked for was nonsense. */
-    uint64_t errors;
-} vmbed_disk_statistics;
 
 /**
  * Backs disk `index`, added without a path, by an open file or block device in raw format. `fd` is duplicated; it must be
@@ -929,15 +1091,6 @@ int32_t vmbed_block_complete(vmbed_block *disk,
                              uint64_t tag,
                              int32_t error_number,
                              vmbed_error **error);
-
-/**
- * Fills `statistics`, whose size is set, with what disk `index` has done. In every state; reads counters only.
- * VMBED_ERR_INVALID_ARGUMENT where there is no such disk.
- */
-int32_t vmbed_vm_get_disk_statistics(const vmbed_vm *vm,
-                                     uint32_t index,
-                                     vmbed_disk_statistics *statistics,
-                                     vmbed_error **error);
 
 /* Networks of your own ------------------------------------------------------------------------------------- */
 
@@ -1033,18 +1186,6 @@ typedef struct {
     /** How many seconds an address is remembered that is not heard of. 0: 300. */
     uint32_t ageing;
 } vmbed_switch_options;
-
-/** How much may pass. Over any time t, at most the burst, the rate times t, and one more. */
-typedef struct {
-    /** Bytes a second; 0 for any number. */
-    uint64_t bytes_per_second;
-    /** Bytes at once after a rest. 0: a tenth of a second's. */
-    uint64_t bytes_burst;
-    /** Frames a second; 0 for any number. */
-    uint64_t frames_per_second;
-    /** Frames at once after a rest. 0: a tenth of a second's. */
-    uint64_t frames_burst;
-} vmbed_rate;
 
 /**
  * What one port is told. All zeroes but the size are the defaults: a port in VLAN 1, without tags. What it points to is
@@ -1724,6 +1865,23 @@ int32_t vmbed_config_set_affinity(vmbed_config *config,
                                   const uint32_t *cpus,
                                   size_t length,
                                   vmbed_error **error);
+
+/**
+ * Gives the VM's threads a cgroup (version 2) of their own, below `parent`, the directory of a cgroup that the process is in or
+ * below and may write to, or below the process's own one where that is NULL. It is gone with the VM.
+ *
+ * `weight`, 1 to 10,000, is the VM's part of the time that its parent has, when more is wanted than there is; 100 is what
+ * every cgroup begins with. In each `period` of microseconds, 1,000 to 1,000,000, its threads together run `quota`
+ * microseconds at most; 0 for both: there is no limit. Threads of yours that call vmbed_vcpu_run() stay where they are.
+ *
+ * What the kernel refuses is an error of vmbed_builder_build() that names the file.
+ */
+int32_t vmbed_config_set_cgroup(vmbed_config *config,
+                                const char *parent,
+                                uint32_t weight,
+                                uint64_t quota,
+                                uint64_t period,
+                                vmbed_error **error);
 
 /**
  * Fills `memory`, whose size is set. In every state. Costs microseconds and a walk over page tables: milliseconds for

@@ -12,8 +12,14 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::units::Bytes;
 
 pub use backing::{BackingConfig, BackingKind, HugePages};
+pub use cgroup::CgroupConfig;
+pub use disk::{CacheMode, DiskBacking, DiskConfig, DiskEngine, DiskFormat};
+pub use rate::RateLimit;
 
 mod backing;
+mod cgroup;
+pub(crate) mod disk;
+mod rate;
 pub(crate) mod topology;
 pub(crate) mod validate;
 
@@ -48,6 +54,9 @@ pub struct VmConfig {
     /// What that memory is made of.
     #[cfg_attr(feature = "serde", serde(default))]
     pub backing: BackingConfig,
+    /// A cgroup of its own for its threads. Default: none.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub cgroup: Option<CgroupConfig>,
     /// What the host's ledger promises it.
     #[cfg_attr(feature = "serde", serde(default))]
     pub promise: PromiseConfig,
@@ -99,6 +108,7 @@ impl VmConfig {
             cpus: CpuConfig::default(),
             memory: default_memory(),
             backing: BackingConfig::default(),
+            cgroup: None,
             promise: PromiseConfig::default(),
             boot,
             platform,
@@ -351,7 +361,7 @@ pub enum ConsoleKind {
     Virtio,
 }
 
-/// A place on PCI bus 0: device 1 to 31, function 0.
+/// A place on PCI bus 0: device 1 to 31, function 0 to 7. A function other than 0 needs one that is function 0 of the same device.
 ///
 /// Written as `lspci` does: `00:03.0`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -363,11 +373,33 @@ pub enum ConsoleKind {
 pub struct PciAddress {
     /// The device number, 1 to 31.
     pub device: u8,
+    /// The function of that device, 0 to 7.
+    pub function: u8,
+}
+
+impl PciAddress {
+    /// How many there are.
+    pub(crate) const PLACES: usize = 31 * 8;
+
+    /// Function 0 of that device.
+    pub const fn new(device: u8) -> Self {
+        Self { device, function: 0 }
+    }
+
+    /// All of them, function 0 of every device first.
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        (0..8).flat_map(|function| (1..32).map(move |device| Self { device, function }))
+    }
+
+    /// As bus 0 counts: the lower byte of a routing ID (PCI Express Base, 2.2.4.2).
+    pub(crate) fn index(self) -> usize {
+        usize::from(self.device) << 3 | usize::from(self.function & 7)
+    }
 }
 
 impl fmt::Display for PciAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "00:{:02x}.0", self.device)
+        write!(f, "00:{:02x}.{:x}", self.device, self.function)
     }
 }
 
@@ -375,10 +407,17 @@ impl FromStr for PciAddress {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let device = text.strip_prefix("0000:").unwrap_or(text).strip_prefix("00:");
-        let device = device.and_then(|t| t.strip_suffix(".0")).and_then(|t| u8::from_str_radix(t, 16).ok());
-        device.filter(|d| (1..32).contains(d)).map(|device| Self { device }).ok_or_else(|| {
-            let what = format!("'{text}' is not a PCI address: write 00:DD.0 with DD from 01 to 1f");
+        let place = text.strip_prefix("0000:").unwrap_or(text).strip_prefix("00:");
+        // Digits alone: a number may have a sign.
+        let number =
+            |t: &str| t.bytes().all(|b| b.is_ascii_hexdigit()).then(|| u8::from_str_radix(t, 16).ok());
+        let address = place.and_then(|t| t.split_once('.')).and_then(|(device, function)| {
+            Some(Self { device: number(device)??, function: number(function)?? })
+        });
+        address.filter(|a| (1..32).contains(&a.device) && a.function < 8).ok_or_else(|| {
+            let what = format!(
+                "'{text}' is not a PCI address: write 00:DD.F with DD from 01 to 1f and F from 0 to 7"
+            );
             Error::new(ErrorKind::InvalidArgument, what)
         })
     }
@@ -395,47 +434,6 @@ impl TryFrom<String> for PciAddress {
 impl From<PciAddress> for String {
     fn from(address: PciAddress) -> Self {
         address.to_string()
-    }
-}
-
-/// A virtio-blk disk, on a file or on what is attached to it when the VM is built.
-#[derive(Clone, Debug, PartialEq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
-#[non_exhaustive]
-pub struct DiskConfig {
-    /// A regular file or a block device in raw format, a multiple of 512 bytes long. It is not locked:
-    /// a writable one belongs to one VM. `None` where something is attached with
-    /// [`VmBuilder::disk_fd`](crate::VmBuilder::disk_fd) or
-    /// [`disk_backend`](crate::VmBuilder::disk_backend).
-    #[cfg_attr(feature = "serde", serde(default))]
-    pub path: Option<PathBuf>,
-    /// The guest may not write, and the file is opened for reading only.
-    #[cfg_attr(feature = "serde", serde(default))]
-    pub readonly: bool,
-    /// At most 20 bytes of ASCII, shown as `/sys/block/vda/serial` and in `/dev/disk/by-id`.
-    #[cfg_attr(feature = "serde", serde(default))]
-    pub serial: String,
-    /// Where on the PCI bus; the first free place when absent.
-    #[cfg_attr(feature = "serde", serde(default))]
-    pub pci: Option<PciAddress>,
-}
-
-impl DiskConfig {
-    /// The raw image or block device at `path`, writable.
-    pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: Some(path.into()), ..Self::attached() }
-    }
-
-    /// A disk on what is attached when the VM is built, writable.
-    pub fn attached() -> Self {
-        Self { path: None, readonly: false, serial: String::new(), pci: None }
-    }
-
-    /// The same, for reading only.
-    #[must_use]
-    pub fn readonly(mut self) -> Self {
-        self.readonly = true;
-        self
     }
 }
 

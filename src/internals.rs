@@ -9,6 +9,7 @@
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::net::UnixDatagram;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::block::RawDisk;
 use crate::bus::Bus;
-use crate::config::{BalloonConfig, MacAddress, PciAddress};
+use crate::config::{BalloonConfig, DiskConfig, MacAddress, PciAddress};
 use crate::console::Console;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, Reporter, StopLine, VmId};
@@ -65,6 +66,8 @@ pub enum Part {
         /// Whether writes are refused.
         readonly: bool,
     },
+    /// A disk as a VM has it, on the file that it names.
+    Configured(DiskConfig),
     /// A network card; [`Board::network`] is the other end of its cable. One for each board.
     Net,
     /// A source of random numbers.
@@ -79,7 +82,7 @@ pub enum Part {
 impl Part {
     fn id(&self) -> &'static str {
         match self {
-            Self::Disk { .. } => "disk",
+            Self::Disk { .. } | Self::Configured(_) => "disk",
             Self::Net => "net",
             Self::Rng => "rng",
             Self::Console => "console",
@@ -141,7 +144,7 @@ impl Board {
                 VirtioPci::new(Box::new(served), &bar, &board.memory, signals, &routes, doorbells)?;
             board.devices.push(handle);
             board.functions.push(function.clone());
-            functions.push((PciAddress { device }, function));
+            functions.push((PciAddress::new(device), function));
         }
         board.add_pci(&Root::new(functions)?)?;
         board.add_legacy(&routes)?;
@@ -152,8 +155,13 @@ impl Board {
         let id = part.id();
         Ok(match part {
             Part::Disk { file, readonly } => {
-                let backend = Box::new(RawDisk::from_file(id, file, readonly)?);
-                Device::Blk(Blk::new(id, "serial-1", backend, Place::Caller))
+                let backend = Box::new(RawDisk::plain(id, file, readonly)?);
+                Device::Blk(Blk::simple(id, "serial-1", backend, Place::Caller))
+            }
+            Part::Configured(config) => {
+                let path = config.path.as_deref().unwrap_or(Path::new(""));
+                let backend = crate::block::open(id, path, &config)?;
+                Device::Blk(Blk::simple(id, "serial-1", backend, Place::Caller))
             }
             Part::Net => {
                 let (pair, control) = Pair::open().map_err(|e| Error::os("making a socket pair", e))?;

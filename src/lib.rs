@@ -83,11 +83,10 @@ pub use host::{ChargedBy, Finding, Host, HostConfig, Probe, ReclaimConfig, Usage
 
 // What a VM is to be: plain data.
 pub use config::{
-    BackingConfig, BackingKind, BalloonConfig, BareBoot, Boot, ConsoleKind, CpuConfig, CpuMode, CpuidMask,
-    CpuidRegister, DiskConfig, HugePages, LinuxBoot, MacAddress, NetConfig, PciAddress, Platform,
-    PromiseConfig, Uuid, VmConfig,
+    BackingConfig, BackingKind, BalloonConfig, BareBoot, Boot, CacheMode, CgroupConfig, ConsoleKind,
+    CpuConfig, CpuMode, CpuidMask, CpuidRegister, DiskBacking, DiskConfig, DiskEngine, DiskFormat, HugePages,
+    LinuxBoot, MacAddress, NetConfig, PciAddress, Platform, PromiseConfig, RateLimit, Uuid, VmConfig,
 };
-pub use rate::RateLimit;
 pub use units::Bytes;
 
 // A VM in the making, and its life.
@@ -109,7 +108,7 @@ pub use reactor::Dispatcher;
 pub use events::{Event, EventKind, EventStream, ReclaimStage, StopCause, VmId};
 
 // Where an embedder plugs in hardware, disks and networks of its own.
-pub use block::{BlockBackend, BlockOp, BlockRequest};
+pub use block::{BlockBackend, BlockOp, BlockRequest, create_disk};
 pub use bus::{Access, Device};
 pub use net::NetBackend;
 pub use sys::io::IoList;
@@ -121,6 +120,11 @@ pub use error::{Error, ErrorKind, FieldError, Result};
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct ReadmePrograms;
+
+/// Compiles those of docs/storage.md.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/storage.md")]
+struct StoragePrograms;
 
 /// Compiles those of docs/networking.md.
 #[cfg(doctest)]

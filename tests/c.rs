@@ -17,13 +17,14 @@ mod guests;
 mod list;
 
 /// The program of the cases.
-const API: [&str; 8] = [
+const API: [&str; 9] = [
     "tests/c/api.c",
     "tests/c/races.c",
     "tests/c/callbacks.c",
     "tests/c/drive.c",
     "tests/c/backends.c",
     "tests/c/switch.c",
+    "tests/c/disks.c",
     "tests/c/memory.c",
     "tests/c/reclaim.c",
 ];

@@ -8,7 +8,7 @@ fn root() -> &'static Path {
 }
 
 /// The sections in the order in which a reader wants them: a file of `src/capi` and its title.
-const SECTIONS: [(&str, &str); 17] = [
+const SECTIONS: [(&str, &str); 18] = [
     ("library", "The library"),
     ("error", "Errors"),
     ("device", "Devices of your own"),
@@ -16,6 +16,7 @@ const SECTIONS: [(&str, &str); 17] = [
     ("host", "The host"),
     ("config", "What a VM is to be"),
     ("memory", "What memory is made of"),
+    ("disk", "Disks"),
     ("block", "Disks of your own"),
     ("net", "Networks of your own"),
     ("switch", "A switch in your process"),

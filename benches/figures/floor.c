@@ -3,6 +3,8 @@
  *
  *   floor first-exit       for each line on stdin one VM, from nothing to its first exit; prints its nanoseconds
  *   floor exits N out|in   one VM, N exits for port I/O and nothing else in the loop; says nothing (callgrind counts)
+ *   floor punch            for each line on stdin fills a memfd of 512 MiB, maps it, and gives it back in holes of 2 MiB;
+ *                          prints the nanoseconds of the holes
  */
 #define _GNU_SOURCE
 #include "floor.h"
@@ -49,15 +51,37 @@ static void exits(unsigned long count, int in)
 	destroy(&vm);
 }
 
+static void punch(void)
+{
+	const size_t size = (size_t)512 << 20, hole = (size_t)2 << 20;
+	char line[16];
+	int file = memfd_create("floor-punch", MFD_CLOEXEC);
+	check(file >= 0 && ftruncate(file, (off_t)size) == 0, "memfd_create");
+	char *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, file, 0);
+	check(memory != MAP_FAILED, "mmap");
+	while (fgets(line, sizeof line, stdin)) {
+		memset(memory, 1, size);
+		uint64_t begin = now();
+		for (size_t at = 0; at < size; at += hole)
+			check(fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)at, (off_t)hole) == 0, "fallocate");
+		printf("%llu\n", (unsigned long long)(now() - begin));
+		fflush(stdout);
+	}
+}
+
 int main(int argc, char **argv)
 {
+	if (argc == 2 && strcmp(argv[1], "punch") == 0) {
+		punch();
+		return 0;
+	}
 	open_kvm();
 	if (argc == 2 && strcmp(argv[1], "first-exit") == 0)
 		first_exit();
 	else if (argc == 4 && strcmp(argv[1], "exits") == 0)
 		exits(strtoul(argv[2], NULL, 10), strcmp(argv[3], "in") == 0);
 	else {
-		fprintf(stderr, "usage: floor first-exit | floor exits N out|in\n");
+		fprintf(stderr, "usage: floor first-exit | floor punch | floor exits N out|in\n");
 		return 2;
 	}
 	return 0;

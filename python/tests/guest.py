@@ -56,7 +56,7 @@ def wait_until(what: str, done: Callable[[], object]) -> None:
 
 #: The steps of tests/guests/virtio.c.
 END, READ, WRITE, FLUSH, BEGIN_READ, FINISH, SEND, RECEIVE, RESET, TELL, BEGIN_WRITE = range(11)
-INFLATE, DEFLATE, ACCOUNT, ASKED, TARGET = range(11, 16)
+INFLATE, DEFLATE, ACCOUNT, ASKED, TARGET, DISCARD, ZERO = range(11, 18)
 Step = tuple[int, int, int, int]
 
 
@@ -93,7 +93,8 @@ class Ram(vmbed.BlockBackend):
     def __init__(self) -> None:
         self.bytes = bytearray(self.size)
         self.kept: list[vmbed.BlockRequest] = []
-        self.flushes = 0
+        self.flushes, self.discards = 0, True
+        self.asked: list[vmbed.BlockOp] = []
 
     def submit(self, request: vmbed.BlockRequest) -> None:
         sector = request.offset // 512
@@ -108,11 +109,15 @@ class Ram(vmbed.BlockBackend):
 
     def perform(self, request: vmbed.BlockRequest) -> bool:
         place = slice(request.offset, request.offset + request.length)
+        self.asked.append(request.op)
         if request.op is vmbed.BlockOp.READ:
             request.fill(self.bytes[place])
         elif request.op is vmbed.BlockOp.WRITE:
             self.bytes[place] = request.read()
-        else:
+        elif request.op is vmbed.BlockOp.WRITE_ZEROES:
+            assert request.unmap and not request.durable
+            self.bytes[place] = bytes(request.length)
+        elif request.op is vmbed.BlockOp.FLUSH:
             self.flushes += 1
         return request.complete()
 

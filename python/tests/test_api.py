@@ -25,6 +25,7 @@ from guest import (
     BEGIN_READ,
     BEGIN_WRITE,
     DEFLATE,
+    DISCARD,
     FINISH,
     FLUSH,
     INFLATE,
@@ -38,6 +39,7 @@ from guest import (
     TELL,
     WRITE,
     WRITES,
+    ZERO,
     Echo,
     Port,
     Ram,
@@ -524,6 +526,7 @@ def test_a_disk_of_ones_own() -> None:
     ram, said = Ram(), Port()
     steps = [(WRITE, 3, 2, 7), (FLUSH, 0, 0, 0), (READ, 3, 2, 0), (READ, 100, 1, 0), (READ, 101, 1, 0)]
     steps += [(BEGIN_READ, 200, 1, 0), (BEGIN_WRITE, 300, 2, 7), (BEGIN_READ, 400, 1, 0), (TELL, 0, 0, 1), (FINISH, 0, 0, 0)]
+    steps += [(ZERO, 4, 1, 1), (DISCARD, 8, 4, 0), (DISCARD, 8, 4, 1)]
     with start(vmbed.Host().builder(driver(disks=1)).disk_backend(0, ram), steps, said) as vm:
         wait_until("three requests", lambda: said.writes and len(ram.kept) == 3)
 
@@ -540,7 +543,10 @@ def test_a_disk_of_ones_own() -> None:
         results = finish(vm, len(steps))
         assert results[:5] == [(0, 1, 0), (0, 1, 0), (0, 1025, SUM), (1, 1, 0), (1, 1, 0)]
         assert results[9] == (0, 513 + 1 + 513, 0) and ram.bytes[512 * 301] == 8 and ram.flushes == 1
-        assert vm.disk_statistics() == (3, 2048, 2, 2048, 1, 2)
+        assert results[10:] == [(0, 1, 0), (0, 1, 0), (2, 1, 0)] and (ram.bytes[512 * 3], ram.bytes[512 * 4]) == (7, 0)
+        assert ram.asked[-2:] == [vmbed.BlockOp.WRITE_ZEROES, vmbed.BlockOp.DISCARD]
+        done = vm.disk_statistics()
+        assert done[:8] == (3, 2048, 2, 2048, 1, 3, 2, 5 * 512) and sum(done.latency) == 11
         with pytest.raises(vmbed.InvalidArgument, match="disk1"):
             vm.disk_statistics(1)
         failed = [event for event in vm.events() if event.kind is vmbed.Kind.BACKEND_ERROR]
@@ -560,6 +566,72 @@ def test_a_disk_that_does_not_answer() -> None:
         wait_until("another request", lambda: said.writes == 2 and ram.kept)
         assert vm.stop() is vmbed.Cause.HOST_STOP
     assert not ram.perform(ram.kept.pop()), "nobody waits for it"
+
+
+def test_disks_and_what_is_changed_of_them(tmp_path: Path) -> None:
+    image, size, host = tmp_path / "disk", 1 << 20, vmbed.Host()
+    image.write_bytes(bytes(size))
+    cache, engine = vmbed.CacheMode, vmbed.DiskEngine
+
+    def config(**options: Any) -> vmbed.BareConfig:
+        made = driver()
+        made.disks = [vmbed.Disk(image, **options)]
+        return made
+
+    with pytest.raises(vmbed.InvalidArgument, match="queues"):
+        host.builder(config(queues=17)).build()
+    steps = [(WRITE, 3, 2, 7), (FLUSH, 0, 0, 0), (READ, 3, 2, 0), (ZERO, 3, 1, 0), (DISCARD, 0, 1, 0), (READ, 2047, 2, 0)]
+    ways: list[dict[str, Any]] = [
+        {"cache": cache.WRITEBACK},
+        {"cache": cache.WRITETHROUGH, "engine": engine.SYNC, "queues": 3},
+        {"cache": cache.DIRECT, "engine": engine.IO_URING, "queues": 2},
+        {"cache": cache.UNSAFE, "engine": engine.SYNC},
+    ]
+    for options in ways:
+        with start(host.builder(config(**options)), steps, Port()) as vm:
+            results = finish(vm, len(steps))
+            assert results == [(0, 1, 0), (0, 1, 0), (0, 1025, SUM), (0, 1, 0), (0, 1, 0), (1, 1, 0)], options
+            there = image.read_bytes()
+            assert (there[512 * 3], there[512 * 4]) == (0, 8)
+            done = vm.disk_statistics()
+            assert (done.discards, done.errors) == (2, 1)
+    with host.builder(config()).build() as vm:
+        with pytest.raises(vmbed.InvalidState, match="in use"):
+            host.builder(config()).build()
+        host.builder(config(lock=False)).build().close()
+        vm.resize_disk(2 * size)
+        assert image.stat().st_size == 2 * size
+        with pytest.raises(vmbed.InvalidArgument, match="512"):
+            vm.resize_disk(513)
+        with pytest.raises(vmbed.InvalidArgument, match="disk1"):
+            vm.resize_disk(size, 1)
+        saved, heard = tmp_path / "saved", []
+
+        def progress(behind: int, all_: int) -> bool:
+            heard.append((behind, all_))
+            return True
+
+        assert vm.save_disk(saved, progress=progress) and heard[-1] == (2 * size, 2 * size)
+        assert saved.read_bytes() == image.read_bytes()
+        saved.unlink()
+        assert not vm.save_disk(saved, vmbed.DiskFormat.QCOW2, lambda *_: False) and not saved.exists()
+        with pytest.raises(ZeroDivisionError):
+            vm.save_disk(saved, progress=lambda *_: bool(1 // 0))
+        vm.set_disk_rate(vmbed.Rate(bytes_per_second=1 << 20, ops_per_second=100))
+        vm.set_disk_rate(None)
+        with pytest.raises(vmbed.InvalidArgument, match="disk1"):
+            vm.set_disk_rate(None, 1)
+    layer, raw, qcow2 = tmp_path / "layer", vmbed.DiskFormat.RAW, vmbed.DiskFormat.QCOW2
+    vmbed.create_disk(layer, 0, qcow2, (image, raw))
+    made = driver()
+    made.disks = [vmbed.Disk(layer, format=qcow2)]
+    with pytest.raises(vmbed.InvalidArgument, match="backing"):
+        host.builder(made).build()
+    made.disks = [vmbed.Disk(layer, format=qcow2, backing=[(image, raw)])]
+    steps = [(READ, 4, 1, 0), (WRITE, 4, 1, 9), (FLUSH, 0, 0, 0), (READ, 4, 1, 0)]
+    with start(host.builder(made), steps, Port()) as vm:
+        assert finish(vm, 4) == [(0, 513, 512 * 8), (0, 1, 0), (0, 1, 0), (0, 513, 512 * 9)]
+    assert image.read_bytes()[512 * 4] == 8
 
 
 def test_a_network_of_ones_own() -> None:
@@ -609,9 +681,26 @@ def test_memory_given_back() -> None:
         finish(vm, len(steps))
         moved = vm.balloon_statistics()
         assert (moved.target, moved.actual, vm.memory().loaned) == (size, size, size)
+        assert host.usage().loaned == size
         assert moved[2:] == (size, size, size // 2, 0, 0, 0, 0, 0)
         told = [event.value for event in vm.events() if event.kind is vmbed.Kind.BALLOON]
         assert told == [size]
+
+
+def test_a_share_of_the_processors() -> None:
+    host = vmbed.Host()
+    with pytest.raises(vmbed.InvalidArgument) as wrong:
+        vmbed.BareConfig(SPINS, cgroup=vmbed.Cgroup(weight=0, quota=0)).validate()
+    assert [field.name for field in wrong.value.fields] == ["cgroup.weight", "cgroup.quota"]
+    with pytest.raises(vmbed.NotFound, match="cgroup: /nowhere/vmbed-"):
+        host.build(vmbed.BareConfig(SPINS, cgroup=vmbed.Cgroup(parent="/nowhere", weight=300)))
+    try:
+        with host.build(vmbed.BareConfig(SPINS, cgroup=vmbed.Cgroup(quota=20_000))) as vm:
+            thread = vm.vcpu_statistics().thread
+            own = Path(f"/proc/self/task/{thread}/cgroup").read_text()
+            assert f"/vmbed-{os.getpid()}-" in own
+    except vmbed.Error as error:
+        assert "cgroup" in str(error), "only where the host delegates one"
 
 
 def test_memory_of_every_kind() -> None:

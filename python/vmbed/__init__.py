@@ -20,7 +20,7 @@ import logging
 
 from ._lib import call, ffi, hold, let_go, lib, text
 from .backend import BlockBackend, BlockOp, BlockRequest, NetBackend
-from .config import Backing, BackingKind, Balloon, BareConfig, Config, Console, CpuidMask, Disk, HugePages, LinuxConfig, Mode, Net, Platform
+from .config import Backing, BackingKind, Balloon, BareConfig, Cgroup, CacheMode, Config, Console, CpuidMask, Disk, DiskEngine, DiskFormat, HugePages, LinuxConfig, Mode, Net, Platform, create_disk
 from .device import Device, log_line
 from .errors import (
     BadImage,
@@ -85,13 +85,13 @@ def log_to(logger: logging.Logger | None, level: int = logging.INFO) -> None:
 
 
 __all__ = [
-    "Backing", "BackingKind", "BadImage", "Balloon", "BalloonStatistics", "BareConfig", "BlockBackend", "BlockOp", "BlockRequest",
-    "Builder", "Busy", "Capture", "CaptureSummary", "Cause", "Config", "Console", "Constraint", "CpuidMask",
-    "Device", "Disk", "DiskStatistics", "Dispatcher", "Error", "Event", "Events", "Exhausted", "Field",
+    "Backing", "BackingKind", "BadImage", "Balloon", "BalloonStatistics", "BareConfig", "BlockBackend", "BlockOp", "BlockRequest", "Cgroup",
+    "Builder", "Busy", "CacheMode", "Capture", "CaptureSummary", "Cause", "Config", "Console", "Constraint", "CpuidMask",
+    "Device", "Disk", "DiskEngine", "DiskFormat", "DiskStatistics", "Dispatcher", "Error", "Event", "Events", "Exhausted", "Field",
     "Finding", "GuestMemory", "Host", "HugePages", "HostError", "Internal", "InvalidArgument", "InvalidState", "Kind",
     "LinuxConfig", "Memory", "Mode", "Net", "NetBackend", "NetStatistics", "NotFound", "PermissionDenied",
     "Platform", "PortOptions", "PortStatistics", "Pressure", "Probe", "Rate", "Reclaim", "Refused", "Registers",
     "Shares", "Slack", "Stage", "State", "Switch", "SwitchPort", "ThreadRole", "TimedOut", "Traffic",
     "UNLIMITED", "UNLIMITED_RATE", "Unsupported", "Usage", "VcpuReturn", "VcpuStatistics", "Verdict", "Vm",
-    "features", "has_feature", "log_to",
+    "create_disk", "features", "has_feature", "log_to",
 ]  # fmt: skip

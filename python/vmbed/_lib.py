@@ -74,13 +74,17 @@ _LETTERS = {"uint64_t": "Q", "int64_t": "q", "uint32_t": "I", "int32_t": "i"}
 
 
 def filled(kind: str, made: type[T], function: Callable[..., int]) -> Callable[..., T]:
-    """A call that has the library fill a structure of numbers, and answers it as a named tuple of the same names. Read at
+    """A call that has the library fill a structure of numbers, and answers it as a named tuple of the same names, in the same order. Read at
     once, and everything looked up beforehand: embedders ask for statistics often."""
     names: tuple[str, ...] = getattr(made, "_fields")
-    members = [(name, field.type.cname) for name, field in ffi.typeof(kind).fields[1 : len(names) + 1]]
-    assert tuple(name for name, _ in members) == names, f"{kind} is not {made.__name__}"
+    layout, end = "=", 0
+    members = dict(ffi.typeof(kind).fields)
+    for name in names:
+        field = members[name]
+        layout += f"{field.offset - end}x{_LETTERS[field.type.cname]}"
+        end = field.offset + ffi.sizeof(field.type)
     pointer, first = ffi.typeof(f"{kind} *"), (ffi.sizeof(kind),)
-    unpack = struct.Struct("=8x" + "".join(_LETTERS[cname] for _, cname in members)).unpack_from
+    unpack = struct.Struct(layout).unpack_from
     new, buffer, null, construct = ffi.new, ffi.buffer, ffi.NULL, tuple.__new__
 
     def ask(*arguments: Any) -> T:

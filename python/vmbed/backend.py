@@ -23,6 +23,10 @@ class BlockOp(Enum):
     WRITE = "write"
     #: Bring what was written to stable storage. There is no data.
     FLUSH = "flush"
+    #: The guest no longer needs what is there. There is no data.
+    DISCARD = "discard"
+    #: Make it read as zeroes. There is no data.
+    WRITE_ZEROES = "write zeroes"
 
 
 class BlockRequest:
@@ -37,8 +41,10 @@ class BlockRequest:
         self.op = op
         #: Where on the disk, in bytes, and how many; 0 for a flush.
         self.offset, self.length = int(given.offset), int(given.length)
-        #: Of a write: to be on stable storage when it is completed, since the driver has no way to flush.
+        #: Of a write or a zeroing: to be on stable storage when it is completed, since the driver has no way to flush.
         self.durable = bool(given.durable)
+        #: Of a zeroing: what was there may be given back to the host.
+        self.unmap = bool(given.unmap)
         self._disk, self._tag = given.disk, given.tag
         self._pieces = [(given.pieces[i].base, given.pieces[i].length) for i in range(given.count)]
         self._lock, self._open = threading.Lock(), True
@@ -94,6 +100,8 @@ class BlockBackend:
     size: int = 0
     #: The guest may not write.
     readonly: bool = False
+    #: `DISCARD` and `WRITE_ZEROES` come, too; otherwise the guest is told that the disk knows no such thing.
+    discards: bool = False
 
     def submit(self, request: BlockRequest) -> None:
         """Does the request, or begins it."""
@@ -168,6 +176,16 @@ def _block_flush(user: Any, given: Any) -> int:
     return _submit(BlockOp.FLUSH, user, given)
 
 
+@ffi.callback("int32_t(void *, const vmbed_block_request *)")  # type: ignore[untyped-decorator]
+def _block_discard(user: Any, given: Any) -> int:
+    return _submit(BlockOp.DISCARD, user, given)
+
+
+@ffi.callback("int32_t(void *, const vmbed_block_request *)")  # type: ignore[untyped-decorator]
+def _block_zeroes(user: Any, given: Any) -> int:
+    return _submit(BlockOp.WRITE_ZEROES, user, given)
+
+
 def _pieces(pieces: Any, count: int) -> list[tuple[Any, int]]:
     return [(pieces[i].base, pieces[i].length) for i in range(count)]
 
@@ -205,7 +223,9 @@ def _net_send(user: Any, pieces: Any, count: int) -> int:
     return _guarded(attached, send)
 
 
-BLOCK = structure("vmbed_block_ops", read=_block_read, write=_block_write, flush=_block_flush, destroy=let_go)
+_BLOCK = {"read": _block_read, "write": _block_write, "flush": _block_flush, "destroy": let_go}
+BLOCK = structure("vmbed_block_ops", **_BLOCK)
+DISCARDING = structure("vmbed_block_ops", **_BLOCK, discard=_block_discard, write_zeroes=_block_zeroes)
 NET = structure("vmbed_net_ops", receive=_net_receive, send=_net_send, destroy=let_go)
 
-__all__ = ["BLOCK", "BlockBackend", "BlockOp", "BlockRequest", "NET", "NetBackend"]
+__all__ = ["BLOCK", "BlockBackend", "BlockOp", "BlockRequest", "DISCARDING", "NET", "NetBackend"]

@@ -9,6 +9,7 @@ from enum import IntEnum
 from typing import Any
 
 from ._lib import call, ffi, lib, make, optional, structure
+from .switch import Rate
 
 MIB = 1 << 20
 
@@ -37,9 +38,58 @@ class Console(IntEnum):
     VIRTIO = 1
 
 
+class DiskFormat(IntEnum):
+    """What a disk's file holds: said by you, never guessed."""
+
+    RAW = 0
+    #: QEMU's format, version 2 or 3; only where `has_feature("qcow2")`.
+    QCOW2 = 1
+
+
+class CacheMode(IntEnum):
+    """When a write is on stable storage, and whose memory it goes through."""
+
+    #: Through the host's page cache; on stable storage when the guest flushes.
+    WRITEBACK = 0
+    #: Each write is on stable storage before it is answered, unless the guest chooses otherwise.
+    WRITETHROUGH = 1
+    #: Past the host's page cache (`O_DIRECT`).
+    DIRECT = 2
+    #: Flushes are answered and not done: for data that nobody misses after a power cut.
+    UNSAFE = 3
+
+
+class DiskEngine(IntEnum):
+    """How a disk asks the host to move data."""
+
+    #: io_uring where the host has it and allows it.
+    AUTO = 0
+    #: One system call for each request, on the disk's thread.
+    SYNC = 1
+    IO_URING = 2
+
+
+def _backing(files: list[tuple[str | os.PathLike[str], DiskFormat]]) -> tuple[Any, object]:
+    """Them for the library, and what must live through the call."""
+    paths = [ffi.new("char[]", os.fsencode(path)) for path, _ in files]
+    made = [(path, int(kind), 0) for path, (_, kind) in zip(paths, files)]
+    return ffi.new("vmbed_backing_file[]", made) if files else ffi.NULL, paths
+
+
+def create_disk(
+    path: str | os.PathLike[str],
+    size: int,
+    format: DiskFormat = DiskFormat.RAW,
+    backing: tuple[str | os.PathLike[str], DiskFormat] | None = None,
+) -> None:
+    """Makes an image for a disk of `size` bytes: sparse, all zeroes, or, in qcow2, a layer on `backing`, whose size 0 stands for."""
+    below = _backing([backing] if backing else [])
+    call(lib.vmbed_disk_create, os.fsencode(path), int(format), size, below[0])
+
+
 @dataclass
 class Disk:
-    """A virtio-blk disk: a raw image or block device, or what :meth:`Builder.disk_fd` or `disk_backend` attaches."""
+    """A virtio-blk disk: an image or block device, or what :meth:`Builder.disk_fd` or `disk_backend` attaches."""
 
     #: None where something is attached.
     path: str | os.PathLike[str] | None = None
@@ -48,6 +98,19 @@ class Disk:
     serial: str | None = None
     #: Its place, such as 00:05.0; the first free one otherwise.
     pci: str | None = None
+    format: DiskFormat = DiskFormat.RAW
+    #: What a qcow2 image is based on, the nearest first. Only these files are opened, whatever the image itself says.
+    backing: list[tuple[str | os.PathLike[str], DiskFormat]] = field(default_factory=list)
+    cache: CacheMode = CacheMode.WRITEBACK
+    engine: DiskEngine = DiskEngine.AUTO
+    #: That the guest may use at a time, each with a thread of its own: 1 to 16.
+    queues: int = 1
+    #: What the guest discards becomes free on the host.
+    discard: bool = True
+    #: A file named by `path` is locked as QEMU does it: a writer has it alone, readers share it.
+    lock: bool = True
+    #: How much may be transferred; :meth:`Vm.set_disk_rate` changes it.
+    rate: Rate = Rate()
 
 
 @dataclass
@@ -113,6 +176,19 @@ class Backing:
 
 
 @dataclass
+class Cgroup:
+    """A cgroup (version 2) of its own for a VM's threads, gone with the VM."""
+
+    #: The directory of a cgroup that the process is in or below. None: the process's own.
+    parent: str | os.PathLike[str] | None = None
+    #: The VM's part of the time that its parent has, when more is wanted than there is: 1 to 10,000.
+    weight: int = 100
+    #: What its threads together may run in a period, both in microseconds; None: no limit.
+    quota: int | None = None
+    period: int = 100_000
+
+
+@dataclass
 class CpuidMask:
     """Bits of CPUID that the guest is not to see (`clear`), or is to see (`set`)."""
 
@@ -143,6 +219,8 @@ class _Common:
     #: None: the guest has none.
     balloon: Balloon | None = None
     cpuid_masks: list[CpuidMask] = field(default_factory=list)
+    #: None: its threads stay where they are made.
+    cgroup: Cgroup | None = None
     #: What of the memory the ledger never takes back, in bytes.
     guarantee: int = 0
     #: Its class where the host gets short of memory, 0 to 255; None: never stopped for others.
@@ -194,7 +272,12 @@ class _Common:
         for disk in self.disks:
             path = None if disk.path is None else os.fsencode(disk.path)
             keep = [optional(path), optional(disk.serial), optional(disk.pci)]
-            made = structure("vmbed_disk", path=keep[0], serial=keep[1], pci=keep[2], readonly=int(disk.readonly))
+            below = _backing(disk.backing)
+            made = structure(
+                "vmbed_disk", path=keep[0], serial=keep[1], pci=keep[2], readonly=int(disk.readonly), format=disk.format,
+                cache=disk.cache, engine=disk.engine, queues=disk.queues, no_discard=int(not disk.discard),
+                no_lock=int(not disk.lock), rate=tuple(disk.rate), backing=below[0], backing_count=len(disk.backing),
+            )  # fmt: skip
             call(lib.vmbed_config_add_disk, config, made)
         for net in self.nets:
             keep = [optional(net.tap), optional(net.mac), optional(net.pci)]
@@ -205,6 +288,10 @@ class _Common:
             call(lib.vmbed_config_set_balloon, config, structure("vmbed_balloon", pci=pci, **flags))
         if self.guarantee or self.victim is not None:
             call(lib.vmbed_config_set_promise, config, self.guarantee, -1 if self.victim is None else self.victim)
+        if self.cgroup is not None:
+            parent = None if self.cgroup.parent is None else os.fsencode(self.cgroup.parent)
+            limit = (0, 0) if self.cgroup.quota is None else (self.cgroup.quota, self.cgroup.period)
+            call(lib.vmbed_config_set_cgroup, config, optional(parent), self.cgroup.weight, *limit)
         if self.dedicated:
             call(lib.vmbed_config_set_dedicated, config, True)
         for vcpu, cpus in enumerate(self.affinity):

@@ -70,6 +70,7 @@ class Usage(NamedTuple):
     process: int
     charged: int
     unattributed: int
+    loaned: int
 
 
 @dataclass
@@ -189,7 +190,8 @@ class Builder:
 
     def disk_backend(self, index: int, disk: BlockBackend) -> Builder:
         """Backs disk `index` of the configuration, one without a path, by code of yours."""
-        arguments = (self._pointer, index, backend.BLOCK, disk.size, disk.readonly, self._hold(disk))
+        table = backend.DISCARDING if disk.discards else backend.BLOCK
+        arguments = (self._pointer, index, table, disk.size, disk.readonly, self._hold(disk))
         call(lib.vmbed_builder_disk_backend, *arguments)
         return self
 

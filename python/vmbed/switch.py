@@ -41,12 +41,12 @@ class Rate(NamedTuple):
 
     bytes_per_second: int = 0
     bytes_burst: int = 0
-    frames_per_second: int = 0
-    frames_burst: int = 0
+    ops_per_second: int = 0
+    ops_burst: int = 0
 
 
 #: Everything passes.
-UNLIMITED_RATE = Rate(frames_per_second=(1 << 64) - 1)
+UNLIMITED_RATE = Rate(ops_per_second=(1 << 64) - 1)
 
 
 @dataclass
@@ -71,7 +71,7 @@ class PortOptions:
     rate_in: Rate = Rate()
     rate_out: Rate = Rate()
     #: How much the station may send of what goes to many.
-    storm: Rate = Rate(frames_per_second=10_000, frames_burst=2_000)
+    storm: Rate = Rate(ops_per_second=10_000, ops_burst=2_000)
 
     def _given(self) -> tuple[Any, list[Any]]:
         """The structure, and what must live as long."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import os
 import weakref
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 from ._lib import call, ffi, filled, lib, make, structure
+from .config import DiskFormat
 from .events import Cause, Events
+from .switch import Rate
 
 
 class State(IntEnum):
@@ -90,6 +93,12 @@ class DiskStatistics(NamedTuple):
     flushes: int
     #: Requests that were answered with an error.
     errors: int
+    #: Discards and zeroings, and their bytes.
+    discards: int
+    discarded_bytes: int
+    #: How long requests took: element 0 counts those below 1 µs, element i those of 2^(i-1) to below 2^i µs, the last one
+    #: also all that took longer.
+    latency: tuple[int, ...]
 
 
 class NetStatistics(NamedTuple):
@@ -140,7 +149,6 @@ class GuestMemory(NamedTuple):
 
 _balloon_statistics = filled("vmbed_balloon_statistics", BalloonStatistics, lib.vmbed_vm_get_balloon_statistics)
 _guest_memory = filled("vmbed_guest_memory", GuestMemory, lib.vmbed_vm_get_guest_memory)
-_disk_statistics = filled("vmbed_disk_statistics", DiskStatistics, lib.vmbed_vm_get_disk_statistics)
 _net_statistics = filled("vmbed_net_statistics", NetStatistics, lib.vmbed_vm_get_net_statistics)
 _memory = filled("vmbed_memory", Memory, lib.vmbed_vm_get_memory)
 _vcpu_statistics = filled("vmbed_vcpu_statistics", VcpuStatistics, lib.vmbed_vm_get_vcpu_statistics)
@@ -303,7 +311,45 @@ class Vm:
 
     def disk_statistics(self, index: int = 0) -> DiskStatistics:
         """What the disk has done so far. In every state."""
-        return _disk_statistics(self._pointer, index)
+        found = structure("vmbed_disk_statistics")
+        call(lib.vmbed_vm_get_disk_statistics, self._pointer, index, found)
+        numbers = {name: int(getattr(found, name)) for name in DiskStatistics._fields if name != "latency"}
+        return DiskStatistics(**numbers, latency=tuple(found.latency))
+
+    def resize_disk(self, size: int, index: int = 0) -> None:
+        """Gives the disk another size, in bytes, a multiple of 512; the guest is told at once. A file grows with it; one that
+        is larger keeps its length. A block device must have grown before."""
+        call(lib.vmbed_vm_resize_disk, self._pointer, index, size)
+
+    def save_disk(
+        self,
+        path: str | os.PathLike[str],
+        format: DiskFormat = DiskFormat.RAW,
+        progress: Callable[[int, int], bool] | None = None,
+        index: int = 0,
+    ) -> bool:
+        """Saves the disk, as it is at one instant, to a new image: standalone and sparse. The guest is paused for that instant, and
+        runs while the image is made. `progress` hears of the bytes behind and of all, and ends it by a false answer. Whether it
+        is complete; where it is not, the image is gone."""
+        raised: list[BaseException] = []
+
+        def hear(user: Any, behind: int, all_: int) -> bool:
+            try:
+                return progress is None or bool(progress(behind, all_))
+            except BaseException as exception:  # noqa: BLE001 - nothing may unwind into the library
+                raised.append(exception)
+                return False
+
+        function, complete = ffi.callback("bool(void *, uint64_t, uint64_t)", hear), ffi.new("bool *")
+        call(lib.vmbed_vm_save_disk, self._pointer, index, os.fsencode(path), int(format), function, ffi.NULL, complete)
+        if raised:
+            raise raised[0]
+        return bool(complete[0])
+
+    def set_disk_rate(self, rate: Rate | None, index: int = 0) -> None:
+        """Limits the disk from now on; None for no limit."""
+        given = ffi.NULL if rate is None else ffi.new("vmbed_rate *", tuple(rate))
+        call(lib.vmbed_vm_set_disk_rate, self._pointer, index, given)
 
     def net_statistics(self, index: int = 0) -> NetStatistics:
         """What the card has carried so far. In every state."""

@@ -35,6 +35,11 @@ impl Control {
         lock(&self.held).len()
     }
 
+    /// Holds them back again.
+    pub fn hold(&self) {
+        self.released.store(false, Ordering::SeqCst);
+    }
+
     /// Also reports what nobody asked for, as a faulty backend of an embedder might.
     pub fn release(&self, extra: &[u64]) {
         lock(&self.held).extend(extra.iter().map(|&tag| (tag, Ok(()))));

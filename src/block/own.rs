@@ -55,6 +55,12 @@ pub trait BlockBackend: Send + 'static {
         false
     }
 
+    /// Whether `Discard` and `WriteZeroes` come, too. Asked once, when the VM is built. By default the guest is told that the
+    /// disk knows no such thing, and writes its zeroes.
+    fn discards(&self) -> bool {
+        false
+    }
+
     /// Does the request, or begins it.
     ///
     /// Called on a device thread of the VM's, one call at a time; it must not wait for this VM, and while it has not
@@ -72,6 +78,7 @@ pub trait BlockBackend: Send + 'static {
 pub struct BlockRequest {
     op: BlockOp,
     offset: u64,
+    length: u64,
     tag: u64,
     /// Taken by the answer.
     buffers: Option<OwnedList<Memory>>,
@@ -93,7 +100,7 @@ impl BlockRequest {
     /// How many bytes. 0 for a flush.
     #[allow(clippy::len_without_is_empty, reason = "a request, not a collection")]
     pub fn len(&self) -> u64 {
-        self.buffers.as_ref().map_or(0, OwnedList::len)
+        self.length
     }
 
     /// Copies what the guest has to say, from byte `at` of the request on, into `bytes`; how many there were. The
@@ -201,6 +208,7 @@ pub(crate) struct OwnDisk {
     backend: Box<dyn BlockBackend>,
     size: u64,
     readonly: bool,
+    discards: bool,
     shared: Arc<Shared>,
     /// Given back and forth with `Answers::ended`, so that neither grows anew.
     taken: Vec<Ended>,
@@ -221,7 +229,8 @@ impl OwnDisk {
         let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
             .map_err(|e| Error::os(format!("{id}: creating an eventfd"), e))?;
         let shared = Arc::new(Shared { answers: Mutex::default(), event });
-        Ok(Self { backend, size, readonly, shared, taken: Vec::new(), spare: Vec::new() })
+        let discards = backend.discards() && !readonly;
+        Ok(Self { backend, size, readonly, discards, shared, taken: Vec::new(), spare: Vec::new() })
     }
 }
 
@@ -234,8 +243,12 @@ impl Backend for OwnDisk {
         self.readonly
     }
 
+    fn discards(&self) -> bool {
+        self.discards
+    }
+
     fn submit(&mut self, request: IoRequest<'_>) -> Submitted {
-        let IoRequest { op, offset, buffers, memory, tag } = request;
+        let IoRequest { op, offset, length, buffers, memory, tag } = request;
         let room = self.spare.pop().unwrap_or_default();
         let Some(buffers) = OwnedList::keep(&buffers, room, memory.clone()) else {
             return Submitted::Done(Err(io::Error::from_raw_os_error(libc::EFAULT)));
@@ -246,7 +259,7 @@ impl Backend for OwnDisk {
             answers.round
         };
         let shared = self.shared.clone();
-        self.backend.submit(BlockRequest { op, offset, tag, buffers: Some(buffers), round, shared });
+        self.backend.submit(BlockRequest { op, offset, length, tag, buffers: Some(buffers), round, shared });
         let mut answers = lock(&self.shared.answers);
         answers.in_hand = None;
         match answers.at_once.take() {
@@ -306,7 +319,7 @@ mod tests {
         let mut pieces = Pieces::default();
         let mut buffers = pieces.list();
         buffers.push(memory.get_slice(GuestAddress(0x1000), 512).unwrap());
-        disk.submit(IoRequest { op: BlockOp::Read, offset, buffers, memory, tag })
+        disk.submit(IoRequest { op: BlockOp::Read, offset, length: 512, buffers, memory, tag })
     }
 
     fn ended(disk: &mut OwnDisk) -> Vec<(u64, Option<i32>)> {

@@ -3,30 +3,47 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
-use super::engine::sync;
-use super::{Backend, IoRequest, Submitted};
+use super::engine::Engine;
+use super::target::Target;
+use super::{Backend, IoRequest, Resize, Submitted};
+use crate::config::DiskConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::fd;
+use crate::sys::file::lock_image;
 use crate::units::Sectors;
+
+/// How long a lock is waited for: a child that was forked while an image was open holds it until it execs.
+const LETTING_GO: Duration = Duration::from_millis(200);
 
 /// A raw disk, opened.
 pub(crate) struct RawDisk {
-    file: File,
-    size: u64,
-    readonly: bool,
+    disk: Arc<Shared>,
+    pub(super) engine: Engine,
+}
+
+/// What all queues of a disk share.
+struct Shared {
+    name: String,
+    target: Arc<Target>,
+    config: DiskConfig,
+    size: AtomicU64,
 }
 
 impl RawDisk {
-    /// Opens `path` for the disk `id`.
+    /// Opens `path` for the disk `id`, as the configuration says.
     ///
     /// # Errors
     /// It is missing, not ours to open, neither a regular file nor a block device, or not a whole
     /// number of sectors long. The text names disk, path and remedy.
-    pub fn open(id: &str, path: &Path, readonly: bool) -> Result<Self> {
+    pub fn open(id: &str, path: &Path, config: &DiskConfig) -> Result<Self> {
+        let readonly = config.readonly;
         let name = format!("{id}: {}", path.display());
         // O_NONBLOCK: a FIFO must not keep us waiting for its writer; files and disks ignore it.
         let opened = OpenOptions::new()
@@ -35,14 +52,18 @@ impl RawDisk {
             .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
             .open(path);
         let file = opened.map_err(|e| refused(&name, readonly, e))?;
-        Self::from_file(&name, file, readonly)
+        if config.lock {
+            lock_file(&name, &file, readonly)?;
+        }
+        Self::from_file(&name, file, config)
     }
 
     /// The disk `id` on a descriptor that somebody else has opened.
     ///
     /// # Errors
     /// As for [`open`](Self::open), and where it was opened for something else.
-    pub fn adopt(id: &str, fd: OwnedFd, readonly: bool) -> Result<Self> {
+    pub fn adopt(id: &str, fd: OwnedFd, config: &DiskConfig) -> Result<Self> {
+        let readonly = config.readonly;
         let name = format!("{id}: fd {}", fd.as_raw_fd());
         let invalid = |why| Err(Error::new(ErrorKind::InvalidArgument, format!("{name}: {why}")));
         if !fd::permits(fd.as_fd(), false) {
@@ -54,11 +75,18 @@ impl RawDisk {
         if !readonly && fd::appends(fd.as_fd()) {
             return invalid("was opened with O_APPEND, so every write would go to its end");
         }
-        Self::from_file(&name, fd.into(), readonly)
+        Self::from_file(&name, fd.into(), config)
+    }
+
+    /// The same with one system call a request, and nothing special.
+    #[cfg(any(test, feature = "internals"))]
+    pub fn plain(name: &str, file: File, readonly: bool) -> Result<Self> {
+        let engine = crate::config::DiskEngine::Sync;
+        Self::from_file(name, file, &DiskConfig { readonly, engine, ..DiskConfig::default() })
     }
 
     /// A disk on a file that is open already; `name` is for the errors.
-    pub fn from_file(name: &str, mut file: File, readonly: bool) -> Result<Self> {
+    pub fn from_file(name: &str, mut file: File, config: &DiskConfig) -> Result<Self> {
         let invalid = |why: String| Error::new(ErrorKind::InvalidArgument, format!("{name}: {why}"));
         let metadata = file.metadata().map_err(|e| Error::os(format!("{name}: reading its metadata"), e))?;
         let kind = metadata.file_type();
@@ -80,7 +108,58 @@ impl RawDisk {
                  would fill its last sector"
             )));
         }
-        Ok(Self { file, size, readonly })
+        let target = Arc::new(Target::new(name, file, config.cache, config.readonly)?);
+        let engine = Engine::choose(name, config.engine, &target)?;
+        let (name, config, size) = (name.to_owned(), config.clone(), AtomicU64::new(size));
+        Ok(Self { disk: Arc::new(Shared { name, target, config, size }), engine })
+    }
+}
+
+pub(super) fn lock_file(name: &str, file: &File, readonly: bool) -> Result<()> {
+    let end = Instant::now() + LETTING_GO;
+    loop {
+        match lock_image(file.as_fd(), !readonly) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                log::debug!("{name}: its file system has no locks: {error}");
+                return Ok(());
+            }
+            Err(_) if Instant::now() < end => std::thread::sleep(LETTING_GO / 20),
+            Err(_) => {
+                let why = format!(
+                    "{name}: is in use by somebody else: an image has one writer, or any number of readers"
+                );
+                return Err(Error::new(ErrorKind::InvalidState, why));
+            }
+        }
+    }
+}
+
+impl Resize for Shared {
+    /// A file grows; one that is larger stays as it is, and so does a block device.
+    fn resize(&self, bytes: u64) -> Result<()> {
+        let file = self.target.cached();
+        let metadata = file.metadata().map_err(|e| Error::os(format!("{}: its metadata", self.name), e))?;
+        if metadata.file_type().is_file() {
+            if metadata.len() < bytes {
+                file.set_len(bytes)
+                    .map_err(|e| Error::os(format!("{}: growing to {bytes} bytes", self.name), e))?;
+            }
+        } else {
+            let there = file.try_clone().and_then(|mut file| end_of(&mut file));
+            let there = there.map_err(|e| Error::os(format!("{}: finding its size", self.name), e))?;
+            if there < bytes {
+                let why = format!("{}: has {there} bytes: grow the block device first", self.name);
+                return Err(Error::new(ErrorKind::InvalidArgument, why));
+            }
+        }
+        self.size.store(bytes, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn reader(self: Arc<Self>) -> Box<dyn Backend> {
+        let engine = Engine::Sync(self.target.clone());
+        Box::new(RawDisk { disk: self, engine })
     }
 }
 
@@ -92,7 +171,7 @@ fn end_of(file: &mut File) -> io::Result<u64> {
     Ok(end)
 }
 
-fn refused(name: &str, readonly: bool, error: io::Error) -> Error {
+pub(super) fn refused(name: &str, readonly: bool, error: io::Error) -> Error {
     let what = match error.kind() {
         io::ErrorKind::NotFound => "does not exist",
         io::ErrorKind::IsADirectory => {
@@ -115,15 +194,44 @@ fn refused(name: &str, readonly: bool, error: io::Error) -> Error {
 
 impl Backend for RawDisk {
     fn size(&self) -> u64 {
-        self.size
+        self.disk.size.load(Ordering::SeqCst)
     }
 
     fn readonly(&self) -> bool {
-        self.readonly
+        self.disk.config.readonly
+    }
+
+    fn discards(&self) -> bool {
+        self.disk.config.discard && !self.disk.config.readonly
+    }
+
+    fn another(&self) -> Result<Option<Box<dyn Backend>>> {
+        let engine = Engine::choose(&self.disk.name, self.disk.config.engine, &self.disk.target)?;
+        Ok(Some(Box::new(Self { disk: self.disk.clone(), engine })))
+    }
+
+    fn resizer(&self) -> Option<Arc<dyn Resize>> {
+        Some(self.disk.clone())
     }
 
     fn submit(&mut self, request: IoRequest<'_>) -> Submitted {
-        Submitted::Done(sync::perform(&self.file, request.op, request.offset, request.buffers))
+        self.engine.submit(request)
+    }
+
+    fn kick(&mut self) -> bool {
+        self.engine.kick()
+    }
+
+    fn completions(&mut self, done: &mut dyn FnMut(u64, io::Result<()>)) {
+        self.engine.completions(done);
+    }
+
+    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.engine.completion_fd()
+    }
+
+    fn abandon(&mut self) {
+        self.engine.abandon();
     }
 }
 
@@ -135,8 +243,13 @@ mod tests {
 
     use super::*;
     use crate::block::BlockOp;
+    use crate::config::DiskEngine;
     use crate::memory::Memory;
     use crate::sys::io::Pieces;
+
+    fn config(readonly: bool) -> DiskConfig {
+        DiskConfig { readonly, engine: DiskEngine::Sync, ..DiskConfig::default() }
+    }
 
     struct Scratch(std::path::PathBuf);
 
@@ -161,7 +274,7 @@ mod tests {
     }
 
     fn error(path: &Path, readonly: bool) -> Error {
-        let error = RawDisk::open("disk7", path, readonly).err().unwrap();
+        let error = RawDisk::open("disk7", path, &config(readonly)).err().unwrap();
         let text = error.to_string();
         assert!(text.contains("disk7") && text.contains(path.to_str().unwrap()), "{text}");
         error
@@ -197,7 +310,7 @@ mod tests {
         if len > 0 {
             buffers.push(memory.get_slice(GuestAddress(at), len).unwrap());
         }
-        disk.submit(IoRequest { op, offset, buffers, memory, tag: 0 })
+        disk.submit(IoRequest { op, offset, length: len as u64, buffers, memory, tag: 0 })
     }
 
     #[test]
@@ -205,7 +318,7 @@ mod tests {
         let scratch = Scratch::new("bytes");
         let path = scratch.file(4096);
         let memory = Memory::new(1 << 20).unwrap();
-        let mut disk = RawDisk::open("disk0", &path, false).unwrap();
+        let mut disk = RawDisk::open("disk0", &path, &config(false)).unwrap();
         assert_eq!((disk.size(), disk.readonly()), (4096, false));
         memory.write_slice(&[9; 512], GuestAddress(0x1000)).unwrap();
         for durable in [false, true] {
@@ -225,7 +338,7 @@ mod tests {
         let scratch = Scratch::new("shrunk");
         let path = scratch.file(8192);
         let memory = Memory::new(1 << 20).unwrap();
-        let mut disk = RawDisk::open("disk0", &path, false).unwrap();
+        let mut disk = RawDisk::open("disk0", &path, &config(false)).unwrap();
         File::options().write(true).open(&path).unwrap().set_len(4096 + 100).unwrap();
         for (offset, fails) in [(0, false), (4096, true), (4608, true)] {
             let Submitted::Done(done) = transfer(&mut disk, &memory, BlockOp::Read, offset, 0x1000, 512)
@@ -243,7 +356,8 @@ mod tests {
         let open = |options: &OpenOptions| OwnedFd::from(options.open(&path).unwrap());
         let (read, both) =
             (OpenOptions::new().read(true).clone(), OpenOptions::new().read(true).write(true).clone());
-        let adopt = |options: &OpenOptions, readonly| RawDisk::adopt("disk1", open(options), readonly);
+        let adopt =
+            |options: &OpenOptions, readonly| RawDisk::adopt("disk1", open(options), &config(readonly));
         assert!(adopt(&read, true).is_ok() && adopt(&both, true).is_ok() && adopt(&both, false).is_ok());
         for (options, readonly, why) in [
             (read, false, "O_RDWR"),
@@ -258,7 +372,7 @@ mod tests {
         }
         let mut shared = File::open(&path).unwrap();
         shared.seek(SeekFrom::Start(7)).unwrap();
-        RawDisk::adopt("disk1", shared.try_clone().unwrap().into(), true).unwrap();
+        RawDisk::adopt("disk1", shared.try_clone().unwrap().into(), &config(true)).unwrap();
         assert_eq!(shared.stream_position().unwrap(), 7, "its position is its owner's");
     }
 
@@ -266,8 +380,8 @@ mod tests {
     fn a_readonly_disk_is_not_opened_for_writing() {
         let scratch = Scratch::new("readonly");
         let path = scratch.file(512);
-        let mut disk = RawDisk::open("disk0", &path, true).unwrap();
-        assert!(disk.file.write(&[1]).is_err());
+        let disk = RawDisk::open("disk0", &path, &config(true)).unwrap();
+        assert!(disk.disk.target.cached().write(&[1]).is_err());
         assert!(disk.readonly());
     }
 }

@@ -14,6 +14,8 @@ pub(crate) struct Shape {
     pub vcpus: u64,
     /// The library's threads beside those of vCPUs.
     pub threads: u64,
+    /// Queues of disks that are served by io_uring.
+    pub rings: u64,
     /// The processor walks the guest's page tables itself (EPT, NPT). Elsewhere KVM shadows them, and keeps
     /// arrays for every page of a slot.
     pub nested_paging: bool,
@@ -28,6 +30,8 @@ const PAGE: u128 = 4096;
 const THREAD: u128 = 24 << 10;
 /// The same of a thread that serves devices, with a disk's queue and requests.
 const DEVICE: u128 = 51 << 10;
+/// A ring for a queue's 256 requests: the kernel's half, and what is kept of each until it ends.
+const RING: u128 = 78 << 10;
 
 /// The model.
 pub(crate) fn overhead(shape: Shape) -> Bytes {
@@ -42,7 +46,8 @@ pub(crate) fn overhead(shape: Shape) -> Bytes {
     // Twice: the guest's (nested or shadow), and this process's for the same pages.
     let tables = 2 * (memory.div_ceil(TABLE_REACH) + memory.div_ceil(DIRECTORY_REACH) + 1);
     let per_memory = memory * slots / (1 << 30);
-    let (vcpus, threads) = (u128::from(shape.vcpus), u128::from(shape.threads));
-    let sum = vm + vcpus * (vcpu + THREAD) + threads * DEVICE + tables * PAGE + per_memory;
+    let (vcpus, threads, rings) =
+        (u128::from(shape.vcpus), u128::from(shape.threads), u128::from(shape.rings));
+    let sum = vm + vcpus * (vcpu + THREAD) + threads * DEVICE + rings * RING + tables * PAGE + per_memory;
     Bytes(u64::try_from(sum).unwrap_or(u64::MAX))
 }

@@ -172,7 +172,7 @@ fn dedicated_vcpus_have_a_core_each() {
 
 #[test]
 fn overhead_grows_with_what_a_vm_has() {
-    let shape = Shape { memory: Bytes::gib(1), vcpus: 1, threads: 2, nested_paging: true };
+    let shape = Shape { memory: Bytes::gib(1), vcpus: 1, threads: 2, rings: 1, nested_paging: true };
     let small = overhead(shape);
     assert!(
         (Bytes::mib(6)..Bytes::mib(8)).contains(&small),
@@ -181,7 +181,9 @@ fn overhead_grows_with_what_a_vm_has() {
     let shadow = overhead(Shape { nested_paging: false, ..shape });
     assert!(shadow > small, "{shadow}: KVM keeps tables of its own");
     assert!(overhead(Shape { vcpus: 2, ..shape }) > small);
-    let huge = Shape { memory: Bytes(u64::MAX), vcpus: u64::MAX, threads: u64::MAX, nested_paging: false };
+    assert!(overhead(Shape { rings: 2, ..shape }) > small);
+    let all = u64::MAX;
+    let huge = Shape { memory: Bytes(all), vcpus: all, threads: all, rings: all, nested_paging: false };
     assert!(overhead(huge) > Bytes::gib(1 << 20), "saturates");
 }
 
@@ -193,7 +195,7 @@ fn page() -> String {
 #[test]
 fn the_pages_example_has_the_right_numbers() {
     let page = page();
-    let shape = Shape { memory: Bytes::gib(1), vcpus: 1, threads: 2, nested_paging: true };
+    let shape = Shape { memory: Bytes::gib(1), vcpus: 1, threads: 2, rings: 1, nested_paging: true };
     let overhead = overhead(shape);
     assert!(page.contains(&format!("another {} KiB at most", overhead.get() >> 10)), "{overhead}");
     let shares =
@@ -423,6 +425,7 @@ proptest! {
             assert_eq!(promised.consumers, naive.list.len() as u64);
             assert_eq!(promised.memory.get(), exact(|c| c.memory.get()));
             assert_eq!(promised.guarantee.get(), exact(|c| c.guarantee.max(c.pinned).get()));
+            assert_eq!(promised.pinned.get(), exact(|c| c.pinned.get()));
             assert_eq!(promised.overhead.get(), exact(|c| c.overhead.get()));
             assert_eq!((promised.vcpus, promised.dedicated), (exact(|c| c.vcpus), exact(|c| c.dedicated)));
         }

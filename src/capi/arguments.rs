@@ -57,15 +57,15 @@ pub(super) fn slice<'a>(data: *const u8, length: usize, name: &str) -> Result<&'
     Ok(unsafe { std::slice::from_raw_parts(data, length) })
 }
 
-/// The same for numbers of 32 bits.
-pub(super) fn numbers<'a>(data: *const u32, length: usize, name: &str) -> Result<&'a [u32]> {
+/// The same for plain values of C's: every bit pattern is one.
+pub(super) fn array<'a, T: Copy>(data: *const T, length: usize, name: &str) -> Result<&'a [T]> {
     check_length(data.is_null(), length, name)?;
     match length {
         0 => Ok(&[]),
-        _ if !data.is_aligned() || length > isize::MAX as usize / size_of::<u32>() => {
-            Err(invalid(format!("{name} is not an array of {length} numbers")))
+        _ if !data.is_aligned() || length > isize::MAX as usize / size_of::<T>() => {
+            Err(invalid(format!("{name} is not an array of {length}")))
         }
-        // SAFETY: not NULL and aligned, so `length` numbers are there through the call: the header says so.
+        // SAFETY: not NULL and aligned, so `length` values are there through the call: the header says so.
         _ => Ok(unsafe { std::slice::from_raw_parts(data, length) }),
     }
 }

@@ -2,16 +2,16 @@
 
 use std::ffi::c_void;
 use std::io;
+use std::mem::offset_of;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use super::arguments::{Sized_, fd, fill, invalid, structure};
+use super::arguments::{Sized_, fd, invalid, structure};
 use super::call;
 use super::config::{attach, vmbed_builder};
 use super::device::{UserData, vmbed_destroy_fn};
 use super::error::vmbed_error;
 use super::handle::{self, handle};
-use super::vm::vmbed_vm;
 use crate::block::{BlockBackend, BlockOp, BlockRequest};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::lock;
@@ -60,16 +60,16 @@ pub struct vmbed_block_request {
     pub tag: u64,
     /// Where on the disk, in bytes, a multiple of 512.
     pub offset: u64,
-    /// How many bytes, a multiple of 512: all pieces together. 0 for a flush.
+    /// How many bytes, a multiple of 512: all pieces together, where there are any. 0 for a flush.
     pub length: u64,
-    /// The guest's memory, to be filled or written out in this order. NULL for a flush.
+    /// The guest's memory, to be filled or written out in this order. NULL where no data moves.
     pub pieces: *const vmbed_piece,
     /// How many pieces.
     pub count: usize,
-    /// Of a write: other than 0 where it must be on stable storage when it ends, since the driver has no way to flush.
+    /// Of a write or a zeroing: other than 0 where it must be on stable storage when it ends, since the driver has no way to flush.
     pub durable: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Of a zeroing: other than 0 where what was there may be given back to the host.
+    pub unmap: u32,
 }
 
 /// A disk of your own. Its functions are called on a device thread of the VM's, one at a time for each disk, and must not
@@ -94,11 +94,17 @@ pub struct vmbed_block_ops {
     /// Ends the disk's data, see vmbed_destroy_fn. Requests may be pending then; they are still yours to complete, as to
     /// nobody. May be NULL.
     pub destroy: vmbed_destroy_fn,
+    /// The guest no longer needs what is there, and takes whatever it reads from there afterwards. There are no pieces. NULL,
+    /// or `write_zeroes` NULL: the guest is told that the disk knows no such thing.
+    pub discard: Option<unsafe extern "C" fn(user: *mut c_void, request: *const vmbed_block_request) -> i32>,
+    /// Makes it read as zeroes. There are no pieces.
+    pub write_zeroes:
+        Option<unsafe extern "C" fn(user: *mut c_void, request: *const vmbed_block_request) -> i32>,
 }
 
 // SAFETY: it is repr(C) with its size first, and of functions NULL is a value.
 unsafe impl Sized_ for vmbed_block_ops {
-    const FIRST: usize = size_of::<Self>();
+    const FIRST: usize = offset_of!(Self, discard);
     const NAME: &'static str = "vmbed_block_ops";
 }
 
@@ -241,6 +247,7 @@ struct ForeignDisk {
     read: Serve,
     write: Option<Serve>,
     flush: Option<Serve>,
+    discard: Option<(Serve, Serve)>,
     capacity: u64,
     readonly: bool,
     table: Arc<Table>,
@@ -266,7 +273,8 @@ impl ForeignDisk {
         }
         let disk = Handle(handle::make(Table::new()));
         let table = handle::object(disk.0)?;
-        Ok(Self { read, write: ops.write, flush: ops.flush, capacity, readonly, table, disk, user })
+        let discard = ops.discard.zip(ops.write_zeroes);
+        Ok(Self { read, write: ops.write, flush: ops.flush, discard, capacity, readonly, table, disk, user })
     }
 }
 
@@ -279,11 +287,21 @@ impl BlockBackend for ForeignDisk {
         self.readonly
     }
 
+    fn discards(&self) -> bool {
+        self.discard.is_some()
+    }
+
     fn submit(&mut self, request: BlockRequest) {
+        let mut unmap = 0;
         let (serve, durable) = match request.op() {
             BlockOp::Read => (Some(self.read), false),
             BlockOp::Write { durable } => (self.write, durable),
             BlockOp::Flush => (self.flush, false),
+            BlockOp::Discard => (self.discard.map(|(discard, _)| discard), false),
+            BlockOp::WriteZeroes { unmap: may, durable } => {
+                unmap = may.into();
+                (self.discard.map(|(_, zeroes)| zeroes), durable)
+            }
         };
         let Some(serve) = serve else {
             // Nothing to flush. Writes do not come where there is no function for them.
@@ -296,7 +314,7 @@ impl BlockBackend for ForeignDisk {
         // Before the call: another thread may end it before the call returns.
         let tag = self.table.put(request);
         let (disk, durable) = (self.disk.0, durable.into());
-        let given = vmbed_block_request { disk, tag, offset, length, pieces, count, durable, reserved: 0 };
+        let given = vmbed_block_request { disk, tag, offset, length, pieces, count, durable, unmap };
         // SAFETY: the embedder's function with its own data. The pieces stay where they are while the table has the
         // request.
         let answer = unsafe { serve(self.user.pointer(), &given) };
@@ -313,54 +331,4 @@ impl Drop for ForeignDisk {
         lock(&self.table.requests).closed = true;
         self.table.free_when_done(self.disk.0);
     }
-}
-
-/// What a disk has done since the VM was built. A request counts when it is answered.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct vmbed_disk_statistics {
-    /// sizeof(struct vmbed_disk_statistics)
-    pub size: usize,
-    /// Reads that succeeded.
-    pub reads: u64,
-    /// Their bytes.
-    pub read_bytes: u64,
-    /// Writes that succeeded.
-    pub writes: u64,
-    /// Their bytes.
-    pub written_bytes: u64,
-    /// Flushes that succeeded.
-    pub flushes: u64,
-    /// Requests that were answered with an error: the host failed, or what the driver asked for was nonsense.
-    pub errors: u64,
-}
-
-// SAFETY: it is repr(C) with its size first, and all zeroes is a value.
-unsafe impl Sized_ for vmbed_disk_statistics {
-    const FIRST: usize = size_of::<Self>();
-    const NAME: &'static str = "vmbed_disk_statistics";
-}
-
-/// Fills `statistics`, whose size is set, with what disk `index` has done. In every state; reads counters only.
-/// VMBED_ERR_INVALID_ARGUMENT where there is no such disk.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn vmbed_vm_get_disk_statistics(
-    vm: *const vmbed_vm,
-    index: u32,
-    statistics: *mut vmbed_disk_statistics,
-    error: *mut *mut vmbed_error,
-) -> i32 {
-    call(error, || {
-        let now = handle::object(vm)?.vm().disk_statistics(index as usize)?;
-        let value = vmbed_disk_statistics {
-            size: 0,
-            reads: now.reads,
-            read_bytes: now.read_bytes,
-            writes: now.writes,
-            written_bytes: now.written_bytes,
-            flushes: now.flushes,
-            errors: now.errors,
-        };
-        fill(statistics, &value)
-    })
 }

@@ -1,7 +1,6 @@
 //! What a VM is to be.
 
 use std::ffi::{c_char, c_void};
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use super::arguments::{Out, Sized_, fd, invalid, optional, path, slice, structure, text};
@@ -13,8 +12,8 @@ use super::host::vmbed_host;
 use super::vm::{Machine, vmbed_vm};
 use super::{answer, call};
 use crate::config::{
-    BareBoot, Boot, ConsoleKind, CpuMode, CpuidMask, CpuidRegister, DiskConfig, LinuxBoot, NetConfig,
-    Platform, Uuid, VmConfig,
+    BareBoot, Boot, ConsoleKind, CpuMode, CpuidMask, CpuidRegister, LinuxBoot, NetConfig, Platform, Uuid,
+    VmConfig,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::lock;
@@ -316,52 +315,6 @@ pub unsafe extern "C" fn vmbed_config_set_stack(
 ) -> i32 {
     change(config, error, |c| {
         bare(c, "a stack")?.stack = stack;
-        Ok(())
-    })
-}
-
-/// A virtio-blk disk.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct vmbed_disk {
-    /// sizeof(struct vmbed_disk)
-    pub size: usize,
-    /// A regular file or a block device in raw format, a multiple of 512 bytes long. NULL where something is attached with
-    /// vmbed_builder_disk_fd() or vmbed_builder_disk_backend().
-    pub path: *const c_char,
-    /// At most 20 bytes of ASCII, the guest's /sys/block/vda/serial. NULL for none.
-    pub serial: *const c_char,
-    /// Where on the PCI bus, `00:03.0`. NULL: the first free place.
-    pub pci: *const c_char,
-    /// Other than 0: the guest may not write.
-    pub readonly: u32,
-    /// Zero.
-    pub reserved: u32,
-}
-
-// SAFETY: it is repr(C) with its size first, and all zeroes is a value.
-unsafe impl Sized_ for vmbed_disk {
-    const FIRST: usize = size_of::<Self>();
-    const NAME: &'static str = "vmbed_disk";
-}
-
-/// Adds a disk; the guest's drivers see them in this order, events call them `disk0`, `disk1`, ... What it points to
-/// is copied.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn vmbed_config_add_disk(
-    config: *mut vmbed_config,
-    disk: *const vmbed_disk,
-    error: *mut *mut vmbed_error,
-) -> i32 {
-    change(config, error, |c| {
-        let given = structure(disk)?;
-        let mut disk = DiskConfig::attached();
-        disk.path = optional(given.path, "vmbed_disk.path", path)?.map(Path::to_owned);
-        disk.serial = optional(given.serial, "vmbed_disk.serial", text)?.unwrap_or_default().to_owned();
-        disk.pci = optional(given.pci, "vmbed_disk.pci", text)?.map(str::parse).transpose()?;
-        disk.readonly = given.readonly != 0;
-        reserved("vmbed_disk", given.reserved)?;
-        c.disks.push(disk);
         Ok(())
     })
 }

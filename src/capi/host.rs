@@ -4,7 +4,7 @@ use std::ffi::{CString, c_char};
 use std::mem::offset_of;
 use std::time::Duration;
 
-use super::arguments::{Out, Sized_, fill, numbers, optional, path, structure};
+use super::arguments::{Out, Sized_, array, fill, optional, path, structure};
 use super::error::{c_text, vmbed_error};
 use super::handle::{self, handle};
 use super::{answer, call};
@@ -168,7 +168,7 @@ pub(super) fn host_config(options: *const vmbed_host_options) -> Result<HostConf
     config.swap = Bytes(options.swap);
     config.reaction_time = Duration::from_millis(options.reaction_time);
     config.dedicated_cpus =
-        numbers(options.dedicated_cpus, options.dedicated_count, "dedicated_cpus")?.to_vec();
+        array(options.dedicated_cpus, options.dedicated_count, "dedicated_cpus")?.to_vec();
     config.vcpu_ratio = (options.vcpu_ratio != 0.0).then_some(options.vcpu_ratio);
     Ok(config)
 }
@@ -244,6 +244,8 @@ pub struct vmbed_usage {
     pub charged_by: i32,
     /// 0.
     pub unused: i32,
+    /// The sum of what guests say that they have given up to their balloons: advisory, no promise depends on it.
+    pub loaned: u64,
 }
 
 // SAFETY: it is repr(C) with its size first, and all zeroes is a value.
@@ -287,6 +289,7 @@ pub unsafe extern "C" fn vmbed_host_usage(
                 ChargedBy::Machine => VMBED_CHARGED_BY_MACHINE,
             },
             unused: 0,
+            loaned: now.loaned.get(),
         };
         fill(usage, &value)
     })

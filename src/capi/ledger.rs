@@ -1,6 +1,9 @@
 //! What VMs are promised, what is really there, and what their vCPUs get.
 
-use super::arguments::{Sized_, fill, invalid};
+use std::ffi::c_char;
+use std::time::Duration;
+
+use super::arguments::{Sized_, fill, invalid, optional, path};
 use super::config::{change, vmbed_config};
 use super::error::vmbed_error;
 use super::handle;
@@ -8,6 +11,7 @@ use super::host::{host_config, vmbed_host, vmbed_host_options};
 use super::vm::vmbed_vm;
 use super::{answer, call};
 use crate::budget::{Constraint, Verdict};
+use crate::config::CgroupConfig;
 use crate::sys::lock;
 use crate::units::Bytes;
 
@@ -178,7 +182,7 @@ pub unsafe extern "C" fn vmbed_config_set_affinity(
     error: *mut *mut vmbed_error,
 ) -> i32 {
     change(config, error, |c| {
-        let list = super::arguments::numbers(cpus, length, "cpus")?.to_vec();
+        let list = super::arguments::array(cpus, length, "cpus")?.to_vec();
         let at = usize::try_from(vcpu).unwrap_or(usize::MAX);
         if at >= usize::from(crate::config::validate::MAX_VCPUS) {
             return Err(invalid(format!("vcpu is {vcpu}: at most 253")));
@@ -186,6 +190,34 @@ pub unsafe extern "C" fn vmbed_config_set_affinity(
         let lists = &mut c.cpus.affinity;
         lists.resize(lists.len().max(at + 1), Vec::new());
         lists[at] = list;
+        Ok(())
+    })
+}
+
+/// Gives the VM's threads a cgroup (version 2) of their own, below `parent`, the directory of a cgroup that the process is in or
+/// below and may write to, or below the process's own one where that is NULL. It is gone with the VM.
+///
+/// `weight`, 1 to 10,000, is the VM's part of the time that its parent has, when more is wanted than there is; 100 is what
+/// every cgroup begins with. In each `period` of microseconds, 1,000 to 1,000,000, its threads together run `quota`
+/// microseconds at most; 0 for both: there is no limit. Threads of yours that call vmbed_vcpu_run() stay where they are.
+///
+/// What the kernel refuses is an error of vmbed_builder_build() that names the file.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_config_set_cgroup(
+    config: *mut vmbed_config,
+    parent: *const c_char,
+    weight: u32,
+    quota: u64,
+    period: u64,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    change(config, error, |c| {
+        let parent = optional(parent, "parent", path)?.map(Into::into);
+        let mut made = CgroupConfig { parent, weight, ..CgroupConfig::default() };
+        if (quota, period) != (0, 0) {
+            (made.quota, made.period) = (Some(Duration::from_micros(quota)), Duration::from_micros(period));
+        }
+        c.cgroup = Some(made);
         Ok(())
     })
 }

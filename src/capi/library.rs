@@ -14,7 +14,7 @@ pub const VMBED_VERSION_MINOR: u32 = 1;
 pub const VMBED_VERSION_PATCH: u32 = 0;
 
 /// What this library can do. Names stay; a missing one means that the calls for it answer VMBED_ERR_UNSUPPORTED.
-const FEATURES: [&CStr; 11] = [
+const FEATURES: &[&CStr] = &[
     c"linux",
     c"bare",
     c"doorbell",
@@ -22,6 +22,8 @@ const FEATURES: [&CStr; 11] = [
     c"blk-backend",
     c"net-tap",
     c"net-socket",
+    #[cfg(feature = "qcow2")]
+    c"qcow2",
     c"net-backend",
     c"rng",
     c"console-serial",

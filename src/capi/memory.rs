@@ -1,6 +1,6 @@
 //! What guests' memory is made of.
 
-use super::arguments::{Sized_, invalid, numbers, structure};
+use super::arguments::{Sized_, array, invalid, structure};
 use super::config::{change, vmbed_config};
 use super::error::vmbed_error;
 use crate::config::{BackingConfig, BackingKind, HugePages};
@@ -39,7 +39,7 @@ pub struct vmbed_backing {
     /// Other than 0: the kernel may merge pages of the same content (KSM), of anonymous memory only. It saves memory, and
     /// lets a guest find out by time what others hold.
     pub mergeable: u32,
-    /// The host's NUMA nodes that the pages may come from, by their numbers, below 1024. NULL for any.
+    /// The host's NUMA nodes that the pages may come from, by their array, below 1024. NULL for any.
     pub numa_nodes: *const u32,
     /// How many they are.
     pub numa_node_count: usize,
@@ -63,7 +63,7 @@ pub unsafe extern "C" fn vmbed_config_set_backing(
 ) -> i32 {
     change(config, error, |c| {
         let given = structure(backing)?;
-        let nodes = numbers(given.numa_nodes, given.numa_node_count, "vmbed_backing.numa_nodes")?;
+        let nodes = array(given.numa_nodes, given.numa_node_count, "vmbed_backing.numa_nodes")?;
         let kind = match given.kind {
             VMBED_BACKING_MEMFD => BackingKind::Memfd,
             VMBED_BACKING_ANONYMOUS => BackingKind::Anonymous,

@@ -17,6 +17,7 @@ mod balloon;
 mod block;
 mod config;
 mod device;
+mod disk;
 mod drive;
 mod error;
 mod events;

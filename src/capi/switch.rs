@@ -6,14 +6,15 @@ use std::io::BufWriter;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use super::arguments::{Out, Sized_, fd, handles, invalid, numbers, optional, put_optional, structure, text};
+use super::arguments::{Out, Sized_, array, fd, handles, invalid, optional, put_optional, structure, text};
 use super::config::{attach, vmbed_builder};
+use super::disk::vmbed_rate;
 use super::error::{c_text, vmbed_error};
 use super::handle::{self, handle};
 use super::{answer, call};
+use crate::config::RateLimit;
 use crate::error::{Error, ErrorKind, Result};
 use crate::net::switch::{Capture, Guard, PortOptions, PortVlan, Switch, SwitchOptions, SwitchPort};
-use crate::rate::RateLimit;
 use crate::sys::lock;
 
 /// A learning Ethernet switch with VLANs (802.1Q) inside of the process: it needs no privilege, and nothing of the host's
@@ -60,27 +61,6 @@ pub struct vmbed_switch_options {
 unsafe impl Sized_ for vmbed_switch_options {
     const FIRST: usize = size_of::<Self>();
     const NAME: &'static str = "vmbed_switch_options";
-}
-
-/// How much may pass. Over any time t, at most the burst, the rate times t, and one more.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub struct vmbed_rate {
-    /// Bytes a second; 0 for any number.
-    pub bytes_per_second: u64,
-    /// Bytes at once after a rest. 0: a tenth of a second's.
-    pub bytes_burst: u64,
-    /// Frames a second; 0 for any number.
-    pub frames_per_second: u64,
-    /// Frames at once after a rest. 0: a tenth of a second's.
-    pub frames_burst: u64,
-}
-
-impl vmbed_rate {
-    fn limit(&self) -> RateLimit {
-        let limit = RateLimit::NONE.bytes(self.bytes_per_second, self.bytes_burst);
-        limit.ops(self.frames_per_second, self.frames_burst)
-    }
 }
 
 /// What one port is told. All zeroes but the size are the defaults: a port in VLAN 1, without tags. What it points to is
@@ -140,7 +120,7 @@ fn port_options(options: *const vmbed_port_options) -> Result<PortOptions> {
     if given.trunk.is_null() && given.trunk_length == 0 {
         made.vlan = PortVlan::Access(if given.vlan == 0 { 1 } else { vlan(given.vlan, "vlan")? });
     } else {
-        let list = numbers(given.trunk, given.trunk_length as usize, "vmbed_port_options.trunk")?;
+        let list = array(given.trunk, given.trunk_length as usize, "vmbed_port_options.trunk")?;
         let vlans = list.iter().map(|number| vlan(*number, "trunk")).collect::<Result<_>>()?;
         let native = (given.vlan != 0).then(|| vlan(given.vlan, "vlan")).transpose()?;
         made.vlan = PortVlan::Trunk { vlans, native };
@@ -151,7 +131,7 @@ fn port_options(options: *const vmbed_port_options) -> Result<PortOptions> {
     }
     (made.rate_in, made.rate_out) = (given.rate_in.limit(), given.rate_out.limit());
     let storm = given.storm.limit();
-    if given.storm.frames_per_second == u64::MAX {
+    if given.storm.ops_per_second == u64::MAX {
         made.storm = RateLimit { ops_per_second: 0, ops_burst: 0, ..storm };
     } else if !storm.is_none() {
         made.storm = storm;

@@ -1,9 +1,13 @@
 #![forbid(unsafe_code)]
 //! Every rule about a configuration that needs no file, no KVM and no network.
 
+use std::time::Duration;
+
+use super::disk::MAX_QUEUES;
 use super::topology::Topology;
 use super::{
-    BackingConfig, BackingKind, BareBoot, Boot, CpuConfig, CpuMode, HugePages, LinuxBoot, Platform, VmConfig,
+    BackingConfig, BackingKind, BareBoot, Boot, CgroupConfig, CpuConfig, CpuMode, DiskFormat, HugePages,
+    LinuxBoot, PciAddress, Platform, VmConfig,
 };
 use crate::error::FieldError;
 use crate::memory::layout;
@@ -27,9 +31,6 @@ const MAX_MEMORY: u64 = 32 << 40;
 const MAX_SERIAL: usize = 20;
 /// `IFNAMSIZ` less the NUL.
 const MAX_IFNAME: usize = 15;
-/// Device 0 is the host bridge.
-const PCI_PLACES: usize = 31;
-
 pub(super) fn problems(config: &VmConfig) -> Vec<FieldError> {
     let mut found = Found(Vec::new());
     found.name(&config.name);
@@ -37,6 +38,7 @@ pub(super) fn problems(config: &VmConfig) -> Vec<FieldError> {
     found.affinity(&config.cpus);
     found.memory(config);
     found.backing(&config.backing, config.memory);
+    config.cgroup.iter().for_each(|cgroup| found.cgroup(cgroup));
     match &config.boot {
         Boot::Linux(linux) => found.linux(linux, config.platform),
         Boot::Bare(bare) => found.bare(bare, config.memory.get()),
@@ -143,6 +145,19 @@ impl Found {
         }
     }
 
+    fn cgroup(&mut self, cgroup: &CgroupConfig) {
+        let (millisecond, second) = (Duration::from_millis(1), Duration::from_secs(1));
+        if !(1..=10_000).contains(&cgroup.weight) {
+            self.add("cgroup.weight", format!("is {}", cgroup.weight), "1 to 10000");
+        }
+        if !(millisecond..=second).contains(&cgroup.period) {
+            self.add("cgroup.period", format!("is {:?}", cgroup.period), "1 ms to 1 s");
+        }
+        if let Some(quota) = cgroup.quota.filter(|quota| *quota < millisecond) {
+            self.add("cgroup.quota", format!("is {quota:?}"), "at least 1 ms, or None for no limit");
+        }
+    }
+
     fn linux(&mut self, linux: &LinuxBoot, platform: Platform) {
         if linux.kernel.as_os_str().is_empty() {
             self.add("boot.kernel", "is empty", "the path of a bzImage or an ELF kernel");
@@ -200,6 +215,19 @@ impl Found {
                 let problem = format!("is {:?}", disk.serial);
                 self.add(format!("disks[{i}].serial"), problem, "at most 20 printable ASCII characters");
             }
+            if !disk.backing.is_empty() && disk.format != DiskFormat::Qcow2 {
+                self.add(
+                    format!("disks[{i}].backing"),
+                    "is not empty",
+                    "only a qcow2 image is based on another",
+                );
+            }
+            if disk.format != DiskFormat::Raw && disk.path.is_none() {
+                self.add(format!("disks[{i}].path"), "is absent", "what is attached is raw: name the image");
+            }
+            if !(1..=MAX_QUEUES).contains(&disk.queues) {
+                self.add(format!("disks[{i}].queues"), format!("is {}", disk.queues), "1 to 16");
+            }
         }
         for (i, net) in config.nets.iter().enumerate() {
             if let Some(tap) = net.tap.as_ref().filter(|tap| !is_interface_name(tap)) {
@@ -243,14 +271,21 @@ impl Found {
                 self.add("console", "is Virtio, which needs a PCI bus", "Serial, or Platform::Pc");
             }
         }
-        if count > PCI_PLACES {
-            self.add("disks, nets", format!("{count} PCI devices"), format!("at most {PCI_PLACES}"));
+        let places = PciAddress::PLACES;
+        if count > places {
+            self.add("disks, nets", format!("{count} PCI devices"), format!("at most {places}"));
         }
         for (i, (field, address)) in devices.iter().enumerate() {
             let Some(address) = address else { continue };
-            if !(1..32).contains(&address.device) {
-                let problem = format!("is device {}", address.device);
-                self.add(format!("{field}.pci"), problem, "device 1 to 31; 0 is the host bridge");
+            if !(1..32).contains(&address.device) || address.function > 7 {
+                let problem = format!("is device {}, function {}", address.device, address.function);
+                let right = "device 1 to 31, function 0 to 7; device 0 is the host bridge";
+                self.add(format!("{field}.pci"), problem, right);
+            }
+            let first = PciAddress::new(address.device);
+            if *address != first && !devices.iter().any(|(_, a)| *a == Some(first)) {
+                let problem = format!("is {address}, but nothing is at {first}");
+                self.add(format!("{field}.pci"), problem, "guests look for functions where function 0 is");
             }
             if let Some((other, _)) = devices[..i].iter().find(|(_, a)| a == &Some(*address)) {
                 self.add(format!("{field}.pci"), format!("{address} is taken by {other}"), "");
@@ -286,7 +321,7 @@ mod tests {
         config.boot = Boot::Linux(LinuxBoot::new("").initrd("").cmdline("a\0b".repeat(700)));
         config.disks = vec![DiskConfig::new(""), DiskConfig::new("ok")];
         config.disks[1].serial = "ä".into();
-        config.disks[1].pci = Some(PciAddress { device: 32 });
+        config.disks[1].pci = Some(PciAddress::new(32));
         config.nets =
             vec![NetConfig::tap("much-too-long-a-name"), NetConfig::tap("t0"), NetConfig::tap("t0")];
         config.nets[1].mac = Some(MacAddress([1, 0, 0, 0, 0, 0]));
@@ -364,7 +399,11 @@ mod tests {
             disk.pci = Some("00:05.0".parse().unwrap());
         }
         assert_eq!(bad(&config), ["disks[1].pci"]);
-        config.disks = vec![DiskConfig::new("a"); 31];
+        config.disks[1].pci = Some("00:06.1".parse().unwrap());
+        assert_eq!(bad(&config), ["disks[1].pci"]);
+        config.disks[1].pci = Some("00:05.1".parse().unwrap());
+        config.validate().unwrap();
+        config.disks = vec![DiskConfig::new("a"); PciAddress::PLACES];
         assert_eq!(bad(&config), ["disks, nets"]);
     }
 
@@ -379,10 +418,10 @@ mod tests {
 
     #[test]
     fn names_parse_and_print() {
-        for text in ["00:01.0", "00:1f.0"] {
+        for text in ["00:01.0", "00:1f.7"] {
             assert_eq!(text.parse::<PciAddress>().unwrap().to_string(), text);
         }
-        for text in ["00:00.0", "00:20.0", "01:01.0", "00:01.1", ""] {
+        for text in ["00:00.0", "00:20.0", "01:01.0", "00:01.8", "00:+1.0", "00:01", ""] {
             assert!(text.parse::<PciAddress>().is_err(), "{text}");
         }
         let mac = "52:54:00:12:34:56";

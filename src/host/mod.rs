@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
@@ -93,8 +93,8 @@ impl Host {
             })
         };
         let (cpu, nested_paging) = (host_cpu(&kvm)?, probe::nested_paging());
-        let herd = Arc::default();
-        let parts = Arc::new(HostParts { cpu, ledger, kvm, roll, herd, nested_paging, headroom });
+        let (herd, io_uring) = (Arc::default(), OnceLock::new());
+        let parts = Arc::new(HostParts { cpu, ledger, kvm, roll, herd, nested_paging, io_uring, headroom });
         Ok(Self { parts, samples, reaction, reclaim: Arc::default() })
     }
 
@@ -148,7 +148,7 @@ impl Host {
     /// What the VMs of this host hold, what there is, and how much of it is really there. Costs two system calls
     /// a VM, and waits for nothing but a VM's making or end.
     pub fn usage(&self) -> Usage {
-        Usage::new(self.parts.ledger.promised(), &self.parts.roll, &self.samples)
+        Usage::new(self.parts.ledger.promised(), self.parts.herd.loaned(), &self.parts.roll, &self.samples)
     }
 }
 

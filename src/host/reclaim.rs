@@ -205,11 +205,15 @@ struct Worker {
     paused: BTreeMap<u64, Duration>,
     /// Victims that have not given their memory back yet.
     stopped: BTreeSet<u64>,
+    /// When the host was looked at: the last time, and the time before. What a plan answers to began between the two.
+    looks: [Instant; 2],
 }
 
 impl Worker {
     fn new(shared: Arc<Shared>, watch: Watch) -> Self {
-        Self { shared, watch, start: Instant::now(), paused: BTreeMap::new(), stopped: BTreeSet::new() }
+        let start = Instant::now();
+        let (paused, stopped) = (BTreeMap::new(), BTreeSet::new());
+        Self { shared, watch, start, paused, stopped, looks: [start; 2] }
     }
 
     fn run(mut self) {
@@ -235,6 +239,7 @@ impl Worker {
     fn turn(&mut self, limits: &Thresholds) -> bool {
         let herd = self.shared.herd.clone();
         self.stopped.retain(|vm| !herd.clear(*vm));
+        self.looks = [Instant::now(), self.looks[0]];
         let Some(free) = self.shared.samples.headroom(Duration::ZERO).free else { return false };
         let (now, swap) = (self.start.elapsed(), residency::swap_free());
         let mut sample = Sample { now, free, swap, vms: herd.sample(&self.paused) };
@@ -251,7 +256,7 @@ impl Worker {
             if let Step::PageOut { vm, bytes } = *step
                 && Instant::now() < deadline
             {
-                log::debug!("{step:?}");
+                self.log(log::Level::Debug, *step);
                 herd.page_out(vm, bytes, deadline);
             }
         }
@@ -263,7 +268,7 @@ impl Worker {
     }
 
     fn carry_out(&mut self, step: Step, now: Duration) {
-        log::info!("{step:?}");
+        self.log(log::Level::Info, step);
         let herd = &self.shared.herd;
         match step {
             Step::Balloon { vm, target } => herd.set_balloon(vm, target),
@@ -284,6 +289,12 @@ impl Worker {
                 herd.stop(vm);
             }
         }
+    }
+
+    /// Says what is done, and how long ago it can have become necessary.
+    fn log(&self, level: log::Level, step: Step) {
+        let late = self.looks[1].elapsed().as_millis();
+        log::log!(level, "{step:?}, for what began at most {late} ms ago");
     }
 }
 

@@ -41,8 +41,10 @@ pub struct Usage {
     pub backing: Bytes,
     /// Guest memory that KVM has mapped for guests, as its statistics say; 0 where they say nothing.
     pub stage2: Bytes,
-    /// Guest memory that cannot be paged out.
+    /// Guest memory that cannot be paged out: all of VMs on huge pages of the administrator's pool.
     pub pinned: Bytes,
+    /// The sum of what guests say that they have given up to their balloons: advisory, no promise depends on it.
+    pub loaned: Bytes,
     /// This process's own resident memory beside its guests'.
     pub process: Bytes,
     /// What the kernel charges.
@@ -55,7 +57,7 @@ pub struct Usage {
 }
 
 impl Usage {
-    pub(super) fn new(promised: Promised, roll: &Roll, samples: &Samples) -> Self {
+    pub(super) fn new(promised: Promised, loaned: Bytes, roll: &Roll, samples: &Samples) -> Self {
         let short = |n: u128| u64::try_from(n).unwrap_or(u64::MAX);
         let (memory, there, process) = (&promised.provider.memory, roll.sum(), samples.process());
         let (charged, charged_by) = samples.charged();
@@ -76,7 +78,8 @@ impl Usage {
             dedicated_cpus: promised.provider.dedicated,
             backing: there.backing,
             stage2: there.stage2,
-            pinned: Bytes(0),
+            pinned: promised.pinned,
+            loaned,
             process: Bytes(process),
             charged: Bytes(charged),
             charged_by,

@@ -12,7 +12,11 @@ use crate::config::PciAddress;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::lock;
 
-const DEVICES: usize = 32;
+/// 32 devices with 8 functions each, numbered as in a routing ID.
+const PLACES: usize = 32 * 8;
+/// Where function 0 says that there are others.
+const HEADER_TYPE: usize = 0x0e;
+const MULTIFUNCTION: u8 = 0x80;
 /// A host bridge that needs no driver (class 06.00).
 const BRIDGE: Identity = Identity {
     vendor: 0x1b36,
@@ -27,7 +31,7 @@ const BRIDGE: Identity = Identity {
 pub(crate) struct Root {
     bridge: Mutex<ConfigSpace>,
     /// Index 0 is the bridge itself.
-    functions: [Option<Arc<dyn Function>>; DEVICES],
+    functions: [Option<Arc<dyn Function>>; PLACES],
     /// Where BARs answer now.
     bars: RwLock<Vec<(Range<u64>, usize)>>,
     /// What was last written to port 0xcf8.
@@ -37,9 +41,9 @@ pub(crate) struct Root {
 impl Root {
     /// A bus with these functions. The configuration was validated: no place is taken twice.
     pub fn new(functions: Vec<(PciAddress, Arc<dyn Function>)>) -> Result<Arc<Self>> {
-        let mut places = [const { None }; DEVICES];
+        let mut places = [const { None }; PLACES];
         for (address, function) in functions {
-            match places.get_mut(usize::from(address.device)) {
+            match places.get_mut(address.index()) {
                 Some(place @ None) if address.device != 0 => *place = Some(function),
                 _ => {
                     let why = format!("PCI address {address} is taken or does not exist");
@@ -54,27 +58,34 @@ impl Root {
         Ok(root)
     }
 
-    /// Reads configuration space of device `device`, function 0; all-ones where nobody is.
-    fn read_config(&self, device: usize, offset: usize, data: &mut [u8]) {
+    /// Reads configuration space of the function at `place`; all-ones where nobody is.
+    fn read_config(&self, place: usize, offset: usize, data: &mut [u8]) {
         if offset >= SIZE {
             // Extended space: there, but empty.
-            data.fill(if self.exists(device) { 0 } else { 0xff });
-        } else if device == 0 {
+            data.fill(if self.exists(place) { 0 } else { 0xff });
+        } else if place == 0 {
             lock(&self.bridge).read(offset, data);
-        } else if let Some(function) = self.functions.get(device).and_then(Option::as_ref) {
+        } else if let Some(function) = self.functions.get(place).and_then(Option::as_ref) {
             function.read_config(offset, data);
+            let others = place + 1..(place & !7) + 8;
+            if place & 7 == 0
+                && others.into_iter().any(|other| self.exists(other))
+                && let Some(header_type) = HEADER_TYPE.checked_sub(offset).and_then(|at| data.get_mut(at))
+            {
+                *header_type |= MULTIFUNCTION;
+            }
         } else {
             data.fill(0xff);
         }
     }
 
-    fn write_config(&self, device: usize, offset: usize, data: &[u8]) {
+    fn write_config(&self, place: usize, offset: usize, data: &[u8]) {
         if offset >= SIZE {
             return;
         }
-        if device == 0 {
+        if place == 0 {
             lock(&self.bridge).write(offset, data);
-        } else if let Some(function) = self.functions.get(device).and_then(Option::as_ref) {
+        } else if let Some(function) = self.functions.get(place).and_then(Option::as_ref) {
             let before = function.bar();
             function.write_config(offset, data);
             if function.bar() != before {
@@ -83,8 +94,8 @@ impl Root {
         }
     }
 
-    fn exists(&self, device: usize) -> bool {
-        device == 0 || self.functions.get(device).is_some_and(Option::is_some)
+    fn exists(&self, place: usize) -> bool {
+        place == 0 || self.functions.get(place).is_some_and(Option::is_some)
     }
 
     fn rebuild(&self) {
@@ -106,23 +117,23 @@ impl Root {
 /// The memory-mapped configuration space (PCI Express Base, 7.2.2).
 pub(crate) struct Ecam(pub Arc<Root>);
 
-/// Device and register of an offset into the window; `None` for functions other than 0.
+/// Place and register of an offset into the window; `None` for buses other than 0.
 fn ecam_place(offset: u64) -> Option<(usize, usize)> {
-    let (bus, device, function) = (offset >> 20, offset >> 15 & 31, offset >> 12 & 7);
-    (bus == 0 && function == 0).then_some((device as usize, (offset & 0xfff) as usize))
+    let (bus, place) = (offset >> 20, offset >> 12 & 0xff);
+    (bus == 0).then_some((place as usize, (offset & 0xfff) as usize))
 }
 
 impl Device for Ecam {
     fn read(&self, access: Access, data: &mut [u8]) -> Result<()> {
-        if let Some((device, register)) = ecam_place(access.offset) {
-            self.0.read_config(device, register, data);
+        if let Some((place, register)) = ecam_place(access.offset) {
+            self.0.read_config(place, register, data);
         }
         Ok(())
     }
 
     fn write(&self, access: Access, data: &[u8]) -> Result<()> {
-        if let Some((device, register)) = ecam_place(access.offset) {
-            self.0.write_config(device, register, data);
+        if let Some((place, register)) = ecam_place(access.offset) {
+            self.0.write_config(place, register, data);
         }
         Ok(())
     }
@@ -135,12 +146,12 @@ impl ConfigPorts {
     pub const BASE: u64 = 0xcf8;
     pub const LEN: u64 = 8;
 
-    /// Device and register that an access to the data ports means; `None` where nothing is.
+    /// Place and register that an access to the data ports means; `None` where nothing is.
     fn place(&self, offset: u64) -> Option<(usize, usize)> {
         let address = self.0.address.load(Ordering::Relaxed);
-        let (enabled, bus, function) = (address >> 31 == 1, address >> 16 & 0xff, address >> 8 & 7);
+        let (enabled, bus) = (address >> 31 == 1, address >> 16 & 0xff);
         let register = (address & 0xfc) as usize + (offset as usize & 3);
-        (enabled && bus == 0 && function == 0).then_some(((address >> 11 & 31) as usize, register))
+        (enabled && bus == 0).then_some(((address >> 8 & 0xff) as usize, register))
     }
 }
 
@@ -151,8 +162,8 @@ impl Device for ConfigPorts {
                 data.copy_from_slice(&self.0.address.load(Ordering::Relaxed).to_le_bytes())
             }
             4.. => {
-                if let Some((device, register)) = self.place(access.offset) {
-                    self.0.read_config(device, register, data);
+                if let Some((place, register)) = self.place(access.offset) {
+                    self.0.read_config(place, register, data);
                 }
             }
             _ => {}
@@ -167,8 +178,8 @@ impl Device for ConfigPorts {
                 self.0.address.store(u32::from_le_bytes([*a, *b, *c, *d]), Ordering::Relaxed)
             }
             (4.., _) => {
-                if let Some((device, register)) = self.place(access.offset) {
-                    self.0.write_config(device, register, data);
+                if let Some((place, register)) = self.place(access.offset) {
+                    self.0.write_config(place, register, data);
                 }
             }
             _ => {}
@@ -236,7 +247,7 @@ mod tests {
 
     fn root() -> (Arc<Root>, Arc<Plain>) {
         let plain = Plain::new(BASE + 0x1000);
-        (Root::new(vec![(PciAddress { device: 3 }, plain.clone())]).unwrap(), plain)
+        (Root::new(vec![(PciAddress::new(3), plain.clone())]).unwrap(), plain)
     }
 
     fn read(device: &dyn Device, offset: u64, len: usize) -> u64 {
@@ -295,10 +306,21 @@ mod tests {
     }
 
     #[test]
+    fn functions_of_one_device_are_found_by_its_first() {
+        let at = |function| (PciAddress { device: 3, function }, Plain::new(0) as Arc<dyn Function>);
+        let root = Root::new(vec![at(0), at(7), (PciAddress::new(4), Plain::new(0) as _)]).unwrap();
+        let ecam = Ecam(root);
+        let header = |place: u64| read(&ecam, place << 12 | 0x0e, 1);
+        assert_eq!((header(3 << 3), header(3 << 3 | 7), header(4 << 3)), (0x80, 0, 0));
+        assert_eq!((read(&ecam, 3 << 15 | 0x0c, 4) >> 16, read(&ecam, 3 << 15 | 0x0f, 1)), (0x80, 0));
+        assert_eq!(read(&ecam, 3 << 15 | 6 << 12, 4), 0xffff_ffff);
+    }
+
+    #[test]
     fn a_place_is_taken_once() {
-        let functions = || (PciAddress { device: 3 }, Plain::new(0) as Arc<dyn Function>);
+        let functions = || (PciAddress::new(3), Plain::new(0) as Arc<dyn Function>);
         assert!(Root::new(vec![functions(), functions()]).is_err());
-        assert!(Root::new(vec![(PciAddress { device: 0 }, Plain::new(0) as Arc<dyn Function>)]).is_err());
-        assert!(Root::new(vec![(PciAddress { device: 32 }, Plain::new(0) as Arc<dyn Function>)]).is_err());
+        assert!(Root::new(vec![(PciAddress::new(0), Plain::new(0) as Arc<dyn Function>)]).is_err());
+        assert!(Root::new(vec![(PciAddress::new(32), Plain::new(0) as Arc<dyn Function>)]).is_err());
     }
 }

@@ -113,6 +113,42 @@ impl<'a> IoList<'a> {
         Ok(copy_from(&self.pieces[self.done..], at, bytes))
     }
 
+    /// The `len` bytes from byte `at` on, in room for them.
+    #[cfg(feature = "qcow2")]
+    pub(crate) fn part<'b>(&self, room: &'b mut Pieces, mut at: usize, mut len: usize) -> IoList<'b>
+    where
+        'a: 'b,
+    {
+        let mut part = room.list();
+        part.readonly = self.readonly;
+        for Piece(piece) in &self.pieces[self.done..] {
+            let skipped = at.min(piece.iov_len);
+            let step = len.min(piece.iov_len - skipped);
+            at -= skipped;
+            len -= step;
+            if step > 0 {
+                part.append(piece.iov_base.cast::<u8>().wrapping_add(skipped), step);
+            }
+        }
+        part
+    }
+
+    /// Fills it with zeroes.
+    #[cfg(feature = "qcow2")]
+    pub(crate) fn fill_zeroes(&self) -> io::Result<()> {
+        static ZEROES: [u8; 4096] = [0; 4096];
+        let (mut at, len) = (0, self.len());
+        while at < len {
+            at += self.copy_from(at, &ZEROES[..ZEROES.len().min(len - at)])?;
+        }
+        Ok(())
+    }
+
+    /// Whether every piece begins and ends at a multiple of `align`, a power of two.
+    pub(crate) fn is_aligned(&self, align: usize) -> bool {
+        self.pieces[self.done..].iter().all(|p| (p.0.iov_base.addr() | p.0.iov_len) & (align - 1) == 0)
+    }
+
     /// The pieces as the kernel's interfaces describe them, valid for as long as the list is.
     pub(crate) fn raw(&self) -> &[libc::iovec] {
         raw(&self.pieces[self.done..])
@@ -174,6 +210,13 @@ impl<O: Deref<Target = GuestMemoryMmap>> OwnedList<O> {
     /// The pieces as the kernel's interfaces describe them, valid until the list goes.
     pub fn raw(&self) -> &[libc::iovec] {
         raw(&self.pieces.0)
+    }
+
+    /// What of it is behind its first `done` bytes, to go on with. They are gone from it.
+    pub fn rest(&mut self, done: usize) -> IoList<'_> {
+        let mut list = IoList { pieces: &mut self.pieces.0, done: 0, readonly: false, memory: PhantomData };
+        list.advance(done);
+        list
     }
 
     /// The room for the next list, and what kept the memory.

@@ -7,9 +7,12 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub(crate) mod fd;
+pub(crate) mod file;
 pub(crate) mod fork;
 #[cfg(test)]
 pub(crate) mod guest_pages;
+#[cfg(feature = "qcow2")]
+pub(crate) mod image;
 pub(crate) mod io;
 pub(crate) mod kvm;
 pub(crate) mod kvm_stats;
@@ -19,6 +22,7 @@ pub(crate) mod signal;
 pub(crate) mod tap;
 pub(crate) mod thread;
 pub(crate) mod tsc;
+pub(crate) mod uring;
 
 /// Locks, also after a panic elsewhere: what our locks guard is left consistent at every step, and a
 /// panicking thread has already ended its VM.

@@ -55,7 +55,7 @@ impl Machine {
         let placed = functions
             .iter()
             .enumerate()
-            .map(|(i, function)| (PciAddress { device: i as u8 + 1 }, function.clone() as Arc<dyn Function>));
+            .map(|(i, function)| (PciAddress::new(i as u8 + 1), function.clone() as Arc<dyn Function>));
         let root = Root::new(placed.collect()).unwrap();
         let (mut mmio, mut pio) = (Bus::default(), Bus::default());
         let len = layout::ECAM.end - layout::ECAM.start;

@@ -59,8 +59,8 @@ pub(super) struct Board {
     virtio: Vec<Arc<VirtioPci>>,
     pump: Mutex<Option<Attached<Pump>>>,
     loops: Vec<Arc<EventLoop>>,
-    /// What disks and cards count, in the order of the configuration.
-    pub disks: Vec<Arc<blk::Counters>>,
+    /// Disks, and what cards count, in the order of the configuration.
+    pub disks: Vec<Arc<blk::Control>>,
     pub nets: Vec<Arc<net::Counters>>,
     pub balloon: Option<Arc<balloon::Control>>,
 }

@@ -11,6 +11,7 @@ use kvm_ioctls::{Kvm, VmFd};
 use super::Vm;
 use super::accounts;
 use super::board::{self, Board, Plan, Wiring};
+use super::cgroup::Cgroup;
 use super::doorbell::Doorbell;
 use super::herd::Herd;
 use super::machine::{Control, End, Machine, VmState};
@@ -19,13 +20,14 @@ use crate::boot::{self, Entry, Identity, Protocol};
 use crate::budget::{Claim, Claimed, Headroom, Ledger, Shape, overhead};
 use crate::bus::{Bus, Device};
 use crate::config::topology::Topology;
-use crate::config::{Boot, CpuMode, Platform, Uuid, VmConfig};
+use crate::config::{Boot, CpuMode, DiskConfig, DiskEngine, DiskFormat, Platform, Uuid, VmConfig};
 use crate::console::Output;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, Reporter, VmId};
 use crate::memory::{Memory, Roll, layout, slots};
 use crate::reactor::{Dispatcher, EventLoop};
 use crate::sys;
+use crate::sys::uring;
 use crate::units::Bytes;
 use crate::vcpu::cpuid::{self, HostCpu};
 use crate::vcpu::{Gate, Surroundings, Vcpu, msrs, regs};
@@ -41,6 +43,8 @@ pub(crate) struct HostParts {
     pub herd: Arc<Herd>,
     /// The processor walks guests' page tables itself.
     pub nested_paging: bool,
+    /// This process may use io_uring, once somebody has asked.
+    pub io_uring: OnceLock<bool>,
     /// A sample of the host's memory, for a claim: it costs 0.1 ms, a tenth of a bare VM's making. Empty where it is not
     /// asked for and no reaction time makes it matter all the same.
     pub headroom: Box<dyn Fn(bool) -> Headroom + Send + Sync>,
@@ -57,15 +61,27 @@ impl HostParts {
         if answer.is_err() && !matters { self.ledger.claim(claim, (self.headroom)(true)) } else { answer }
     }
 
+    /// How many rings of io_uring its disks will have.
+    fn rings(&self, config: &VmConfig) -> u64 {
+        let by_rings = |d: &&DiskConfig| d.format == DiskFormat::Raw && d.engine != DiskEngine::Sync;
+        let rings = config.disks.iter().filter(by_rings).map(|d| u64::from(d.queues)).sum();
+        if rings > 0 && *self.io_uring.get_or_init(uring::is_there) { rings } else { 0 }
+    }
+
     /// What a VM of this configuration asks of the ledger.
     pub fn claim_of(&self, config: &VmConfig) -> Claim {
         let count = config.cpus.count.into();
         let (vcpus, dedicated) = if config.cpus.dedicated { (0, count) } else { (count, 0) };
         let threads = match config.platform {
-            Platform::Pc => 1 + config.disks.len() as u64 + u64::from(config.balloon.is_some()),
+            Platform::Pc => {
+                1 + config.disks.iter().map(|d| u64::from(d.queues)).sum::<u64>()
+                    + u64::from(config.balloon.is_some())
+            }
             Platform::Bare => 0,
         };
-        let shape = Shape { memory: config.memory, vcpus: count, threads, nested_paging: self.nested_paging };
+        let nested_paging = self.nested_paging;
+        let shape =
+            Shape { memory: config.memory, vcpus: count, threads, rings: self.rings(config), nested_paging };
         Claim {
             memory: config.memory,
             entitlement: config.memory,
@@ -340,7 +356,8 @@ impl VmBuilder {
             gate: Gate::new(config.cpus.count.into()),
             near: Arc::default(),
         });
-        let threads = Threads { id, hook, stop: end.line(id) };
+        let cgroup = config.cgroup.as_ref().map(|own| Cgroup::make(id, own)).transpose()?.map(Arc::new);
+        let threads = Threads { id, hook, stop: end.line(id), cgroup: cgroup.clone() };
         let main_loop = match (config.platform, &wiring.dispatcher) {
             (Platform::Bare, _) => None,
             (Platform::Pc, Some(dispatcher)) => Some(EventLoop::turned_by(dispatcher)),
@@ -397,6 +414,7 @@ impl VmBuilder {
             vm,
             memory,
             reservation: claimed.commit(),
+            _cgroup: cgroup,
             host,
             control: Mutex::new(Control::default()),
             state: Mutex::new(VmState::Built),

@@ -6,13 +6,14 @@ use std::sync::Arc;
 
 use super::board::Plan;
 use super::sources::Sources;
-use crate::config::{ConsoleKind, MacAddress, PciAddress, Uuid};
+use crate::block::Backend;
+use crate::config::{ConsoleKind, DiskConfig, MacAddress, PciAddress, Uuid};
 use crate::console::Console;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::memory::layout;
 use crate::reactor::{EventLoop, Place};
 use crate::virtio::balloon::{self, Balloon};
-use crate::virtio::blk::{self, Blk};
+use crate::virtio::blk::{Blk, Control};
 use crate::virtio::console::ConsolePort;
 use crate::virtio::net::{self, Net};
 use crate::virtio::rng::Rng;
@@ -27,16 +28,16 @@ pub(super) struct Planned {
 }
 
 impl Planned {
-    /// Where its BAR is: a function of its place alone, so that it stays when others come and go.
+    /// Where its BAR is: a matter of its place alone, so that it stays when others come and go.
     pub fn bar(&self) -> Range<u64> {
-        let start = layout::PCI_MMIO32.start + u64::from(self.address.device) * BAR_SIZE;
+        let start = layout::PCI_MMIO32.start + self.address.index() as u64 * BAR_SIZE;
         start..start + BAR_SIZE
     }
 }
 
 /// The free places of the bus.
 struct Places {
-    taken: Vec<u8>,
+    taken: Vec<PciAddress>,
 }
 
 impl Places {
@@ -44,9 +45,9 @@ impl Places {
     fn take(&mut self, wanted: Option<PciAddress>) -> PciAddress {
         wanted.unwrap_or_else(|| {
             // Validated: there are no more devices than places.
-            let device = (1..32).find(|d| !self.taken.contains(d)).unwrap_or(31);
-            self.taken.push(device);
-            PciAddress { device }
+            let address = PciAddress::all().find(|a| !self.taken.contains(a)).unwrap_or(PciAddress::new(31));
+            self.taken.push(address);
+            address
         })
     }
 }
@@ -55,7 +56,7 @@ impl Places {
 #[derive(Default)]
 pub(super) struct Made {
     pub planned: Vec<Planned>,
-    pub disks: Vec<Arc<blk::Counters>>,
+    pub disks: Vec<Arc<Control>>,
     pub nets: Vec<Arc<net::Counters>>,
     pub balloon: Option<Arc<balloon::Control>>,
 }
@@ -71,7 +72,7 @@ pub(super) fn make(
     let config = plan.config;
     let named = config.disks.iter().map(|d| d.pci).chain(config.nets.iter().map(|n| n.pci));
     let named = named.chain(config.balloon.iter().map(|b| b.pci));
-    let mut places = Places { taken: named.flatten().map(|a| a.device).collect() };
+    let mut places = Places { taken: named.flatten().collect() };
     let Made { mut planned, mut disks, mut nets, mut balloon } = Made::default();
     let signals = |id: &str| Signals::new(plan.reporter.device(id));
     let mut add = |address: PciAddress, device: Box<dyn VirtioDevice>, signals: Signals| {
@@ -80,12 +81,19 @@ pub(super) fn make(
     let place = |on: &Arc<EventLoop>| Place::Loop(on.clone(), plan.stop.clone());
     let main_loop = loops[0].clone();
     for (i, disk) in config.disks.iter().enumerate() {
-        let own = plan.threads.start_loop(loops.len() as u32)?;
-        loops.push(own.clone());
-        let device = Blk::new(&format!("disk{i}"), &disk.serial, sources.disk(i, disk)?, place(&own));
-        disks.push(device.counters());
-        let signals = signals(device.id());
-        add(places.take(disk.pci), Box::new(device), signals);
+        let id = format!("disk{i}");
+        let signals = signals(&id);
+        let backends = queues(&id, disk, sources.disk(i, disk)?)?;
+        let mut lanes = Vec::with_capacity(backends.len());
+        let control = Control::new(&id, disk, &*backends[0], backends.len(), Some(signals.clone()));
+        for backend in backends {
+            let own = plan.threads.start_loop(loops.len() as u32)?;
+            loops.push(own.clone());
+            lanes.push((backend, place(&own)));
+        }
+        let control = Arc::new(control);
+        disks.push(control.clone());
+        add(places.take(disk.pci), Box::new(Blk::new(control, &disk.serial, lanes)), signals);
     }
     for (i, net) in config.nets.iter().enumerate() {
         let mac = net.mac.unwrap_or_else(|| stable_mac(config.uuid, i));
@@ -113,6 +121,19 @@ pub(super) fn make(
         add(places.take(None), Box::new(device), signals("console0"));
     }
     Ok(Made { planned, disks, nets, balloon })
+}
+
+/// A backend for each of the disk's queues.
+fn queues(id: &str, config: &DiskConfig, first: Box<dyn Backend>) -> Result<Vec<Box<dyn Backend>>> {
+    let mut all = vec![first];
+    while all.len() < usize::from(config.queues) {
+        let Some(next) = all[0].another()? else {
+            let why = format!("{id}: queues is {}: code of yours serves one", config.queues);
+            return Err(Error::new(ErrorKind::InvalidArgument, why));
+        };
+        all.push(next);
+    }
+    Ok(all)
 }
 
 /// A locally administered address that follows from the VM's identity and the card's number
@@ -144,8 +165,10 @@ mod tests {
 
     #[test]
     fn explicit_places_are_kept_and_the_others_fill_the_gaps() {
-        let mut places = Places { taken: vec![1, 3] };
-        assert_eq!(places.take(Some(PciAddress { device: 3 })).device, 3);
+        let mut places = Places { taken: vec![PciAddress::new(1), PciAddress::new(3)] };
+        assert_eq!(places.take(Some(PciAddress::new(3))).device, 3);
         assert_eq!((places.take(None).device, places.take(None).device), (2, 4));
+        let more: Vec<_> = (0..28).map(|_| places.take(None)).collect();
+        assert_eq!(more[26..], [PciAddress::new(31), PciAddress { device: 1, function: 1 }]);
     }
 }

@@ -11,6 +11,7 @@ use crate::budget::reclaim::{Standing, VmSample};
 use crate::events::{EventKind, ReclaimStage, StopCause};
 use crate::sys::lock;
 use crate::units::Bytes;
+use crate::virtio::balloon::Control;
 
 /// How long a guest that took memory back by itself is left alone.
 const PEACE: Duration = Duration::from_secs(30);
@@ -26,12 +27,14 @@ struct Place {
     machine: Mutex<Weak<Machine>>,
     /// Where paging out goes on.
     cursor: AtomicU64,
+    balloon: Option<Arc<Control>>,
 }
 
 impl Herd {
     pub(super) fn join(&self, machine: &Arc<Machine>) {
-        let place = Place { machine: Mutex::new(Arc::downgrade(machine)), cursor: AtomicU64::new(0) };
-        lock(&self.0).insert(machine.id.0, Arc::new(place));
+        let balloon = machine.board.balloon.clone();
+        let (id, machine) = (machine.id.0, Mutex::new(Arc::downgrade(machine)));
+        lock(&self.0).insert(id, Arc::new(Place { machine, cursor: AtomicU64::new(0), balloon }));
     }
 
     /// Takes a VM out; when this returns, nobody works on it.
@@ -41,6 +44,13 @@ impl Herd {
         if let Some(place) = place {
             *lock(&place.machine) = Weak::new();
         }
+    }
+
+    /// What all guests say that they have given up. Waits for nobody who works on a VM.
+    pub fn loaned(&self) -> Bytes {
+        let herd = lock(&self.0);
+        let balloons = herd.values().filter_map(|place| place.balloon.as_ref());
+        Bytes(balloons.fold(0, |sum, balloon| sum.saturating_add(balloon.actual().get())))
     }
 
     /// Every VM, as the policy sees it; `paused` are those that it has paused, with their deadlines.

@@ -19,6 +19,7 @@ use kvm_ioctls::VmFd;
 
 use super::board::Board;
 use super::builder::HostParts;
+use super::cgroup::Cgroup;
 use super::clock;
 use crate::budget::Reservation;
 use crate::error::{Error, ErrorKind, Result};
@@ -96,6 +97,8 @@ pub(super) struct Machine {
     pub memory: Memory,
     /// Gives back what was booked, when it is dropped.
     pub reservation: Reservation,
+    /// Its threads are in it: it goes after them.
+    pub _cgroup: Option<Arc<Cgroup>>,
     pub host: Arc<HostParts>,
     /// Serializes start, pause and resume. Never taken by the threads of the VM itself.
     pub control: Mutex<Control>,

@@ -2,6 +2,7 @@
 //! A virtual machine: its life, its events, its console.
 
 use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ mod accounts;
 mod balloon;
 mod board;
 mod builder;
+mod cgroup;
 mod clock;
 mod devices;
 mod doorbell;
@@ -29,10 +31,12 @@ pub use machine::{VcpuReturn, VmState};
 pub use registers::Registers;
 pub use threads::{ThreadInfo, ThreadRole};
 
+use crate::config::{DiskFormat, RateLimit};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, StopCause, VmId};
 use crate::units::Bytes;
 pub use crate::virtio::balloon::{BalloonStatistics, GivenBack, GuestMemory};
+use crate::virtio::blk::Control;
 pub use crate::virtio::blk::DiskStatistics;
 pub use crate::virtio::net::NetStatistics;
 
@@ -245,9 +249,73 @@ impl Vm {
     /// # Errors
     /// `InvalidArgument` when there is no such disk.
     pub fn disk_statistics(&self, index: usize) -> Result<DiskStatistics> {
+        Ok(self.disk(index)?.statistics())
+    }
+
+    /// Gives the disk `disks[index]` of the configuration another size, in bytes, a multiple of 512; its guest is told at once, also
+    /// while requests are under way. A file grows with it; one that is larger keeps its length, and what lies beyond. A
+    /// block device must have grown before. A disk of code of yours must have that size from now on. In every state. Never
+    /// blocks for long.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when there is no such disk, or the size is none; what the host answers where its file cannot grow.
+    pub fn resize_disk(&self, index: usize, size: Bytes) -> Result<()> {
+        self.disk(index)?.resize(size)
+    }
+
+    /// Limits the disk `disks[index]` of the configuration from now on, as [`DiskConfig::rate`](crate::DiskConfig::rate) does from
+    /// the beginning. In every state. Never blocks.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when there is no such disk.
+    pub fn set_disk_rate(&self, index: usize, limit: RateLimit) -> Result<()> {
+        self.disk(index)?.set_rate(limit);
+        Ok(())
+    }
+
+    /// Saves the disk `disks[index]` of the configuration, as it is at one instant, to a new image at `path`: standalone and sparse. A guest
+    /// that runs is paused for that instant, with no request on its way, as if its power were cut; from then on it runs while
+    /// the image is made, and what it changes is copied before. `progress` hears of the bytes that are behind and of all, and
+    /// may end it by answering `false`.
+    ///
+    /// Whether it is complete; where it was ended, or fails, the image is gone. Blocks until then, for as long as the disk's size
+    /// takes; other calls on the VM go on meanwhile.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when there is no such disk; `Unsupported` of a disk of code of yours; `Busy` while it is being saved
+    /// already; as [`pause`](Self::pause); what the host answers where the image cannot be made or written.
+    pub fn save_disk(
+        &self,
+        index: usize,
+        path: impl AsRef<Path>,
+        format: DiskFormat,
+        mut progress: impl FnMut(Bytes, Bytes) -> bool,
+    ) -> Result<bool> {
+        let disk = self.disk(index)?;
+        let (copy, size) = (disk.copy_to(path.as_ref(), format)?, disk.size());
+        let runs = self.state() == VmState::Running;
+        if runs {
+            self.pause()?;
+        }
+        let begun = disk.begin_saving(&copy);
+        if runs && let Err(error) = self.resume() {
+            // Somebody else has resumed or ended it.
+            log::debug!("resuming a VM whose disk is saved: {error}");
+        }
+        let _saving = begun?;
+        loop {
+            match copy.step() {
+                Ok(behind) if !progress(Bytes(behind), Bytes(size)) => break Ok(false),
+                Ok(behind) if behind >= size => break copy.finish().map(|()| true),
+                Ok(_) => {}
+                Err(error) => break Err(error),
+            }
+        }
+    }
+
+    fn disk(&self, index: usize) -> Result<&Arc<Control>> {
         let disks = &self.machine.board.disks;
-        let counters = disks.get(index).ok_or_else(|| no_such("disk", index, disks.len()))?;
-        Ok(counters.statistics())
+        disks.get(index).ok_or_else(|| no_such("disk", index, disks.len()))
     }
 
     /// What the card `nets[index]` of the configuration has carried so far. In every state. Costs nothing worth

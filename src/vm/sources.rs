@@ -181,9 +181,9 @@ impl Sources {
         let id = format!("disk{index}");
         let given = self.disks.iter().position(|(i, _)| *i == index).map(|at| self.disks.swap_remove(at).1);
         Ok(match (given, &disk.path) {
-            (Some(DiskSource::Fd(fd)), _) => Box::new(RawDisk::adopt(&id, fd, disk.readonly)?),
+            (Some(DiskSource::Fd(fd)), _) => Box::new(RawDisk::adopt(&id, fd, disk)?),
             (Some(DiskSource::Own(backend)), _) => Box::new(OwnDisk::new(&id, backend, disk.readonly)?),
-            (None, Some(path)) => Box::new(RawDisk::open(&id, path, disk.readonly)?),
+            (None, Some(path)) => block::open(&id, path, disk)?,
             (None, None) => return Err(nothing(&id)),
         })
     }

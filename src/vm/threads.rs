@@ -5,6 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, mpsc};
 
 use super::Vm;
+use super::cgroup::Cgroup;
 use super::machine::Machine;
 use crate::error::{Error, Result};
 use crate::events::{StopCause, StopLine, VmId};
@@ -44,6 +45,7 @@ pub(super) struct Threads {
     pub id: VmId,
     pub hook: Option<Hook>,
     pub stop: StopLine,
+    pub cgroup: Option<Arc<Cgroup>>,
 }
 
 impl Threads {
@@ -60,7 +62,16 @@ impl Threads {
             ThreadRole::Device => "dev",
             ThreadRole::Control => "end",
         };
+        let cgroup = self.cgroup.clone();
+        let (told, answer) = mpsc::channel();
         let body = move || {
+            let entered = cgroup.map_or(Ok(()), |own| own.enter());
+            let failed = entered.is_err();
+            // Nobody waits for it where there is no cgroup.
+            let _ = told.send(entered);
+            if failed {
+                return;
+            }
             let _inside = own::enter(id);
             if let Some(hook) = hook {
                 let info = ThreadInfo { vm: id, role, index, tid: sys::signal::thread_id() };
@@ -71,8 +82,12 @@ impl Threads {
             }
             f();
         };
-        sys::thread::spawn(format!("vmbed-{kind}{index}"), body)
-            .map_err(|e| Error::os(format!("starting the thread of {kind} {index}"), e))
+        let thread = sys::thread::spawn(format!("vmbed-{kind}{index}"), body)
+            .map_err(|e| Error::os(format!("starting the thread of {kind} {index}"), e))?;
+        if self.cgroup.is_some() {
+            answer.recv().unwrap_or(Ok(()))?;
+        }
+        Ok(thread)
     }
 
     /// Starts the `index`th event loop of the VM.

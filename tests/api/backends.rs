@@ -67,6 +67,7 @@ struct Ram {
     bytes: Arc<Mutex<Vec<u8>>>,
     kept: Arc<Mutex<Vec<BlockRequest>>>,
     flushes: Arc<AtomicU32>,
+    discarded: Arc<Mutex<Vec<std::ops::Range<usize>>>>,
     dropped: Arc<AtomicU32>,
 }
 
@@ -87,6 +88,11 @@ impl Ram {
                 assert_eq!(request.copy_to(0, &mut bytes[place.clone()]), place.len());
             }
             BlockOp::Flush => drop(self.flushes.fetch_add(1, Ordering::SeqCst)),
+            BlockOp::Discard => self.discarded.lock().unwrap().push(place),
+            BlockOp::WriteZeroes { unmap, durable } => {
+                assert!(unmap && !durable);
+                bytes[place].fill(0);
+            }
             other => panic!("{other:?}"),
         }
         request.complete(Ok(()))
@@ -99,6 +105,10 @@ struct Attached(Ram);
 impl BlockBackend for Attached {
     fn size(&self) -> u64 {
         512 * SECTORS
+    }
+
+    fn discards(&self) -> bool {
+        true
     }
 
     fn submit(&mut self, request: BlockRequest) {
@@ -131,6 +141,9 @@ pub fn a_disk_of_ones_own() {
         (Op::BeginRead, 400, 1, 0),
         (Op::Tell, 0, 0, 1),
         (Op::Finish, 0, 0, 0),
+        (Op::Zero, 4, 1, 1),
+        (Op::Discard, 8, 4, 0),
+        (Op::Discard, 8, 4, 1),
     ];
     let guest = Guest::start(host().builder(config(1, 0)).disk_backend(0, Attached(ram.clone())), &steps);
     guest.wait_for(1);
@@ -145,9 +158,13 @@ pub fn a_disk_of_ones_own() {
     assert_eq!(results[8], (0, 513 + 1 + 513, 0));
     assert_eq!(ram.bytes.lock().unwrap()[512 * 301], 8);
     assert_eq!(ram.flushes.load(Ordering::SeqCst), 1);
+    assert_eq!(results[9..], [(0, 1, 0), (0, 1, 0), (2, 1, 0)], "a discard has no flags");
+    assert_eq!([3, 4].map(|sector| ram.bytes.lock().unwrap()[512 * sector]), [7, 0]);
+    assert_eq!(ram.discarded.lock().unwrap().as_slice(), std::slice::from_ref(&(512 * 8..512 * 12)));
     let done = guest.vm.disk_statistics(0).unwrap();
     assert_eq!((done.reads, done.read_bytes, done.writes, done.written_bytes), (3, 2048, 2, 2048));
-    assert_eq!((done.flushes, done.errors), (1, 1));
+    assert_eq!((done.flushes, done.errors), (1, 2));
+    assert_eq!((done.discards, done.discarded_bytes, done.latency.iter().sum::<u64>()), (2, 5 * 512, 10));
     assert_eq!(guest.vm.disk_statistics(1).unwrap_err().kind(), ErrorKind::InvalidArgument);
     let errors: Vec<_> = std::iter::from_fn(|| guest.vm.events().next_event())
         .filter_map(|event| match event.kind {

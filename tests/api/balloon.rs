@@ -26,7 +26,8 @@ pub fn memory_given_back() {
         (Op::Inflate, 768, 128, 9),
         (Op::Deflate, 768, 64, 0),
     ];
-    let guest = Guest::start(host().builder(config), &steps);
+    let host = host();
+    let guest = Guest::start(host.builder(config), &steps);
     guest.wait_for(1);
     let vm = &guest.vm;
     let account = vm.guest_memory(LONG).unwrap();
@@ -43,6 +44,7 @@ pub fn memory_given_back() {
     guest.results(steps.len());
     let moved = vm.balloon_statistics().unwrap();
     assert_eq!((moved.target, moved.actual, vm.memory().loaned), (size, size, size));
+    assert_eq!(host.usage().loaned, size);
     assert_eq!((moved.inflated.claimed, moved.inflated.measured), (size, size));
     assert_eq!((moved.deflated, moved.reported.claimed, moved.ignored), (Bytes(64 << 12), Bytes(0), 0));
     let events: Vec<_> = std::iter::from_fn(|| vm.events().next_event()).map(|e| e.kind).collect();

@@ -1,6 +1,8 @@
-//! Memory of every kind, below the same guest.
+//! Memory of every kind, below the same guest; its share of the processors.
 
-use vmbed::{BackingConfig, BackingKind, Bytes, ErrorKind, HugePages, VmConfig};
+use std::time::Duration;
+
+use vmbed::{BackingConfig, BackingKind, Bytes, CgroupConfig, ErrorKind, HugePages, VmConfig};
 
 use crate::guest::{SPINS, host, real};
 
@@ -47,5 +49,36 @@ pub fn memory_of_every_kind() {
     }
     let error = host.build(config(size, BackingKind::Memfd, |b| b.numa_nodes = vec![1000])).unwrap_err();
     assert!(error.to_string().contains("numa_nodes is [1000]"), "{error}");
+    assert_eq!(host.usage().vms, 0);
+}
+
+pub fn a_share_of_the_processors() {
+    let host = host();
+    let mut config = real(&SPINS);
+    let mut share = CgroupConfig::default();
+    (share.weight, share.quota) = (0, Some(Duration::ZERO));
+    config.cgroup = Some(share.clone());
+    let error = config.validate().unwrap_err();
+    let fields: Vec<_> = error.fields().iter().map(|f| f.field.as_str()).collect();
+    assert_eq!(fields, ["cgroup.weight", "cgroup.quota"]);
+    share.parent = Some("/nowhere".into());
+    (share.weight, share.quota) = (300, Some(Duration::from_millis(20)));
+    config.cgroup = Some(share.clone());
+    let error = host.build(config.clone()).unwrap_err();
+    assert!(
+        error.kind() == ErrorKind::NotFound && error.to_string().contains("cgroup: /nowhere/vmbed-"),
+        "{error}"
+    );
+    share.parent = None;
+    config.cgroup = Some(share);
+    match host.build(config) {
+        Ok(vm) => {
+            let thread = vm.vcpu_statistics(0).unwrap().thread.unwrap();
+            let own = std::fs::read_to_string(format!("/proc/self/task/{thread}/cgroup")).unwrap();
+            assert!(own.contains(&format!("/vmbed-{}-", std::process::id())), "{own}");
+        }
+        // Only where the host delegates one; tests/linux/accounts.rs has one.
+        Err(error) => assert!(error.to_string().contains("cgroup"), "{error}"),
+    }
     assert_eq!(host.usage().vms, 0);
 }

@@ -20,6 +20,8 @@ void a_disk_that_does_not_answer(void);
 void a_network_of_ones_own(void);
 void memory_given_back(void);
 void memory_of_every_kind(void);
+void a_share_of_the_processors(void);
+void disks_and_what_is_changed_of_them(void);
 void cards_on_a_switch(void);
 void what_is_done_when_memory_gets_short(void);
 void a_switch_drops_and_says_why(void);
@@ -533,6 +535,8 @@ static const struct {
     CASE(a_network_of_ones_own),
     CASE(memory_given_back),
     CASE(memory_of_every_kind),
+    CASE(a_share_of_the_processors),
+    CASE(disks_and_what_is_changed_of_them),
     CASE(cards_on_a_switch),
     CASE(what_is_done_when_memory_gets_short),
     CASE(a_switch_drops_and_says_why),

@@ -15,7 +15,7 @@ struct ram {
     uint8_t bytes[SECTORS * 512];
     vmbed_block_request kept[4];
     int writes[4];
-    atomic_int count, flushes, destroyed;
+    atomic_int count, flushes, discards, destroyed;
 };
 
 static void move(const vmbed_block_request *request, uint8_t *bytes, int writes)
@@ -65,12 +65,26 @@ static int32_t ram_flush(void *user, const vmbed_block_request *request)
     return VMBED_BLOCK_PENDING;
 }
 
+static int32_t ram_discard(void *user, const vmbed_block_request *request)
+{
+    CHECK(request->count == 0 && !request->pieces && request->length == 4 * 512 && !request->unmap);
+    ((struct ram *)user)->discards++;
+    return 0;
+}
+
+static int32_t ram_write_zeroes(void *user, const vmbed_block_request *request)
+{
+    CHECK(request->count == 0 && !request->durable && request->unmap);
+    memset(((struct ram *)user)->bytes + request->offset, 0, request->length);
+    return 0;
+}
+
 static void ram_destroy(void *user)
 {
     ((struct ram *)user)->destroyed++;
 }
 
-static const vmbed_block_ops ram_ops = {sizeof ram_ops, ram_read, ram_write, ram_flush, ram_destroy};
+static const vmbed_block_ops ram_ops = {sizeof ram_ops, ram_read, ram_write, ram_flush, ram_destroy, ram_discard, ram_write_zeroes};
 
 static void *complete_backwards(void *user)
 {
@@ -88,10 +102,11 @@ void a_disk_of_ones_own(void)
 {
     static const struct step steps[] = {
         {WRITE, 3, 2, 7}, {FLUSH, 0, 0, 0}, {READ, 3, 2, 0}, {READ, 100, 1, 0}, {BEGIN_READ, 200, 1, 0},
-        {BEGIN_WRITE, 300, 2, 7}, {BEGIN_READ, 400, 1, 0}, {TELL, 0, 0, 1}, {FINISH, 0, 0, 0}, {END, 0, 0, 0}};
+        {BEGIN_WRITE, 300, 2, 7}, {BEGIN_READ, 400, 1, 0}, {TELL, 0, 0, 1}, {FINISH, 0, 0, 0},
+        {ZERO, 4, 1, 1}, {DISCARD, 8, 4, 0}, {DISCARD, 8, 4, 1}, {END, 0, 0, 0}};
     struct ram *ram = calloc(1, sizeof *ram);
     struct said said = {0};
-    struct result results[9];
+    struct result results[12];
     vmbed_disk_statistics done = {.size = sizeof done};
     pthread_t other;
     vmbed_events *events;
@@ -107,9 +122,11 @@ void a_disk_of_ones_own(void)
     CHECK(results[2].status == 0 && results[2].length == 1025 && results[2].sum == SUM);
     CHECK(results[8].status == 0 && results[8].length == 513 + 1 + 513);
     CHECK(ram->bytes[512 * 301] == 8 && ram->flushes == 1);
+    CHECK(results[9].status == 0 && results[10].status == 0 && results[11].status == 2);
+    CHECK(ram->bytes[512 * 3] == 7 && ram->bytes[512 * 4] == 0 && ram->discards == 1);
     OK(vmbed_vm_get_disk_statistics(g.vm, 0, &done, &error));
     CHECK(done.reads == 3 && done.read_bytes == 2048 && done.writes == 2 && done.written_bytes == 2048);
-    CHECK(done.flushes == 1 && done.errors == 1);
+    CHECK(done.flushes == 1 && done.errors == 2 && done.discards == 2 && done.discarded_bytes == 5 * 512);
     FAILS(VMBED_ERR_INVALID_ARGUMENT, "disk1", vmbed_vm_get_disk_statistics(g.vm, 1, &done, &error));
     OK(vmbed_vm_events(g.vm, &events, &error));
     int failures = 0;
@@ -327,6 +344,7 @@ void memory_given_back(void)
     vmbed_balloon_statistics moved = {.size = sizeof moved};
     vmbed_guest_memory account = {.size = sizeof account}, again = {.size = sizeof again};
     vmbed_memory memory = {.size = sizeof memory};
+    vmbed_usage usage = {.size = sizeof usage};
     struct said said = {0};
     struct result results[7];
     vmbed_events *events;
@@ -358,6 +376,8 @@ void memory_given_back(void)
     OK(vmbed_vm_get_balloon_statistics(g.vm, &moved, &error));
     OK(vmbed_vm_get_memory(g.vm, &memory, &error));
     CHECK(moved.target == size && moved.actual == size && memory.loaned == size);
+    OK(vmbed_host_usage(g.host, &usage, &error));
+    CHECK(usage.loaned == size);
     CHECK(moved.inflated_claimed == size && moved.inflated_measured == size && moved.deflated == size / 2);
     CHECK(moved.reported_claimed == 0 && moved.hinted_claimed == 0 && moved.ignored == 0);
     OK(vmbed_vm_events(g.vm, &events, &error));

@@ -50,16 +50,19 @@ const STRUCTURES: [&str; 22] = [
 ];
 
 /// Where the header says that NULL is good, for every function that has the parameter.
-const NULL_IS_GOOD: [&str; 13] = [
+const NULL_IS_GOOD: [&str; 18] = [
     "error", "user", "destroy", "options", "kvm", "initrd", "uuid", "cause", "taken", "monitor", "ports",
-    "written", "missed",
+    "written", "missed", "parent", "rate", "backing", "progress", "complete",
 ];
 
 /// What the numbers of an enumeration are called.
 const ENUMERATIONS: [&str; 5] = ["mode", "register_", "platform", "console", "level"];
 
 /// Structures that have grown since the baseline, and their first new field.
-const GROWN: [(&str, &str); 3] = [
+const GROWN: [(&str, &str); 6] = [
+    ("vmbed_block_ops", "discard"),
+    ("vmbed_disk", "format"),
+    ("vmbed_disk_statistics", "discards"),
     ("vmbed_host_options", "memory_min_unit"),
     ("vmbed_usage", "dedicated_vcpus"),
     ("vmbed_memory", "loaned"),
@@ -83,6 +86,8 @@ static vmbed_events *some_events, *out_events;
 static vmbed_event *some_event, *out_event;
 static vmbed_dispatcher *some_dispatcher, *out_dispatcher;
 static vmbed_block *some_block;
+static vmbed_rate a_rate, *some_rate = &a_rate;
+static vmbed_backing_file a_file = {.path = "/d"}, *some_backing_file = &a_file;
 static vmbed_switch *some_switch, *out_switch;
 static vmbed_port *some_port, *out_port;
 static vmbed_capture *some_capture, *out_capture;
@@ -90,6 +95,7 @@ static uint8_t bytes[4096];
 static uint32_t numbers[4];
 static size_t count;
 static uint64_t wide;
+static bool truth;
 static int32_t number, calls, nowhere;
 
 static int32_t f_read(void *u, uint32_t v, uint64_t o, uint8_t *d, size_t l) { (void)u, (void)v, (void)o, (void)d, (void)l; return 0; }
@@ -100,6 +106,7 @@ static int32_t f_send(void *u, const vmbed_piece *p, size_t c) { (void)u, (void)
 static void f_log(void *u, int32_t l, const char *t, const char *m) { (void)u, (void)l, (void)t, (void)m; }
 static void f_console(void *u, const uint8_t *d, size_t l) { (void)u, (void)d, (void)l; }
 static void f_thread(void *u, uint64_t i, int32_t r, uint32_t n, int32_t t) { (void)u, (void)i, (void)r, (void)n, (void)t; }
+static bool f_progress(void *u, uint64_t b, uint64_t a) { (void)u, (void)b, (void)a; return true; }
 static void f_destroy(void *u) { (void)u; }
 
 /* One byte longer than needed lies behind each, so that a larger size has a tail to look at. */
@@ -141,7 +148,7 @@ static void good(void)
     memset(&the_vmbed_device_ops, 0, sizeof the_vmbed_device_ops);
     the_vmbed_device_ops.s = (vmbed_device_ops){sizeof(vmbed_device_ops), f_read, f_write, NULL};
     memset(&the_vmbed_block_ops, 0, sizeof the_vmbed_block_ops);
-    the_vmbed_block_ops.s = (vmbed_block_ops){sizeof(vmbed_block_ops), f_block, f_block, f_block, NULL};
+    the_vmbed_block_ops.s = (vmbed_block_ops){sizeof(vmbed_block_ops), f_block, f_block, f_block, NULL, f_block, f_block};
     memset(&the_vmbed_net_ops, 0, sizeof the_vmbed_net_ops);
     the_vmbed_net_ops.s = (vmbed_net_ops){sizeof(vmbed_net_ops), f_receive, f_send, NULL};
     memset(&the_vmbed_disk_statistics, 0, sizeof the_vmbed_disk_statistics), the_vmbed_disk_statistics.s.size = sizeof(vmbed_disk_statistics);
@@ -198,7 +205,7 @@ int main(void)
         vmbed_probe_new(NULL, &some_probe, NULL) || vmbed_dispatcher_new(&some_dispatcher, NULL))
         abort();
     vmbed_config_validate(NULL, &some_error);
-    (void)number, (void)numbers, (void)wide, (void)count, (void)f_log, (void)f_console, (void)f_thread, (void)f_destroy, (void)some_event, (void)some_block;
+    (void)number, (void)numbers, (void)wide, (void)count, (void)f_log, (void)f_console, (void)f_thread, (void)f_progress, (void)truth, (void)f_destroy, (void)some_event, (void)some_block;
 "#;
 
 /// The program, and how many calls it will count.
@@ -294,6 +301,7 @@ fn value(parameter: &Parameter) -> String {
         "size_t *" => "&count".to_owned(),
         "int32_t *" => "&number".to_owned(),
         "uint64_t *" => "&wide".to_owned(),
+        "bool *" => "&truth".to_owned(),
         "void *" => "NULL".to_owned(),
         "int32_t" if name == "fd" => "nowhere".to_owned(),
         "size_t" if name == "length" || name == "room" => "1".to_owned(),

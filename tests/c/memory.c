@@ -2,6 +2,7 @@
 #include "guest.h"
 
 void memory_of_every_kind(void);
+void a_share_of_the_processors(void);
 
 static const uint8_t halts[] = {0xf4};
 static const uint64_t size = 4 << 20;
@@ -82,6 +83,38 @@ void memory_of_every_kind(void)
     FAILS(VMBED_ERR_INVALID_ARGUMENT, "vmbed_backing.huge is -1", vmbed_config_set_backing(config, &backing, &error));
     backing = (vmbed_backing){.size = sizeof backing, .numa_node_count = 1};
     FAILS(VMBED_ERR_INVALID_ARGUMENT, "numa_nodes", vmbed_config_set_backing(config, &backing, &error));
+    vmbed_config_free(config);
+    vmbed_host_free(host);
+}
+
+void a_share_of_the_processors(void)
+{
+    vmbed_host *host;
+    vmbed_config *config;
+    vmbed_builder *builder;
+    vmbed_vm *vm;
+    OK(vmbed_host_open(NULL, &host, &error));
+    OK(vmbed_config_new_bare(VMBED_MODE_REAL, 0x1000, halts, sizeof halts, &config, &error));
+    OK(vmbed_config_set_cgroup(config, NULL, 0, 0, 1000, &error));
+    vmbed_error *error = NULL;
+    CHECK(vmbed_config_validate(config, &error) == VMBED_ERR_INVALID_ARGUMENT);
+    CHECK(!strcmp(vmbed_error_field(error, 0), "cgroup.weight") && !strcmp(vmbed_error_field(error, 1), "cgroup.quota"));
+    vmbed_error_free(error);
+    OK(vmbed_config_set_cgroup(config, "/nowhere", 300, 20000, 100000, &error));
+    OK(vmbed_builder_new(host, config, &builder, &error));
+    FAILS(VMBED_ERR_NOT_FOUND, "cgroup: /nowhere/vmbed-", vmbed_builder_build(builder, &vm, &error));
+    vmbed_builder_free(builder);
+    OK(vmbed_config_set_cgroup(config, NULL, 300, 0, 0, &error));
+    OK(vmbed_builder_new(host, config, &builder, &error));
+    error = NULL;
+    if (vmbed_builder_build(builder, &vm, &error) == VMBED_OK) {
+        OK(vmbed_vm_start(vm, &error));
+        vmbed_vm_free(vm);
+    } else {
+        CHECK(strstr(vmbed_error_message(error), "cgroup"));
+        vmbed_error_free(error);
+    }
+    vmbed_builder_free(builder);
     vmbed_config_free(config);
     vmbed_host_free(host);
 }

@@ -118,7 +118,7 @@ void a_switch_drops_and_says_why(void)
     FAILS(VMBED_ERR_INVALID_ARGUMENT, "vlan.vlans", vmbed_port_set_options(open, &trunk, &error));
     trunk.trunk = fine, trunk.vlan = 70000;
     FAILS(VMBED_ERR_INVALID_ARGUMENT, "70000", vmbed_port_set_options(open, &trunk, &error));
-    trunk.vlan = 1, trunk.storm.frames_per_second = UINT64_MAX, trunk.rate_in.bytes_per_second = 1000;
+    trunk.vlan = 1, trunk.storm.ops_per_second = UINT64_MAX, trunk.rate_in.bytes_per_second = 1000;
     OK(vmbed_port_set_options(open, &trunk, &error));
     trunk.guard_macs = "04:04";
     FAILS(VMBED_ERR_INVALID_ARGUMENT, "04:04", vmbed_port_set_options(open, &trunk, &error));

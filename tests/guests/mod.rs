@@ -35,6 +35,8 @@ pub enum Op {
     Account,
     Asked,
     Target,
+    Discard,
+    Zero,
 }
 
 /// What comes of a step: the worst status, the bytes that the device wrote, the sum of what it read.

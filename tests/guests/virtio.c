@@ -16,7 +16,7 @@ typedef unsigned long u64;
 #define SIZE 16           /* entries of each queue, four for a request */
 #define SAY 0x10          /* a port of the test's */
 
-enum { END, READ, WRITE, FLUSH, BEGIN_READ, FINISH, SEND, RECEIVE, RESET, TELL, BEGIN_WRITE, INFLATE, DEFLATE, ACCOUNT, ASKED, TARGET };
+enum { END, READ, WRITE, FLUSH, BEGIN_READ, FINISH, SEND, RECEIVE, RESET, TELL, BEGIN_WRITE, INFLATE, DEFLATE, ACCOUNT, ASKED, TARGET, DISCARD, ZERO };
 
 struct step {
     u32 op, sector, sectors, fill;
@@ -140,7 +140,7 @@ static void setup(struct device *device, u32 id, u16 queues, u32 features, u64 a
 static struct device *the_disk(void)
 {
     if (!disk.common)
-        setup(&disk, 0x1042, 1, 1 << 9, RINGS);
+        setup(&disk, 0x1042, 1, 1 << 9 | 1 << 13 | 1 << 14, RINGS); /* FLUSH, DISCARD, WRITE_ZEROES */
     return &disk;
 }
 
@@ -186,23 +186,28 @@ static void put(struct queue *queue, u16 at, u64 address, u32 length, u16 flags)
     queue->table[at].next = (u16)(at + 1);
 }
 
-/* Begins a request; its number. */
+/* Begins a request; its number. A discard, or a zeroing with the flags `fill`, has its range as data. */
 static u16 begin(u32 kind, const struct step *step)
 {
+    int ranged = kind == 11 || kind == 13;
     struct queue *queue = &the_disk()->queues[0];
     u16 number = pending++, at = (u16)(4 * number);
     u64 header = HEADERS + 32 * number, data = DATA + 0x10000UL * number;
-    u32 length = 512 * step->sectors, device_writes = kind == 0 ? 2 : 0;
+    u32 length = ranged ? 16 : 512 * step->sectors, device_writes = kind == 0 ? 2 : 0;
     if (number >= SIZE / 4)
         die('n');
     *(volatile u32 *)header = kind;
     *(volatile u32 *)(header + 4) = 0;
-    *(volatile u64 *)(header + 8) = step->sector;
+    *(volatile u64 *)(header + 8) = ranged ? 0 : step->sector;
     *(volatile u8 *)(header + 16) = 0xff;
     for (u32 i = 0; i < length; i++)
         ((volatile u8 *)data)[i] = kind == 1 ? (u8)(step->fill + i / 512) : 0xee;
     put(queue, at, header, 16, 1);
-    if (length) {
+    if (ranged) {
+        *(volatile u64 *)data = step->sector;
+        *(volatile u32 *)(data + 8) = step->sectors, *(volatile u32 *)(data + 12) = step->fill;
+        put(queue, (u16)(at + 1), data, 10, 1), put(queue, (u16)(at + 2), data + 10, 6, 1);
+    } else if (length) {
         put(queue, (u16)(at + 1), data, 200, (u16)(1 | device_writes));
         put(queue, (u16)(at + 2), data + 200, length - 200, (u16)(1 | device_writes));
     } else {
@@ -287,6 +292,8 @@ __attribute__((section(".text.startup"))) void guest(void)
         case READ: begin(0, step), finish(result); break;
         case WRITE: begin(1, step), finish(result); break;
         case FLUSH: begin(4, step), finish(result); break;
+        case DISCARD: begin(11, step), finish(result); break;
+        case ZERO: begin(13, step), finish(result); break;
         case BEGIN_READ: begin(0, step); break;
         case BEGIN_WRITE: begin(1, step); break;
         case FINISH: finish(result); break;

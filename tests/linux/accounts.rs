@@ -1,9 +1,11 @@
 //! The ledger's numbers against those of a kernel that has nested paging.
 
+use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Trial;
-use vmbed::{BareBoot, Bytes, CpuMode, DiskConfig, Host, HugePages, Platform, Vm, VmConfig};
+use vmbed::{BareBoot, Bytes, CgroupConfig, CpuMode, DiskConfig, Host, HugePages, Platform, Vm, VmConfig};
 
 use crate::cage::{Cage, Setting, charged};
 use crate::devices::TempFile;
@@ -13,6 +15,10 @@ use crate::trial;
 pub fn add(trials: &mut Vec<Trial>) {
     trials.push(trial("accounts::stage_two_is_what_a_guest_touched", stage_two));
     trials.push(trial("accounts::overhead_is_as_modelled", overhead));
+    trials.push(trial("accounts::cgroups_divide_the_processor", || {
+        let none = u64::MAX >> 12 << 12;
+        println!("{}", Cage::new(none, none, false).run("share 1"));
+    }));
 }
 
 const MIB: u32 = 1 << 20;
@@ -109,4 +115,35 @@ pub fn inside(shape: &str) {
     let before = settled();
     let vms: Vec<Vm> = (0..VMS).map(|_| made()).collect();
     println!("{} {}", (settled() - before) / VMS, vms[0].memory().overhead.get());
+}
+
+/// Three guests that want all of one CPU: two by their weights, one with a limit.
+pub fn share() {
+    let host = Host::open().unwrap();
+    let own = fs::read_to_string("/proc/self/cgroup").unwrap();
+    let parent = Path::new("/sys/fs/cgroup").join(own.trim().strip_prefix("0::/").unwrap());
+    let made = |weight: u32, quota: Option<Duration>| {
+        // jmp to itself
+        let mut config = VmConfig::bare(BareBoot::new(CpuMode::Real, 0x1000, [0xeb, 0xfe]));
+        let mut share = CgroupConfig::default();
+        (share.weight, share.quota) = (weight, quota);
+        config.cgroup = Some(share);
+        // Two CPUs would have enough for all.
+        config.cpus.affinity = vec![vec![0]];
+        host.build(config).unwrap()
+    };
+    let vms = [made(300, None), made(100, None), made(1000, Some(Duration::from_millis(10)))];
+    vms.iter().for_each(|vm| vm.start().unwrap());
+    let times = || vms.each_ref().map(|vm| vm.vcpu_statistics(0).unwrap().run_time.as_secs_f64());
+    let (before, began) = (times(), Instant::now());
+    std::thread::sleep(Duration::from_secs(6));
+    let (after, elapsed) = (times(), began.elapsed().as_secs_f64());
+    let [much, little, limited] = std::array::from_fn(|i| (after[i] - before[i]) / elapsed);
+    println!("{much:.2} {little:.2} {limited:.2}");
+    assert!((2.0..4.5).contains(&(much / little)), "{much} to {little}: by weight 3 to 1");
+    assert!((0.03..0.15).contains(&limited), "{limited}: at most a tenth");
+    let below = || fs::read_dir(&parent).unwrap().flatten().filter(|e| e.path().is_dir()).count();
+    assert_eq!(below(), 3);
+    drop(vms);
+    assert_eq!(below(), 0, "gone with the VMs");
 }

@@ -30,6 +30,8 @@ pub fn prepare() {
             run("busybox-initrd", &[kernel.to_str().unwrap(), out.to_str().unwrap()]);
         }
     }
+    let (kernel, out) = (directory().join("assets/kernel-6.1-cloud"), directory().join("test-disks.img"));
+    run("disk-tools", &[kernel.to_str().unwrap(), out.to_str().unwrap()]);
 }
 
 fn run(script: &str, arguments: &[&str]) {

@@ -30,8 +30,10 @@ fn pool() {
     let mut config = config(KERNELS[0], "echo flags=$(grep -c . /proc/cpuinfo); read go");
     config.backing.kind = BackingKind::Huge2M;
     config.backing.numa_nodes = vec![0];
-    let guest = Guest::start(config.clone());
+    let host = Host::open().unwrap();
+    let guest = Guest::start_on(&host, config.clone());
     guest.wait_for("flags=");
+    assert_eq!(host.usage().pinned, Bytes::mib(128));
     let memory = guest.vm.memory();
     assert_eq!((memory.pinned, memory.huge, memory.swapped), (Bytes::mib(128), memory.backing, Bytes(0)));
     let taken = read("nr_hugepages") - read("free_hugepages");

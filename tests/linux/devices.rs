@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use libtest_mimic::Trial;
-use vmbed::{ConsoleKind, DiskConfig};
+use vmbed::{Bytes, CacheMode, ConsoleKind, DiskConfig, DiskEngine, DiskFormat, RateLimit, create_disk};
 
 use crate::assets::KERNELS;
 use crate::guest::{Guest, config};
@@ -14,6 +14,7 @@ use crate::trial;
 
 pub fn add(trials: &mut Vec<Trial>) {
     trials.push(trial("devices::disk_checksums_both_ways", disk));
+    trials.push(trial("devices::disk_features_of_every_format", disk_features));
     trials.push(trial("devices::disks_readonly_serial_and_places", places));
     trials.push(trial("devices::random_numbers", rng));
     trials.push(trial("devices::virtio_console", virtio_console));
@@ -89,6 +90,78 @@ fn disk() {
     opened.read_to_end(&mut all).unwrap();
     assert_eq!(sha256(&all[8 * MIB..]), guest.value("written"), "the host's file holds what the guest wrote");
     assert_eq!(all[..8 * MIB], content, "and nothing else changed");
+}
+
+/// A stock driver with every feature, on each format: several queues, discards, its write cache, another size, a limit.
+fn disk_features() {
+    let directory = std::env::temp_dir().join(format!("vmbed-disks-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).unwrap();
+    let run = |words: &[&str]| {
+        let output =
+            std::process::Command::new(words[0]).args(&words[1..]).current_dir(&directory).output().unwrap();
+        let said =
+            String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{words:?}: {said}");
+        said
+    };
+    let raw = directory.join("raw");
+    create_disk(&raw, DiskFormat::Raw, Bytes::mib(16), None).unwrap();
+    let mut plain = DiskConfig::new(&raw);
+    (plain.cache, plain.engine, plain.queues) = (CacheMode::Writethrough, DiskEngine::IoUring, 2);
+    run(&["qemu-img", "create", "-q", "-f", "qcow2", "-b", "raw", "-F", "raw", "layer"]);
+    let mut layer = DiskConfig::qcow2(directory.join("layer")).based_on(&raw, DiskFormat::Raw);
+    layer.queues = 2;
+    for (disk, cache) in [(plain, "write through"), (layer, "write back")] {
+        let script = "
+            cd /sys/block/vda
+            echo queues=$(ls mq | wc -l)
+            echo cache=$(cat queue/write_cache)
+            echo most=$(cat queue/discard_max_bytes),$(cat queue/write_zeroes_max_bytes)
+            echo block=$(cat queue/logical_block_size),$(cat queue/physical_block_size)
+            dd if=/dev/urandom of=/run/noise bs=1M count=4 2>/dev/null
+            dd if=/run/noise of=/dev/vda bs=64k conv=fsync 2>/dev/null
+            blkdiscard -o 1048576 -l 1048576 /dev/vda && echo discarded=yes
+            dd if=/dev/zero of=/run/noise bs=1M seek=1 count=1 conv=notrunc 2>/dev/null
+            echo noise=$(sha256sum </run/noise | cut -d' ' -f1)
+            echo 3 >/proc/sys/vm/drop_caches
+            echo again=$(dd if=/dev/vda bs=1M count=4 2>/dev/null | sha256sum | cut -d' ' -f1)
+            echo 'write back' >queue/write_cache; echo 'write through' >queue/write_cache; echo now=$(cat queue/write_cache)
+            echo resize=please
+            until [ $(cat size) = 65536 ]; do sleep 0.1; done
+            dd if=/run/noise of=/dev/vda bs=1M seek=28 conv=fsync 2>/dev/null && echo grown=yes
+            echo limit=please; read go
+            begin=$(cut -d' ' -f1 /proc/uptime)
+            dd if=/dev/vda of=/dev/null bs=4k count=40 iflag=direct 2>/dev/null
+            echo began=$begin; echo ended=$(cut -d' ' -f1 /proc/uptime)";
+        let mut config = config(KERNELS[0], script);
+        config.cpus.count = 2;
+        config.disks.push(disk.clone());
+        let guest = Guest::start(config);
+        guest.wait_for("resize=please");
+        guest.vm.resize_disk(0, Bytes::mib(32)).unwrap();
+        guest.wait_for("limit=please");
+        guest.vm.set_disk_rate(0, RateLimit::NONE.ops(20, 1)).unwrap();
+        guest.vm.console_input(b"go\n");
+        guest.power_off();
+        for (key, want) in [
+            ("queues", "2"),
+            ("cache", cache),
+            ("most", "1073741824,67108864"),
+            ("block", "512,4096"),
+            ("discarded", "yes"),
+            ("now", "write through"),
+            ("grown", "yes"),
+        ] {
+            assert_eq!(guest.value(key), want, "{key} of {disk:?}\n{}", guest.console());
+        }
+        assert_eq!(guest.value("noise"), guest.value("again"), "what was discarded reads as zeroes");
+        let time = |key: &str| guest.value(key).parse::<f64>().unwrap();
+        assert!(time("ended") - time("began") >= 1.8, "40 requests at 20 a second: {}", guest.console());
+        let done = guest.vm.disk_statistics(0).unwrap();
+        assert!(done.discards >= 1 && done.discarded_bytes >= 1 << 20 && done.errors == 0, "{done:?}");
+    }
+    assert!(run(&["qemu-img", "check", "layer"]).contains("No errors were found"));
+    std::fs::remove_dir_all(&directory).unwrap();
 }
 
 fn places() {

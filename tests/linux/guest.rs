@@ -29,6 +29,12 @@ impl Guest {
         Self::start_with(config, |builder| builder)
     }
 
+    pub fn start_on(host: &Host, config: VmConfig) -> Self {
+        let vm = host.build(config).unwrap();
+        vm.start().unwrap();
+        Self { vm }
+    }
+
     pub fn start_with(config: VmConfig, attach: impl FnOnce(VmBuilder) -> VmBuilder) -> Self {
         let vm = attach(Host::open().unwrap().builder(config)).build().unwrap();
         vm.start().unwrap();

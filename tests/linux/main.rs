@@ -19,6 +19,7 @@ mod boot;
 mod c;
 mod cage;
 mod devices;
+mod disks;
 mod drive;
 mod ends;
 mod guest;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
     if let Ok(part) = std::env::var(cage::PART) {
         match part.split_once(' ') {
             Some(("storm", swap)) => storm::inside(swap),
+            Some(("share", _)) => accounts::share(),
             Some(("overhead", shape)) => accounts::inside(shape),
             _ => panic!("no part is called {part}"),
         }
@@ -55,6 +57,7 @@ fn main() -> ExitCode {
     balloon::add(&mut trials);
     boot::add(&mut trials);
     devices::add(&mut trials);
+    disks::add(&mut trials);
     drive::add(&mut trials);
     ends::add(&mut trials);
     net::add(&mut trials);

@@ -7,9 +7,9 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use crate::config::MacAddress;
+use crate::config::RateLimit;
 use crate::error::{Error, ErrorKind, FieldError, Result};
 use crate::net::ether::{VLANS, is_station};
-use crate::rate::RateLimit;
 
 /// The most addresses that a table can be made for.
 const MAX_ADDRESSES: u32 = 1 << 20;

@@ -11,9 +11,10 @@ use super::options::{Guard, PortOptions, PortVlan};
 use super::queue::Queue;
 use super::statistics::{Counters, DropReason};
 use crate::config::MacAddress;
+use crate::config::RateLimit;
 use crate::net::ether::Ethernet;
 use crate::net::offload::Offloads;
-use crate::rate::{RateLimit, TokenBucket};
+use crate::rate::TokenBucket;
 use crate::sys::lock;
 
 /// What stays the same while its options change.

@@ -8,8 +8,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::MacAddress;
+use crate::config::RateLimit;
 use crate::net::pair::Pair;
-use crate::rate::RateLimit;
 use crate::sys::io::Pieces;
 
 const ALL: [u8; 6] = [0xff; 6];

@@ -2,8 +2,8 @@
 //! A disk request (5.2.6), parsed once from its chain into an owned value.
 
 use virtio_bindings::bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
-    VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use vm_memory::GuestAddress;
 
@@ -36,6 +36,15 @@ pub(super) enum Action {
         len: u32,
     },
     Flush,
+    Discard {
+        offset: u64,
+        length: u64,
+    },
+    WriteZeroes {
+        offset: u64,
+        length: u64,
+        unmap: bool,
+    },
     /// Into the writable bytes but the last.
     GetId {
         len: u32,
@@ -70,7 +79,16 @@ pub(super) struct Limits {
     /// In bytes.
     pub size: u64,
     pub readonly: bool,
+    /// The driver knows DISCARD and WRITE_ZEROES.
+    pub discards: bool,
 }
+
+/// The most sectors of a discard: what a file system does at once, in no long time.
+pub(super) const MAX_DISCARD: u32 = (1 << 30) / 512;
+/// And of zeroes, which may have to be written.
+pub(super) const MAX_ZEROES: u32 = (64 << 20) / 512;
+/// `VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP`
+const UNMAP: u32 = 1;
 
 /// Where the status byte goes: the last writable one. A chain without any cannot be answered but by
 /// its completion.
@@ -101,9 +119,39 @@ pub(super) fn parse(memory: &Memory, chain: &Chain, limits: Limits) -> Result<Ac
             if wrong { Err(Refusal::IoError) } else { Ok(Action::Write { offset, len }) }
         }
         VIRTIO_BLK_T_FLUSH => Ok(Action::Flush),
+        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if limits.discards => {
+            if limits.readonly || to_write > 0 || to_read != SEGMENT {
+                return Err(Refusal::IoError);
+            }
+            range(reader.read_array()?, kind == VIRTIO_BLK_T_DISCARD, limits)
+        }
         VIRTIO_BLK_T_GET_ID => Ok(Action::GetId { len: to_write.min(ID_LEN as u64) as u32 }),
         _ => Err(Refusal::Unsupported),
     }
+}
+
+/// The bytes of a `struct virtio_blk_discard_write_zeroes`, of which a request has one (`max_discard_seg`).
+const SEGMENT: u64 = 16;
+
+fn range(segment: [u8; SEGMENT as usize], discard: bool, limits: Limits) -> Result<Action, Refusal> {
+    let [sector @ .., a, b, c, d, e, f, g, h] = segment;
+    let (count, flags) = (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]));
+    // Flags that are reserved, and unmap where it says nothing (5.2.6.2).
+    if flags & !UNMAP != 0 || discard && flags != 0 {
+        return Err(Refusal::Unsupported);
+    }
+    let most = if discard { MAX_DISCARD } else { MAX_ZEROES };
+    let (offset, length) = (Sectors(u64::from_le_bytes(sector)).bytes(), u64::from(count) * Sectors::SIZE);
+    let offset = offset.ok_or(Refusal::IoError)?;
+    let end = offset.checked_add(length).ok_or(Refusal::IoError)?;
+    if end > limits.size || count > most {
+        return Err(Refusal::IoError);
+    }
+    Ok(if discard {
+        Action::Discard { offset, length }
+    } else {
+        Action::WriteZeroes { offset, length, unmap: flags & UNMAP != 0 }
+    })
 }
 
 /// The bytes on the disk, checked as a whole.
@@ -123,7 +171,7 @@ mod tests {
     use super::*;
     use crate::virtio::queue::Span;
 
-    const LIMITS: Limits = Limits { size: 1 << 20, readonly: false };
+    const LIMITS: Limits = Limits { size: 1 << 20, readonly: false, discards: true };
 
     fn spans(of: &[(u64, u32)]) -> Vec<Span> {
         of.iter().map(|&(addr, len)| Span { addr: GuestAddress(addr), len }).collect()
@@ -197,7 +245,7 @@ mod tests {
                 "{sector}"
             );
         }
-        let huge = Limits { size: u64::MAX, readonly: false };
+        let huge = Limits { size: u64::MAX, ..LIMITS };
         for (len, sound) in [(MAX_LEN as u32, true), (MAX_LEN as u32 + 512, false)] {
             let (memory, chain) = request(VIRTIO_BLK_T_IN, 0, &[HEAD], &[(0, len), STATUS]);
             assert_eq!(parse(&memory, &chain, huge).is_ok(), sound, "{len}");
@@ -221,5 +269,41 @@ mod tests {
         let readonly = Limits { readonly: true, ..LIMITS };
         assert_eq!(parse(&memory, &chain, readonly), io_error);
         assert_eq!(outcome(VIRTIO_BLK_T_IN, 0, &[(0xc000_0000, 16)], &[STATUS]), io_error);
+    }
+
+    #[test]
+    fn ranges_are_checked_like_extents_and_flags_are_known_or_refused() {
+        let ask = |kind: u32, segment: (u64, u32, u32), limits: Limits| {
+            let (memory, chain) = request(kind, 0, &[HEAD, (0x3000, 16)], &[STATUS]);
+            memory.write_obj(segment.0, GuestAddress(0x3000)).unwrap();
+            memory.write_obj(segment.1, GuestAddress(0x3008)).unwrap();
+            memory.write_obj(segment.2, GuestAddress(0x300c)).unwrap();
+            parse(&memory, &chain, limits)
+        };
+        let (discard, zeroes) = (VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES);
+        assert_eq!(ask(discard, (8, 16, 0), LIMITS), Ok(Action::Discard { offset: 4096, length: 8192 }));
+        for unmap in [false, true] {
+            let want = Ok(Action::WriteZeroes { offset: 0, length: 1 << 20, unmap });
+            assert_eq!(ask(zeroes, (0, 2048, unmap.into()), LIMITS), want);
+        }
+        for (kind, segment, why) in [
+            (discard, (8, 16, 1), Refusal::Unsupported),
+            (discard, (8, 16, 2), Refusal::Unsupported),
+            (zeroes, (8, 16, 2), Refusal::Unsupported),
+            (zeroes, (2047, 2, 0), Refusal::IoError),
+            (discard, (u64::MAX, 1, 0), Refusal::IoError),
+            (discard, (u64::MAX / 512, 2, 0), Refusal::IoError),
+        ] {
+            assert_eq!(ask(kind, segment, LIMITS), Err(why), "{kind} {segment:?}");
+        }
+        let huge = Limits { size: u64::MAX, ..LIMITS };
+        assert_eq!(ask(discard, (0, MAX_DISCARD + 1, 0), huge), Err(Refusal::IoError));
+        assert_eq!(ask(zeroes, (0, MAX_ZEROES + 1, 0), huge), Err(Refusal::IoError));
+        assert_eq!(ask(discard, (0, 1, 0), Limits { discards: false, ..LIMITS }), Err(Refusal::Unsupported));
+        assert_eq!(ask(zeroes, (0, 1, 0), Limits { readonly: true, ..LIMITS }), Err(Refusal::IoError));
+        let short = outcome(discard, 0, &[HEAD, (0x3000, 15)], &[STATUS]);
+        assert_eq!(short, Err(Refusal::IoError));
+        let two = outcome(discard, 0, &[HEAD, (0x3000, 32)], &[STATUS]);
+        assert_eq!(two, Err(Refusal::IoError), "max_discard_seg is 1");
     }
 }

@@ -1,6 +1,8 @@
 #![forbid(unsafe_code)]
 //! What a disk has done.
 
+use std::time::Duration;
+
 use crate::units::Count;
 
 /// What a disk has done since the VM was built. A request counts when it is answered.
@@ -19,9 +21,45 @@ pub struct DiskStatistics {
     pub flushes: u64,
     /// Requests that were answered with an error: the host failed, or what the driver asked for was nonsense.
     pub errors: u64,
+    /// Discards and zeroings that succeeded.
+    pub discards: u64,
+    /// Their bytes.
+    pub discarded_bytes: u64,
+    /// How long requests took, from their parsing to their answer: element 0 counts those below 1 µs, element `i` those of
+    /// 2^(i-1) to below 2^i µs, the last one also all that took longer.
+    pub latency: [u64; LATENCIES],
 }
 
-/// The same, while it is being counted: by the disk's thread alone, read by anyone.
+/// Elements of a histogram of latencies: the last one begins at 4.2 s.
+pub(crate) const LATENCIES: usize = 24;
+
+impl DiskStatistics {
+    pub(super) fn plus(mut self, other: &Self) -> Self {
+        let Self {
+            reads,
+            read_bytes,
+            writes,
+            written_bytes,
+            flushes,
+            errors,
+            discards,
+            discarded_bytes,
+            latency,
+        } = other;
+        self.reads += reads;
+        self.read_bytes += read_bytes;
+        self.writes += writes;
+        self.written_bytes += written_bytes;
+        self.flushes += flushes;
+        self.errors += errors;
+        self.discards += discards;
+        self.discarded_bytes += discarded_bytes;
+        self.latency.iter_mut().zip(latency).for_each(|(sum, one)| *sum += one);
+        self
+    }
+}
+
+/// The same of one queue, while it is being counted: by its thread alone, read by anyone.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     reads: Count,
@@ -30,6 +68,9 @@ pub(crate) struct Counters {
     written_bytes: Count,
     flushes: Count,
     errors: Count,
+    discards: Count,
+    discarded_bytes: Count,
+    latency: [Count; LATENCIES],
 }
 
 /// What a request is counted as, with its bytes.
@@ -38,12 +79,17 @@ pub(super) enum Kind {
     Read(u32),
     Write(u32),
     Flush,
+    /// Zeroing is one, too.
+    Discard(u64),
     /// Its errors only.
     Other,
 }
 
 impl Counters {
-    pub(super) fn count(&self, kind: Kind, succeeded: bool) {
+    pub(super) fn count(&self, kind: Kind, took: Duration, succeeded: bool) {
+        let microseconds = took.as_micros().min(u64::MAX.into()) as u64;
+        let element = (u64::BITS - microseconds.leading_zeros()) as usize;
+        self.latency[element.min(LATENCIES - 1)].add(1);
         if !succeeded {
             return self.errors.add(1);
         }
@@ -57,6 +103,10 @@ impl Counters {
                 self.written_bytes.add(bytes.into());
             }
             Kind::Flush => self.flushes.add(1),
+            Kind::Discard(bytes) => {
+                self.discards.add(1);
+                self.discarded_bytes.add(bytes);
+            }
             Kind::Other => {}
         }
     }
@@ -69,6 +119,9 @@ impl Counters {
             written_bytes: self.written_bytes.get(),
             flushes: self.flushes.get(),
             errors: self.errors.get(),
+            discards: self.discards.get(),
+            discarded_bytes: self.discarded_bytes.get(),
+            latency: self.latency.each_ref().map(Count::get),
         }
     }
 }

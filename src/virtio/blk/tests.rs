@@ -16,6 +16,7 @@ use crate::sys::memory::sealed_memfd;
 use crate::virtio::Signals;
 use crate::virtio::queue_driver::{Dice, Driver, NEXT, WRITE, activation, bend, signals};
 
+mod more;
 mod own;
 
 const HEADER: u64 = 0x1_0000;
@@ -37,7 +38,7 @@ fn file() -> File {
 }
 
 fn raw(file: &File) -> RawDisk {
-    RawDisk::from_file("disk0: test", file.try_clone().unwrap(), false).unwrap()
+    RawDisk::plain("disk0: test", file.try_clone().unwrap(), false).unwrap()
 }
 
 fn bench_on(place: Place, wrap: impl FnOnce(RawDisk) -> Box<dyn Backend>) -> Bench {
@@ -45,7 +46,7 @@ fn bench_on(place: Place, wrap: impl FnOnce(RawDisk) -> Box<dyn Backend>) -> Ben
     let memory = Memory::new(1 << 20).unwrap();
     let driver = Driver::new(&memory, 0x4000, 16);
     let (signals, events) = signals("disk0");
-    let mut blk = Blk::new("disk0", "serial-1", wrap(raw(&file)), place);
+    let mut blk = Blk::simple("disk0", "serial-1", wrap(raw(&file)), place);
     blk.activate(activation(FLUSH, &[&driver], &signals)).unwrap();
     Bench { driver, blk, signals, events, file }
 }
@@ -96,8 +97,8 @@ fn a_disk_reads_writes_flushes_and_names_itself() {
 #[test]
 fn the_configuration_says_what_the_disk_is() {
     let file = file();
-    let readonly = RawDisk::from_file("disk0", file, true).unwrap();
-    let blk = Blk::new("disk0", "", Box::new(readonly), Place::Caller);
+    let readonly = RawDisk::plain("disk0", file, true).unwrap();
+    let blk = Blk::simple("disk0", "", Box::new(readonly), Place::Caller);
     assert_ne!(blk.features() & 1 << VIRTIO_BLK_F_RO, 0);
     let mut capacity = [0; 8];
     blk.read_config(0, &mut capacity);
@@ -106,8 +107,11 @@ fn the_configuration_says_what_the_disk_is() {
     blk.read_config(8, &mut limits);
     assert_eq!(limits, [0, 0, 4, 0, 254, 0, 0, 0]);
     let mut beyond = [0; 4];
-    blk.read_config(22, &mut beyond);
+    blk.read_config(58, &mut beyond);
     assert_eq!(beyond, [0; 4]);
+    let mut topology = [0; 8];
+    blk.read_config(24, &mut topology);
+    assert_eq!(topology, [3, 0, 8, 0, 0, 0, 0, 0], "pages");
 }
 
 /// Rows 9, 13, 14, 15 and 17, through the device: an error in the request, and it goes on.
@@ -153,13 +157,13 @@ fn bad_requests_get_an_error_and_the_device_goes_on() {
 
 #[test]
 fn a_host_error_is_an_error_status_and_an_event() {
-    let backend = RawDisk::from_file("d", File::open("/proc/self/mem").unwrap(), false);
+    let backend = RawDisk::plain("d", File::open("/proc/self/mem").unwrap(), false);
     assert!(backend.is_err(), "no size, no disk");
     let path = std::env::temp_dir().join(format!("vmbed-blk-{}", std::process::id()));
     let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
     file.set_len(SIZE).unwrap();
     let mut b = bench();
-    b.blk = Blk::new("disk0", "", Box::new(raw(&file)), Place::Caller);
+    b.blk = Blk::simple("disk0", "", Box::new(raw(&file)), Place::Caller);
     b.blk.activate(activation(FLUSH, &[&b.driver], &b.signals)).unwrap();
     file.set_len(4096).unwrap();
     assert_eq!(b.request(0, 100, &[(DATA, 512, WRITE)]).0, 1);
@@ -226,10 +230,13 @@ fn a_backend_that_completes_later_is_answered_and_waited_for() {
     // Row 11 in flight, and a backend that reports twice and what it never got.
     control.release(&[u64::from(heads[0]), 15, 9999]);
     let release = control.clone();
-    let last = send(&mut b);
     b.blk.process_queue();
     let used: Vec<_> = std::iter::from_fn(|| b.driver.take_used()).map(|(head, _)| head).collect();
     assert_eq!(used, [heads[0], heads[2], heads[1]]);
+    control.hold();
+    let last = send(&mut b);
+    b.blk.process_queue();
+    assert_eq!(control.held(), 1);
     let waiter = std::thread::spawn(move || {
         std::thread::sleep(std::time::Duration::from_millis(50));
         release.release(&[]);
@@ -244,7 +251,7 @@ fn without_flush_a_write_is_durable_when_it_is_answered() {
     for (features, durable) in [(0, true), (FLUSH, false)] {
         let mut b = bench();
         let (later, control) = Later::new(raw(&b.file));
-        b.blk = Blk::new("disk0", "", Box::new(later), Place::Caller);
+        b.blk = Blk::simple("disk0", "", Box::new(later), Place::Caller);
         b.blk.activate(activation(features, &[&b.driver], &b.signals)).unwrap();
         b.header(1, 0);
         b.driver.send(&[(HEADER, 16, 0), (DATA, 512, 0), (STATUS, 1, WRITE)]);
@@ -329,7 +336,7 @@ fn who_takes_the_queue_back_waits_for_one_request_and_not_for_all() {
     }
     b.driver.ring_doorbell();
     begins.recv_timeout(std::time::Duration::from_secs(20)).expect("the first request begins");
-    let leaving = match &b.blk.state {
+    let leaving = match &b.blk.lanes[0].state {
         State::Active(worker) => worker.leaving().unwrap(),
         _ => panic!("it serves"),
     };

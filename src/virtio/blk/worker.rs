@@ -7,9 +7,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventSet, Events};
-use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_S_OK;
+use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_OK};
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::timerfd::TimerFd;
 
+use super::control::Control;
 use super::request::{Action, HEADER, ID_LEN, Limits, Refusal, parse, status_address};
 use super::statistics::{Counters, Kind};
 use crate::block::{Backend, BlockOp, IoRequest, Submitted};
@@ -31,8 +33,13 @@ const SHARE: u64 = 2 << 20;
 /// How long a device that comes to its end waits for requests that a backend of the embedder's has not answered.
 const PATIENCE: Duration = Duration::from_millis(if cfg!(test) { 200 } else { 5_000 });
 
+/// How long a host is left alone that could not take more.
+const BREATH: Duration = Duration::from_millis(1);
 /// How often who waits looks whether it still has to.
 const LOOK: Duration = Duration::from_millis(100);
+
+/// The data of a read or a write with its place, and nothing for what moves none.
+type Extent = (u64, u64);
 
 /// One queue and what serves it.
 pub(super) struct Worker {
@@ -46,15 +53,19 @@ pub(super) struct Worker {
     /// Nothing more is begun.
     draining: bool,
     leaving: Leaving,
+    /// Rings when a limit lets the next request pass.
+    timer: TimerFd,
 }
 
 /// Everything but the queue.
 struct Disk {
     backend: Box<dyn Backend>,
-    limits: Limits,
+    control: Arc<Control>,
+    /// The driver knows DISCARD and WRITE_ZEROES.
+    discards: bool,
     serial: [u8; ID_LEN],
     /// The driver has no FLUSH: each write is on stable storage when it is answered (5.2.6.2).
-    writethrough: bool,
+    no_flush: bool,
     signals: Signals,
     pieces: Pieces,
     /// What has been submitted and not answered, by its head.
@@ -62,6 +73,10 @@ struct Disk {
     in_flight: usize,
     /// Completed since the last notification.
     untold: u32,
+    /// The backend says that something has ended.
+    rung: bool,
+    /// When the last thing happened: one look at the clock serves a batch.
+    now: Instant,
     counters: Arc<Counters>,
 }
 
@@ -74,34 +89,50 @@ struct Pending {
     offset: u64,
     /// What it is counted as.
     kind: Kind,
+    begun: Instant,
+}
+
+/// What a worker serves.
+pub(super) struct Job {
+    pub queue: Queue,
+    pub index: usize,
+    pub memory: Memory,
+    pub signals: Signals,
+    pub backend: Box<dyn Backend>,
+    pub serial: [u8; ID_LEN],
+    pub features: u64,
+    pub control: Arc<Control>,
 }
 
 impl Worker {
-    pub fn new(
-        queue: Queue,
-        memory: Memory,
-        signals: Signals,
-        backend: Box<dyn Backend>,
-        serial: [u8; ID_LEN],
-        writethrough: bool,
-        counters: Arc<Counters>,
-    ) -> Self {
-        let limits = Limits { size: backend.size(), readonly: backend.readonly() };
+    /// # Errors
+    /// The host is out of file descriptors; the backend comes back.
+    pub fn new(job: Job) -> Result<Self, (io::Error, Box<dyn Backend>)> {
+        let Job { queue, index, memory, signals, backend, serial, features, control } = job;
+        let timer = match TimerFd::new() {
+            Ok(timer) => timer,
+            Err(error) => return Err((error.into(), backend)),
+        };
+        let counters = control.counters(index);
         let disk = Disk {
             backend,
-            limits,
+            discards: control.discards() && features & (1 << VIRTIO_BLK_F_DISCARD) != 0,
+            control,
             serial,
-            writethrough,
+            no_flush: features & 1 << VIRTIO_BLK_F_FLUSH == 0,
             signals: signals.clone(),
             pieces: Pieces::with_capacity(queue.max_size().into()),
             pending: vec![None; queue.size().into()].into(),
             in_flight: 0,
             untold: 0,
+            rung: false,
+            now: Instant::now(),
             counters,
         };
         let chain = Chain::with_capacity(queue.max_size());
         let (broken, draining) = (false, false);
-        Self { queue, memory, signals, chain, disk, broken, draining, leaving: Leaving::default() }
+        let leaving = Leaving::default();
+        Ok(Self { queue, memory, signals, chain, disk, broken, draining, leaving, timer })
     }
 
     /// One wake-up's work: answers what the backend has finished, and submits what waits.
@@ -110,24 +141,38 @@ impl Worker {
             // What the backend reports must be taken all the same, or its fd would never let us sleep.
             return self.collect();
         }
-        let Self { queue, memory, chain, disk, leaving, .. } = self;
+        let Self { queue, memory, chain, disk, leaving, timer, .. } = self;
+        disk.now = Instant::now();
         let (collected, mut moved) = (disk.collect(queue, memory), 0);
+        if let (Ok(()), Some(wait)) = (collected, disk.control.wait()) {
+            queue.notify(memory);
+            return sleep(timer, wait);
+        }
+        let mut throttled = None;
         let serve = |queue: &mut Queue, chain: &Chain| {
             disk.serve(queue, memory, chain)?;
             moved += chain.writable_len() + chain.readable_len();
             // Who takes the queue away gets it after this request, not after all that wait.
-            Ok(if moved >= SHARE || leaving.is_set() { Next::Enough } else { Next::More })
+            throttled = disk.control.wait();
+            let enough = moved >= SHARE || throttled.is_some() || leaving.is_set();
+            Ok(if enough { Next::Enough } else { Next::More })
         };
         let drained = match collected {
             Ok(()) => queue.drain(memory, chain, serve),
             Err(fault) => Err(fault),
         };
-        disk.backend.kick();
+        let taken = disk.backend.kick();
+        // Much has ended by then.
+        let drained = drained.and_then(|more| disk.collect(queue, memory).map(|()| more));
         queue.notify(memory);
-        match drained {
-            Ok(true) => queue.rearm(),
-            Ok(false) => {}
-            Err(fault) => {
+        if !taken {
+            sleep(timer, BREATH);
+        }
+        match (drained, throttled) {
+            (Ok(true), Some(wait)) => sleep(timer, wait),
+            (Ok(true), None) => queue.rearm(),
+            (Ok(false), _) => {}
+            (Err(fault), _) => {
                 self.broken = true;
                 self.signals.needs_reset(fault);
             }
@@ -149,15 +194,23 @@ impl Worker {
         if self.settle(deadline) {
             return true;
         }
-        self.draining = false;
-        self.queue.rearm();
+        self.go_on();
         false
     }
 
+    /// Serves again after [`drain`](Self::drain).
+    pub fn go_on(&mut self) {
+        self.draining = false;
+        self.queue.rearm();
+    }
+
     /// Waits for every request in flight and gives everything back. They may still write to the guest's memory, so
-    /// only the end of the VM makes it give up on any.
-    pub fn finish(mut self, ending: impl Fn() -> bool) -> (Queue, Box<dyn Backend>) {
-        let mut last = None;
+    /// only the end of the VM makes it give up on any; `last` is until when, for all queues of a device.
+    pub fn finish(
+        mut self,
+        ending: impl Fn() -> bool,
+        last: &mut Option<Instant>,
+    ) -> (Queue, Box<dyn Backend>) {
         while !self.settle(Instant::now() + LOOK) {
             if ending() && Instant::now() >= *last.get_or_insert_with(|| Instant::now() + PATIENCE) {
                 self.disk.abandon();
@@ -190,18 +243,31 @@ impl Disk {
             // No byte to put an error into: its completion with nothing written says it.
             return self.complete(queue, memory, chain.head, 0);
         };
-        let pending = |kind, written, offset| Pending { status, written, offset, kind };
-        match parse(memory, chain, self.limits) {
+        let begun = self.now;
+        let pending = |kind, written, offset| Pending { status, written, offset, kind, begun };
+        let limits =
+            Limits { size: self.control.size(), readonly: self.control.readonly(), discards: self.discards };
+        let durable = self.no_flush || !self.control.writeback();
+        match parse(memory, chain, limits) {
             Ok(Action::Read { offset, len }) => {
                 let pending = pending(Kind::Read(len), len + 1, offset);
-                self.submit(queue, memory, chain, BlockOp::Read, pending, len)
+                self.submit(queue, memory, chain, BlockOp::Read, pending, (offset, len.into()))
             }
             Ok(Action::Write { offset, len }) => {
-                let op = BlockOp::Write { durable: self.writethrough };
-                self.submit(queue, memory, chain, op, pending(Kind::Write(len), 1, offset), len)
+                let pending = pending(Kind::Write(len), 1, offset);
+                self.submit(queue, memory, chain, BlockOp::Write { durable }, pending, (offset, len.into()))
             }
             Ok(Action::Flush) => {
-                self.submit(queue, memory, chain, BlockOp::Flush, pending(Kind::Flush, 1, 0), 0)
+                self.submit(queue, memory, chain, BlockOp::Flush, pending(Kind::Flush, 1, 0), (0, 0))
+            }
+            Ok(Action::Discard { offset, length }) => {
+                let pending = pending(Kind::Discard(length), 1, offset);
+                self.submit(queue, memory, chain, BlockOp::Discard, pending, (offset, length))
+            }
+            Ok(Action::WriteZeroes { offset, length, unmap }) => {
+                let pending = pending(Kind::Discard(length), 1, offset);
+                let op = BlockOp::WriteZeroes { unmap, durable };
+                self.submit(queue, memory, chain, op, pending, (offset, length))
             }
             Ok(Action::GetId { len }) => {
                 let put = chain.writer(memory).write(&self.serial[..len as usize]);
@@ -219,8 +285,14 @@ impl Disk {
         chain: &Chain,
         op: BlockOp,
         pending: Pending,
-        len: u32,
+        (offset, length): Extent,
     ) -> Result<(), QueueFault> {
+        let moves = matches!(op, BlockOp::Read | BlockOp::Write { .. });
+        let data_length = if moves { length } else { 0 };
+        self.control.spend(data_length);
+        if !matches!(op, BlockOp::Read | BlockOp::Flush) {
+            self.control.keep(offset, length);
+        }
         let mut buffers = self.pieces.list();
         let mut data = match op {
             BlockOp::Read => chain.writer(memory).rest(),
@@ -230,12 +302,12 @@ impl Disk {
             BlockOp::Write { .. } => data.skip(HEADER),
             _ => Ok(()),
         };
-        let found = found.and_then(|()| data.slices(len.into(), |slice| buffers.push(slice)));
+        let found = found.and_then(|()| data.slices(data_length, |slice| buffers.push(slice)));
         if let Err(bad) = found {
             return self.answer(queue, memory, chain.head, pending, Err(bad.into()));
         }
-        let (offset, tag) = (pending.offset, u64::from(chain.head));
-        match self.backend.submit(IoRequest { op, offset, buffers, memory, tag }) {
+        let tag = u64::from(chain.head);
+        match self.backend.submit(IoRequest { op, offset, length, buffers, memory, tag }) {
             Submitted::Done(outcome) => {
                 let outcome = outcome.map_err(|error| self.failed(&error, offset));
                 self.answer(queue, memory, chain.head, pending, outcome)
@@ -253,14 +325,22 @@ impl Disk {
     /// Answers what the backend has finished since the last time.
     fn collect(&mut self, queue: &mut Queue, memory: &Memory) -> Result<(), QueueFault> {
         let mut result = Ok(());
-        let Self { backend, pending, in_flight, signals, counters, .. } = self;
+        let Self { backend, pending, in_flight, signals, counters, now, rung, .. } = self;
+        if *in_flight == 0 && !std::mem::take(rung) {
+            // Also no system call to find out.
+            return result;
+        }
+        let mut looked = false;
         backend.completions(&mut |tag, outcome| {
+            if !std::mem::replace(&mut looked, true) {
+                *now = Instant::now();
+            }
             // A tag that nothing waits for is a backend's mistake, and nobody's request.
             let slot = usize::try_from(tag).ok().and_then(|head| pending.get_mut(head));
             let Some(request) = slot.and_then(Option::take) else { return };
             *in_flight -= 1;
             let outcome = outcome.map_err(|error| failed(signals, &error, request.offset));
-            let answered = put_answer(queue, memory, tag as u16, request, outcome, counters);
+            let answered = put_answer(queue, memory, tag as u16, request, outcome, counters, *now);
             result = result.and(answered);
         });
         result
@@ -287,7 +367,8 @@ impl Disk {
         pending: Pending,
         outcome: Result<(), Refusal>,
     ) -> Result<(), QueueFault> {
-        put_answer(queue, memory, head, pending, outcome, &self.counters)?;
+        self.now = Instant::now();
+        put_answer(queue, memory, head, pending, outcome, &self.counters, self.now)?;
         self.told(queue, memory);
         Ok(())
     }
@@ -313,6 +394,13 @@ impl Disk {
     }
 }
 
+/// Has the timer ring when a request may pass, or somebody may have changed the limit.
+fn sleep(timer: &mut TimerFd, wait: Duration) {
+    if let Err(error) = timer.reset(wait.min(LOOK).max(Duration::from_micros(1)), None) {
+        log::error!("setting a timer: {error}");
+    }
+}
+
 /// A failure of the host's: the guest sees an error, the embedder an event.
 fn failed(signals: &Signals, error: &io::Error, offset: u64) -> Refusal {
     signals.backend_error(error.raw_os_error().unwrap_or(libc::EIO), offset);
@@ -326,8 +414,9 @@ fn put_answer(
     pending: Pending,
     outcome: Result<(), Refusal>,
     counters: &Counters,
+    now: Instant,
 ) -> Result<(), QueueFault> {
-    counters.count(pending.kind, outcome.is_ok());
+    counters.count(pending.kind, now.saturating_duration_since(pending.begun), outcome.is_ok());
     let (status, written) = match outcome {
         Ok(()) => (VIRTIO_BLK_S_OK as u8, pending.written),
         Err(refusal) => (refusal.status(), 1),
@@ -341,6 +430,7 @@ impl reactor::Worker for Worker {
     fn init(&mut self, ops: &mut Watch) {
         self.leaving = ops.leaving();
         let mut added = ops.add(Events::new(self.queue.doorbell(), EventSet::IN));
+        added = added.and(ops.add(Events::new(&self.timer, EventSet::IN)));
         if let Some(fd) = self.disk.backend.completion_fd() {
             added = added.and(ops.add(Events::new_raw(fd.as_raw_fd(), EventSet::IN)));
         }
@@ -355,6 +445,10 @@ impl reactor::Worker for Worker {
     fn process(&mut self, events: Events, _: &mut Watch) {
         if events.fd() == self.queue.doorbell().as_raw_fd() {
             self.queue.silence();
+        } else if events.fd() == self.timer.as_raw_fd() {
+            let _ = self.timer.clear();
+        } else {
+            self.disk.rung = true;
         }
         self.process_queue();
     }

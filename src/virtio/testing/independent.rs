@@ -196,10 +196,10 @@ mod tests {
     #[test]
     fn its_disk_driver_works_our_disk() {
         let file = crate::sys::memory::sealed_memfd(c"disk", 1 << 20).unwrap();
-        let disk = RawDisk::from_file("disk0: test", file, false).unwrap();
+        let disk = RawDisk::plain("disk0: test", file, false).unwrap();
         let event_loop = EventLoop::start("test", |body| Ok(std::thread::spawn(body))).unwrap();
         let place = Place::Loop(event_loop.clone(), StopLine::new(|cause| panic!("{cause}")));
-        let machine = machine(Box::new(Blk::new("disk0", "serial-1", Box::new(disk), place)));
+        let machine = machine(Box::new(Blk::simple("disk0", "serial-1", Box::new(disk), place)));
         for round in 1..4u8 {
             let transport = OurPci::new(Registers::find(&machine, 1), |_| {});
             let mut blk = VirtIOBlk::<GuestPages, _>::new(transport).unwrap();

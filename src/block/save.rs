@@ -1,0 +1,198 @@
+#![forbid(unsafe_code)]
+//! A copy of a disk as it was at one instant, made while it is written to.
+//!
+//! A chunk is copied before it changes for the first time, by whoever is about to change it; all others are copied one after the
+//! other. So the copy costs the guest one chunk's time at most per write, and never more than the disk's size in all.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend};
+
+use super::{Backend, BlockOp, IoRequest, Submitted, create_disk};
+use crate::config::{BackingConfig, DiskConfig, DiskEngine, DiskFormat};
+use crate::error::{Error, ErrorKind, Result};
+use crate::memory::Memory;
+use crate::sys::fd;
+use crate::sys::io::Pieces;
+use crate::sys::lock;
+use crate::units::{Bytes, Sectors};
+
+/// What is copied at once.
+const CHUNK: u64 = 256 << 10;
+/// How long a file of the host's is waited for.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A copy in the making. Its file is gone when it is dropped before [`finish`](Self::finish).
+pub(crate) struct Saving(Mutex<State>);
+
+struct State {
+    source: Box<dyn Backend>,
+    target: Option<Box<dyn Backend>>,
+    path: PathBuf,
+    size: u64,
+    /// Chunks that are there.
+    copied: Vec<bool>,
+    /// The first that may not be.
+    next: usize,
+    /// Where data is in between.
+    memory: Memory,
+    /// Where it is looked at.
+    bytes: Vec<u8>,
+    pieces: Pieces,
+    failed: Option<Error>,
+}
+
+impl Saving {
+    /// Of `size` bytes of `source`, into a new image at `path`.
+    ///
+    /// # Errors
+    /// The image cannot be made.
+    pub fn new(source: Box<dyn Backend>, size: u64, path: &Path, format: DiskFormat) -> Result<Self> {
+        create_disk(path, format, Bytes(size), None)?;
+        let config = DiskConfig { format, engine: DiskEngine::Sync, ..DiskConfig::new(path) };
+        let state = State {
+            source,
+            target: None,
+            path: path.to_owned(),
+            size,
+            copied: vec![false; size.div_ceil(CHUNK) as usize],
+            next: 0,
+            memory: Memory::on(CHUNK, &BackingConfig::default())?,
+            bytes: vec![0; CHUNK as usize],
+            pieces: Pieces::default(),
+            failed: None,
+        };
+        let saving = Self(Mutex::new(state));
+        let target = super::open("saved", path, &config)?;
+        lock(&saving.0).target = Some(target);
+        Ok(saving)
+    }
+
+    /// That range is about to change: what it was is copied first. A copy that fails is the saver's business, not the guest's.
+    pub fn keep(&self, offset: u64, length: u64) {
+        let mut state = lock(&self.0);
+        let chunks = offset / CHUNK..offset.saturating_add(length).div_ceil(CHUNK);
+        for chunk in chunks {
+            if state.failed.is_none() {
+                state.copy(chunk as usize);
+            }
+        }
+    }
+
+    /// Copies the next chunk; how many bytes are behind us.
+    ///
+    /// # Errors
+    /// What has failed, here or for a write of the guest's.
+    pub fn step(&self) -> Result<u64> {
+        let mut state = lock(&self.0);
+        while state.copied.get(state.next) == Some(&true) {
+            state.next += 1;
+        }
+        let next = state.next;
+        state.copy(next);
+        match state.failed.take() {
+            Some(error) => Err(error),
+            None => Ok(((next as u64 + 1) * CHUNK).min(state.size)),
+        }
+    }
+
+    /// All of it is there: brings it to stable storage.
+    ///
+    /// # Errors
+    /// The host could not.
+    pub fn finish(&self) -> Result<()> {
+        let mut state = lock(&self.0);
+        if let Some(error) = state.failed.take() {
+            return Err(error);
+        }
+        let Some(mut target) = state.target.take() else { return Ok(()) };
+        let State { path, memory, pieces, .. } = &mut *state;
+        perform(&mut *target, memory, pieces, BlockOp::Flush, 0, 0).map_err(|e| failed(path, e))?;
+        state.path = PathBuf::new();
+        Ok(())
+    }
+}
+
+impl State {
+    fn copy(&mut self, chunk: usize) {
+        if self.copied.get(chunk) != Some(&false) {
+            return;
+        }
+        self.copied[chunk] = true;
+        if let Err(error) = self.try_copy(chunk as u64 * CHUNK) {
+            self.failed = Some(failed(&self.path, error));
+        }
+    }
+
+    fn try_copy(&mut self, offset: u64) -> io::Result<()> {
+        let Some(target) = &mut self.target else { return Ok(()) };
+        let length = CHUNK.min(self.size - offset) / Sectors::SIZE * Sectors::SIZE;
+        perform(&mut *self.source, &self.memory, &mut self.pieces, BlockOp::Read, offset, length)?;
+        let bytes = &mut self.bytes[..length as usize];
+        self.memory.read_slice(bytes, GuestAddress(0)).map_err(io::Error::other)?;
+        // The image is made of zeroes.
+        if bytes.iter().all(|byte| *byte == 0) {
+            return Ok(());
+        }
+        let write = BlockOp::Write { durable: false };
+        perform(&mut **target, &self.memory, &mut self.pieces, write, offset, length)
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        if self.path.as_os_str().is_empty() {
+            return;
+        }
+        self.target = None;
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            log::warn!("removing {}, which is not complete: {error}", self.path.display());
+        }
+    }
+}
+
+fn failed(path: &Path, error: io::Error) -> Error {
+    Error::os(format!("saving a disk to {}", path.display()), error)
+}
+
+/// Does one request, and waits for it.
+fn perform(
+    disk: &mut dyn Backend,
+    memory: &Memory,
+    pieces: &mut Pieces,
+    op: BlockOp,
+    offset: u64,
+    length: u64,
+) -> io::Result<()> {
+    let mut buffers = pieces.list();
+    if length > 0 {
+        let slice = memory.get_slice(GuestAddress(0), length as usize).map_err(io::Error::other)?;
+        buffers.push(slice);
+    }
+    match disk.submit(IoRequest { op, offset, length, buffers, memory, tag: 0 }) {
+        Submitted::Done(outcome) => outcome,
+        Submitted::Pending => {
+            let (end, mut answer) = (Instant::now() + PATIENCE, None);
+            while answer.is_none() {
+                if Instant::now() >= end {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                disk.kick();
+                if let Some(fd) = disk.completion_fd() {
+                    fd::wait_readable(fd, Duration::from_millis(100));
+                }
+                disk.completions(&mut |_, outcome| answer = Some(outcome));
+            }
+            answer.unwrap_or(Ok(()))
+        }
+    }
+}
+
+/// The disk that `Saving` refuses: nobody else can read what holds its bytes.
+pub(crate) fn cannot(id: &str) -> Error {
+    let why = format!("{id}: its bytes are behind code of yours: save them there");
+    Error::new(ErrorKind::Unsupported, why)
+}

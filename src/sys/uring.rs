@@ -1,0 +1,326 @@
+//! io_uring: many transfers between guest memory and one file on their way at a time.
+
+use std::collections::VecDeque;
+use std::io;
+use std::ops::Deref;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use io_uring::{IoUring, Probe, opcode, squeue, types};
+use vm_memory::GuestMemoryMmap;
+
+use super::io::OwnedList;
+
+/// How long the end of a ring waits for what is still on its way.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// The index of the one registered file.
+const FILE: types::Fixed = types::Fixed(0);
+
+/// What to do with the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Work {
+    Read,
+    /// On stable storage when it ends, if so asked.
+    Write {
+        durable: bool,
+    },
+    /// `fdatasync`
+    Sync,
+}
+
+/// A transfer that has ended, or could not begin.
+pub(crate) struct Ended<O> {
+    pub work: Work,
+    pub offset: u64,
+    pub tag: u64,
+    pub list: OwnedList<O>,
+    /// Bytes, or the kernel's error.
+    pub result: io::Result<usize>,
+}
+
+/// A ring with its file and what is on its way. It keeps the memory of each transfer until the kernel has let go of it.
+pub(crate) struct Ring<O> {
+    ring: IoUring,
+    /// Rings for what does not end at once.
+    flights: Box<[Option<Flight<O>>]>,
+    free: Vec<u16>,
+    /// Pushed, and not yet known to the kernel.
+    queued: usize,
+}
+
+struct Flight<O> {
+    work: Work,
+    offset: u64,
+    tag: u64,
+    list: OwnedList<O>,
+    /// Nobody wants to hear of it any more.
+    abandoned: bool,
+}
+
+/// Whether the host has it, and lets this process use it.
+pub(crate) fn is_there() -> bool {
+    made(1).is_ok()
+}
+
+/// Made on a thread that ends at once: the kernel tells a ring's maker, by an interruption of what it waits for, that the ring has gone,
+/// and the embedder's threads are not ours to interrupt.
+fn made(entries: u16) -> io::Result<IoUring> {
+    std::thread::scope(|scope| {
+        let maker = std::thread::Builder::new().name("vmbed-ring".into()).stack_size(64 << 10);
+        let made = maker.spawn_scoped(scope, move || IoUring::new(entries.into()))?;
+        made.join().unwrap_or_else(|_| Err(io::Error::other("the maker of a ring panicked")))
+    })
+}
+
+impl<O: Deref<Target = GuestMemoryMmap>> Ring<O> {
+    /// A ring for `entries` transfers at a time with that file, which it keeps open.
+    ///
+    /// # Errors
+    /// The host has no io_uring, does not allow it, or is out of something.
+    pub fn new(file: BorrowedFd<'_>, entries: u16) -> io::Result<Self> {
+        let ring = made(entries)?;
+        let params = ring.params();
+        if !params.is_feature_nodrop() || !params.is_feature_submit_stable() {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "a kernel before Linux 5.5"));
+        }
+        let mut probe = Probe::new();
+        ring.submitter().register_probe(&mut probe)?;
+        let wanted = [opcode::Read::CODE, opcode::Write::CODE, opcode::Readv::CODE, opcode::Writev::CODE];
+        if !wanted.iter().chain([&opcode::Fsync::CODE]).all(|code| probe.is_supported(*code)) {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "an operation is missing"));
+        }
+        ring.submitter().register_files(&[file.as_raw_fd()])?;
+        let flights = (0..entries).map(|_| None).collect();
+        Ok(Self { ring, flights, free: (0..entries).collect(), queued: 0 })
+    }
+
+    /// Readable while something has ended that was not reaped. The ring itself: an eventfd that rings for those alone that do not end
+    /// within [`enter`](Self::enter) misses the ones that an interrupt ends (Linux 6.1, `io_eventfd_signal`).
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the ring keeps the descriptor open for as long as the borrow of it lives.
+        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
+    }
+
+    /// How many have not ended.
+    #[cfg(test)]
+    pub fn in_flight(&self) -> usize {
+        self.flights.len() - self.free.len()
+    }
+
+    /// Puts a transfer into the queue.
+    ///
+    /// # Errors
+    /// There is no room: the memory comes back.
+    pub fn push(
+        &mut self,
+        work: Work,
+        offset: u64,
+        list: OwnedList<O>,
+        tag: u64,
+    ) -> Result<(), OwnedList<O>> {
+        let Some(slot) = self.free.pop() else { return Err(list) };
+        let entry = entry(work, offset, &list).user_data(slot.into());
+        // SAFETY: the entry points to the pieces and the memory of the list, which stay in `flights` until the kernel
+        // has said that it is done with them, also if this ring is dropped (see there).
+        if unsafe { self.ring.submission().push(&entry) }.is_err() {
+            self.free.push(slot);
+            return Err(list);
+        }
+        self.flights[usize::from(slot)] = Some(Flight { work, offset, tag, list, abandoned: false });
+        self.queued += 1;
+        Ok(())
+    }
+
+    /// Tells the kernel of what was pushed. It may end at once: reap afterwards.
+    ///
+    /// # Errors
+    /// EAGAIN, EBUSY, ENOMEM: some of it waits for the next time.
+    pub fn enter(&mut self) -> io::Result<()> {
+        while self.queued > 0 {
+            match self.ring.submit() {
+                Ok(0) => return Err(io::Error::from_raw_os_error(libc::EAGAIN)),
+                Ok(count) => self.queued = self.queued.saturating_sub(count),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes what has ended.
+    pub fn reap(&mut self, ended: &mut VecDeque<Ended<O>>) {
+        for entry in self.ring.completion() {
+            let Some(slot) =
+                usize::try_from(entry.user_data()).ok().filter(|slot| *slot < self.flights.len())
+            else {
+                continue;
+            };
+            let Some(Flight { work, offset, tag, list, abandoned }) = self.flights[slot].take() else {
+                continue;
+            };
+            self.free.push(slot as u16);
+            if !abandoned {
+                let result = usize::try_from(entry.result());
+                let result = result.map_err(|_| io::Error::from_raw_os_error(-entry.result()));
+                ended.push_back(Ended { work, offset, tag, list, result });
+            }
+        }
+    }
+
+    /// None of what is on its way is wanted any more.
+    pub fn abandon(&mut self) {
+        self.flights.iter_mut().flatten().for_each(|flight| flight.abandoned = true);
+    }
+}
+
+fn entry<O: Deref<Target = GuestMemoryMmap>>(work: Work, offset: u64, list: &OwnedList<O>) -> squeue::Entry {
+    let flags = if work == (Work::Write { durable: true }) { libc::RWF_DSYNC } else { 0 };
+    let pieces = list.raw();
+    let (at, count) = (pieces.as_ptr(), pieces.len() as u32);
+    match (work, pieces) {
+        (Work::Sync, _) => opcode::Fsync::new(FILE).flags(types::FsyncFlags::DATASYNC).build(),
+        (Work::Read, [one]) => {
+            opcode::Read::new(FILE, one.iov_base.cast(), one.iov_len as u32).offset(offset).build()
+        }
+        (Work::Read, _) => opcode::Readv::new(FILE, at, count).offset(offset).build(),
+        (Work::Write { .. }, [one]) => opcode::Write::new(FILE, one.iov_base.cast(), one.iov_len as u32)
+            .offset(offset)
+            .rw_flags(flags)
+            .build(),
+        (Work::Write { .. }, _) => {
+            opcode::Writev::new(FILE, at, count).offset(offset).rw_flags(flags).build()
+        }
+    }
+}
+
+impl<O> Drop for Ring<O> {
+    fn drop(&mut self) {
+        let end = Instant::now() + PATIENCE;
+        while self.free.len() < self.flights.len() && Instant::now() < end {
+            let _ = self.ring.submit();
+            for entry in self.ring.completion() {
+                let slot = usize::try_from(entry.user_data()).unwrap_or(usize::MAX);
+                if let Some(flight) = self.flights.get_mut(slot).filter(|flight| flight.is_some()) {
+                    *flight = None;
+                    self.free.push(slot as u16);
+                }
+            }
+            if self.free.len() < self.flights.len() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        // Else the file, and its locks, would stay for as long as the kernel takes to end the ring.
+        let _ = self.ring.submitter().unregister_files();
+        if self.free.len() < self.flights.len() {
+            // The kernel may still write there: memory that is never given back is the lesser evil.
+            log::error!(
+                "{} transfers have not ended: their memory is kept",
+                self.flights.len() - self.free.len()
+            );
+            std::mem::forget(std::mem::take(&mut self.flights));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::sync::Arc;
+
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+    use super::*;
+    use crate::sys::fd;
+    use crate::sys::io::Pieces;
+
+    type Guest = Arc<GuestMemoryMmap>;
+
+    fn list(memory: &Guest, pieces: &[(u64, usize)]) -> OwnedList<Guest> {
+        let mut room = Pieces::default();
+        let mut list = room.list();
+        pieces.iter().for_each(|(at, len)| list.push(memory.get_slice(GuestAddress(*at), *len).unwrap()));
+        OwnedList::keep(&list, Pieces::default(), memory.clone()).unwrap()
+    }
+
+    fn wait(ring: &mut Ring<Guest>, count: usize) -> Vec<(u64, io::Result<usize>)> {
+        ring.enter().unwrap();
+        let (mut ended, end) = (VecDeque::new(), Instant::now() + Duration::from_secs(30));
+        while ended.len() < count {
+            assert!(Instant::now() < end, "waited for {count} transfers to end: {} have", ended.len());
+            assert!(
+                fd::wait_readable(ring.as_fd(), Duration::from_secs(30)),
+                "nothing is said of what has ended"
+            );
+            ring.reap(&mut ended);
+        }
+        ended.into_iter().map(|e| (e.tag, e.result)).collect()
+    }
+
+    #[test]
+    fn transfers_go_to_a_file_and_back() {
+        let memory: Guest = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap().into();
+        let file = crate::sys::memory::sealed_memfd(c"test", 0x10000).unwrap();
+        let Ok(mut ring) = Ring::new(file.as_fd(), 4) else { panic!("this host has no io_uring") };
+        drop(file);
+        memory.write_slice(&[7; 0x2000], GuestAddress(0)).unwrap();
+        for (tag, durable) in [(1, false), (2, true)] {
+            let pieces: &[(u64, usize)] = if durable { &[(0, 0x1000)] } else { &[(0, 100), (0x1000, 412)] };
+            assert!(ring.push(Work::Write { durable }, tag << 13, list(&memory, pieces), tag).is_ok());
+        }
+        let mut done = wait(&mut ring, 2);
+        done.sort_by_key(|(tag, _)| *tag);
+        assert!(matches!(done[..], [(1, Ok(512)), (2, Ok(0x1000))]), "{done:?}");
+        for tag in 0..4 {
+            assert!(
+                ring.push(Work::Read, 0x4000, list(&memory, &[(0x8000 + (tag << 12), 512)]), tag).is_ok()
+            );
+        }
+        assert!(ring.push(Work::Sync, 0, list(&memory, &[]), 9).is_err(), "it is full");
+        assert_eq!(wait(&mut ring, 4).len(), 4);
+        assert_eq!(memory.read_obj::<[u8; 16]>(GuestAddress(0xb1f0)).unwrap(), [7; 16]);
+        assert!(ring.push(Work::Sync, 0, list(&memory, &[]), 9).is_ok());
+        assert!(ring.push(Work::Read, 0xff00, list(&memory, &[(0, 0x200)]), 10).is_ok());
+        let done = wait(&mut ring, 2);
+        assert!(
+            done.iter().any(|(tag, r)| *tag == 10 && matches!(r, Ok(0x100))),
+            "short at the end: {done:?}"
+        );
+        assert_eq!(ring.in_flight(), 0);
+    }
+
+    #[test]
+    fn what_was_abandoned_is_not_told_and_a_ring_ends_with_what_is_under_way() {
+        let memory: Guest = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap().into();
+        // A pipe never answers a read by itself.
+        let (from, to) = io::pipe().unwrap();
+        let mut ring = Ring::new(from.as_fd(), 4).unwrap();
+        assert!(ring.push(Work::Read, u64::MAX, list(&memory, &[(0, 16)]), 1).is_ok());
+        ring.enter().unwrap();
+        ring.abandon();
+        assert!(ring.push(Work::Read, u64::MAX, list(&memory, &[(0x100, 16)]), 1).is_ok());
+        ring.enter().unwrap();
+        let mut ended = VecDeque::new();
+        ring.reap(&mut ended);
+        assert_eq!((ended.len(), ring.in_flight()), (0, 2));
+        io::Write::write_all(&mut &to, &[5; 16]).unwrap();
+        drop(to);
+        assert_eq!(wait(&mut ring, 1)[0].0, 1);
+        drop(ring);
+        assert_eq!(Arc::strong_count(&memory), 1);
+    }
+
+    #[test]
+    fn the_end_of_a_ring_interrupts_nobody() {
+        use std::io::Read;
+        use std::os::unix::net::UnixStream;
+        let file = crate::sys::memory::sealed_memfd(c"test", 0x10000).unwrap();
+        let (mut near, _far) = UnixStream::pair().unwrap();
+        // A wait with a limit is not begun again by the kernel.
+        near.set_read_timeout(Some(Duration::from_millis(30))).unwrap();
+        for _ in 0..20 {
+            drop(Ring::<Guest>::new(file.as_fd(), 4).unwrap());
+            assert!(is_there());
+            assert_eq!(near.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        }
+    }
+}
