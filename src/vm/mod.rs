@@ -293,12 +293,17 @@ impl Vm {
     ) -> Result<bool> {
         let disk = self.disk(index)?;
         let (copy, size) = (disk.copy_to(path.as_ref(), format)?, disk.size());
-        let runs = self.state() == VmState::Running;
-        if runs {
-            self.pause()?;
+        let mut paused = false;
+        if self.state() == VmState::Running {
+            match self.pause() {
+                Ok(()) => paused = true,
+                // It has ended, or somebody else pauses it: at rest all the same.
+                Err(_) if self.state() != VmState::Running => {}
+                Err(error) => return Err(error),
+            }
         }
         let begun = disk.begin_saving(&copy);
-        if runs && let Err(error) = self.resume() {
+        if paused && let Err(error) = self.resume() {
             // Somebody else has resumed or ended it.
             log::debug!("resuming a VM whose disk is saved: {error}");
         }

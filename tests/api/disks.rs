@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 
 use vmbed::{
-    BlockBackend, BlockRequest, Bytes, CacheMode, DiskBacking, DiskConfig, DiskEngine, DiskFormat, ErrorKind,
-    RateLimit, VmConfig, create_disk,
+    BareBoot, BlockBackend, BlockRequest, Boot, Bytes, CacheMode, CpuMode, DiskBacking, DiskConfig,
+    DiskEngine, DiskFormat, ErrorKind, RateLimit, VmConfig, VmState, create_disk,
 };
 
 use crate::backends::{Guest, config};
 use crate::guest::host;
-use crate::guests::Op;
+use crate::guests::{self, Op};
 
 const SIZE: u64 = 1 << 20;
 
@@ -47,6 +47,9 @@ impl BlockBackend for Nothing {
         request.complete(Ok(()));
     }
 }
+
+/// A guest that runs until it is stopped.
+const JUMP_TO_SELF: [u8; 2] = [0xeb, 0xfe];
 
 /// 7 and 8 in two sectors.
 const SUM: u64 = 512 * (7 + 8);
@@ -107,7 +110,9 @@ pub fn disks_and_what_is_changed_of_them() {
     drop(host.build(image.config()).unwrap());
 
     let saved = Layer(image.0.with_extension("saved"));
-    let vm = host.build(image.config()).unwrap();
+    let mut busy = image.config();
+    busy.boot = Boot::Bare(BareBoot::new(CpuMode::Long, guests::ENTRY, JUMP_TO_SELF.to_vec()));
+    let vm = host.build(busy).unwrap();
     vm.start().unwrap();
     for format in [DiskFormat::Raw, DiskFormat::Qcow2] {
         let mut last = Bytes(0);
@@ -126,6 +131,10 @@ pub fn disks_and_what_is_changed_of_them() {
     }
     assert!(!vm.save_disk(0, &saved.0, DiskFormat::Raw, |_, _| false).unwrap());
     assert!(!saved.0.exists(), "nothing is left of it");
+    assert_eq!(vm.state(), VmState::Running);
+    vm.stop().unwrap();
+    assert!(vm.save_disk(0, &saved.0, DiskFormat::Raw, |_, _| true).unwrap(), "of a VM that has ended");
+    std::fs::remove_file(&saved.0).unwrap();
     drop(vm);
     let own = host.builder(config(1, 0)).disk_backend(0, Nothing).build().unwrap();
     let error = own.save_disk(0, &saved.0, DiskFormat::Raw, |_, _| true).unwrap_err();
