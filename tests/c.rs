@@ -139,7 +139,9 @@ impl Stage {
     }
 
     fn program(&self, name: &str, arguments: &[&str]) -> Box<Command> {
-        let mut command = Command::new(self.directory.join(name));
+        // An alarm of its own may not reach a program that a leak checker has stopped.
+        let mut command = Command::new("timeout");
+        command.args(["--signal=KILL", "330"]).arg(self.directory.join(name));
         command.env("LD_LIBRARY_PATH", self.directory.join("usr/lib")).args(arguments);
         command.env("VMBED_GUEST", &self.guest);
         Box::new(command)
@@ -208,8 +210,16 @@ const NOT_FOR_VALGRIND: [&str; 4] =
 /// No error, no leak, no fd left.
 fn valgrind(stage: &Stage) {
     for name in list::listed("c").iter().filter(|name| !NOT_FOR_VALGRIND.contains(name)) {
-        let mut command = Command::new("valgrind");
-        command.args(["-q", "--error-exitcode=99", "--leak-check=full", "--track-fds=yes"]);
+        let mut command = Command::new("timeout");
+        command.args([
+            "--signal=KILL",
+            "330",
+            "valgrind",
+            "-q",
+            "--error-exitcode=99",
+            "--leak-check=full",
+            "--track-fds=yes",
+        ]);
         // Possible losses are thread-local storage of threads that end while the program does.
         command.args(["--errors-for-leak-kinds=definite,indirect"]).arg(stage.directory.join("api"));
         command.env("LD_LIBRARY_PATH", stage.directory.join("usr/lib")).env("VMBED_ROUNDS", "100");

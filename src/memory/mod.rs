@@ -24,6 +24,7 @@ use crate::sys::thread;
 pub(crate) use backing::HUGE;
 pub(crate) use residency::{Enrolled, Roll};
 
+mod access;
 mod backing;
 pub(crate) mod layout;
 mod residency;

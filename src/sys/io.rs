@@ -32,6 +32,27 @@ impl Pieces {
         self.0.clear();
         IoList { pieces: &mut self.0, done: 0, readonly: false, memory: PhantomData }
     }
+
+    /// Takes over what is left of a list. Nothing keeps its memory: that is for the caller to do.
+    pub(super) fn copy(&mut self, list: &IoList<'_>) {
+        self.0.clear();
+        self.0.extend_from_slice(&list.pieces[list.done..]);
+    }
+
+    /// The list again that was copied, which lay in that memory.
+    pub(super) fn again<'a>(&'a mut self, _: &'a GuestMemoryMmap) -> IoList<'a> {
+        IoList { pieces: &mut self.0, done: 0, readonly: false, memory: PhantomData }
+    }
+
+    /// The pieces as the kernel's interfaces describe them.
+    pub(super) fn raw(&self) -> &[libc::iovec] {
+        raw(&self.0)
+    }
+
+    /// The bytes in it.
+    pub(super) fn len(&self) -> u64 {
+        self.0.iter().map(|p| p.0.iov_len as u64).sum()
+    }
 }
 
 /// Memory to transfer, in pieces and in order: a guest's, and vmbed's own in front of or behind it.
@@ -144,6 +165,18 @@ impl<'a> IoList<'a> {
         Ok(())
     }
 
+    /// Whether every piece is in that memory.
+    pub(crate) fn lies_in(&self, memory: &GuestMemoryMmap) -> bool {
+        let within = |piece: &Piece| {
+            memory.iter().any(|region| {
+                // Below the region's bytes it wraps, and is beyond their end.
+                let offset = piece.0.iov_base.addr().wrapping_sub(region.as_ptr().addr()) as u64;
+                offset.checked_add(piece.0.iov_len as u64).is_some_and(|end| end <= region.len())
+            })
+        };
+        self.pieces[self.done..].iter().all(within)
+    }
+
     /// Whether every piece begins and ends at a multiple of `align`, a power of two.
     pub(crate) fn is_aligned(&self, align: usize) -> bool {
         self.pieces[self.done..].iter().all(|p| (p.0.iov_base.addr() | p.0.iov_len) & (align - 1) == 0)
@@ -176,25 +209,8 @@ pub(crate) struct OwnedList<O> {
 impl<O: Deref<Target = GuestMemoryMmap>> OwnedList<O> {
     /// The pieces of `list`, in `room`, with the guest memory that they lie in. `None` where one lies elsewhere.
     pub fn keep(list: &IoList<'_>, mut room: Pieces, owner: O) -> Option<Self> {
-        let within = |piece: &Piece| {
-            let start = piece.0.iov_base.addr();
-            owner.iter().any(|region| {
-                let base = region.as_ptr().addr();
-                // A region's bytes are mapped, so their addresses do not wrap.
-                start >= base
-                    && start
-                        .checked_add(piece.0.iov_len)
-                        .is_some_and(|end| end <= base + region.len() as usize)
-            })
-        };
-        let pieces = &list.pieces[list.done..];
-        room.0.clear();
-        room.0.extend_from_slice(pieces);
-        pieces.iter().all(within).then_some(Self { pieces: room, owner })
-    }
-
-    pub fn len(&self) -> u64 {
-        self.pieces.0.iter().map(|p| p.0.iov_len as u64).sum()
+        room.copy(list);
+        list.lies_in(&owner).then_some(Self { pieces: room, owner })
     }
 
     /// As [`IoList::copy_to`].
@@ -209,14 +225,7 @@ impl<O: Deref<Target = GuestMemoryMmap>> OwnedList<O> {
 
     /// The pieces as the kernel's interfaces describe them, valid until the list goes.
     pub fn raw(&self) -> &[libc::iovec] {
-        raw(&self.pieces.0)
-    }
-
-    /// What of it is behind its first `done` bytes, to go on with. They are gone from it.
-    pub fn rest(&mut self, done: usize) -> IoList<'_> {
-        let mut list = IoList { pieces: &mut self.pieces.0, done: 0, readonly: false, memory: PhantomData };
-        list.advance(done);
-        list
+        self.pieces.raw()
     }
 
     /// The room for the next list, and what kept the memory.
@@ -468,7 +477,7 @@ mod tests {
         let owned = OwnedList::keep(&list, Pieces::default(), memory.clone()).unwrap();
         list.push_bytes(&ours);
         assert!(OwnedList::keep(&list, Pieces::default(), memory.clone()).is_none());
-        assert_eq!((owned.len(), owned.raw().len(), owned.copy_from(15, b"abc")), (18, 2, 3));
+        assert_eq!((owned.pieces.len(), owned.raw().len(), owned.copy_from(15, b"abc")), (18, 2, 3));
         assert_eq!(memory.read_obj::<[u8; 2]>(GuestAddress(0x8ffe)).unwrap(), *b"bc");
         let mut back = [0; 4];
         assert_eq!((owned.copy_to(15, &mut back), back), (3, *b"abc\0"));

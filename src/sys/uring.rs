@@ -1,6 +1,5 @@
 //! io_uring: many transfers between guest memory and one file on their way at a time.
 
-use std::collections::VecDeque;
 use std::io;
 use std::ops::Deref;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -9,7 +8,7 @@ use std::time::{Duration, Instant};
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 use vm_memory::GuestMemoryMmap;
 
-use super::io::OwnedList;
+use super::io::{IoList, Pieces};
 
 /// How long the end of a ring waits for what is still on its way.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -28,33 +27,66 @@ pub(crate) enum Work {
     Sync,
 }
 
-/// A transfer that has ended, or could not begin.
-pub(crate) struct Ended<O> {
+/// A transfer that has ended.
+pub(crate) struct Ended<'a> {
     pub work: Work,
     pub offset: u64,
     pub tag: u64,
-    pub list: OwnedList<O>,
     /// Bytes, or the kernel's error.
     pub result: io::Result<usize>,
+    pieces: &'a mut Pieces,
+    memory: &'a GuestMemoryMmap,
 }
 
-/// A ring with its file and what is on its way. It keeps the memory of each transfer until the kernel has let go of it.
+impl Ended<'_> {
+    /// How many bytes were to be moved.
+    pub fn wanted(&self) -> u64 {
+        self.pieces.len()
+    }
+
+    /// What is behind the first `done` bytes, to go on with.
+    pub fn rest(&mut self, done: usize) -> IoList<'_> {
+        let mut list = self.pieces.again(self.memory);
+        list.advance(done);
+        list
+    }
+}
+
+/// Why a transfer was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refused {
+    /// There is no room, or other memory is still being moved to or from.
+    Full,
+    /// It is not all in the guest's memory.
+    Foreign,
+}
+
+/// A ring with its file and what is on its way. It keeps the memory of that until the kernel has let go of it.
 pub(crate) struct Ring<O> {
     ring: IoUring,
-    /// Rings for what does not end at once.
-    flights: Box<[Option<Flight<O>>]>,
+    /// Where everything lies that is on its way.
+    owner: Option<O>,
+    flights: Box<[Flight]>,
     free: Vec<u16>,
     /// Pushed, and not yet known to the kernel.
     queued: usize,
 }
 
-struct Flight<O> {
+struct Flight {
     work: Work,
     offset: u64,
     tag: u64,
-    list: OwnedList<O>,
-    /// Nobody wants to hear of it any more.
-    abandoned: bool,
+    /// What the kernel was told of, and room for the next.
+    pieces: Pieces,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Free,
+    UnderWay,
+    /// Under way, and nobody wants to hear of it any more.
+    Abandoned,
 }
 
 /// Whether the host has it, and lets this process use it.
@@ -72,7 +104,7 @@ fn made(entries: u16) -> io::Result<IoUring> {
     })
 }
 
-impl<O: Deref<Target = GuestMemoryMmap>> Ring<O> {
+impl<O: Clone + Deref<Target = GuestMemoryMmap>> Ring<O> {
     /// A ring for `entries` transfers at a time with that file, which it keeps open.
     ///
     /// # Errors
@@ -90,8 +122,10 @@ impl<O: Deref<Target = GuestMemoryMmap>> Ring<O> {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "an operation is missing"));
         }
         ring.submitter().register_files(&[file.as_raw_fd()])?;
-        let flights = (0..entries).map(|_| None).collect();
-        Ok(Self { ring, flights, free: (0..entries).collect(), queued: 0 })
+        let flight =
+            |_| Flight { work: Work::Sync, offset: 0, tag: 0, pieces: Pieces::default(), state: State::Free };
+        let flights = (0..entries).map(flight).collect();
+        Ok(Self { ring, owner: None, flights, free: (0..entries).collect(), queued: 0 })
     }
 
     /// Readable while something has ended that was not reaped. The ring itself: an eventfd that rings for those alone that do not end
@@ -102,31 +136,40 @@ impl<O: Deref<Target = GuestMemoryMmap>> Ring<O> {
     }
 
     /// How many have not ended.
-    #[cfg(test)]
     pub fn in_flight(&self) -> usize {
         self.flights.len() - self.free.len()
     }
 
-    /// Puts a transfer into the queue.
+    /// Puts a transfer into the queue, to or from memory of `owner`.
     ///
     /// # Errors
-    /// There is no room: the memory comes back.
+    /// It was not taken.
     pub fn push(
         &mut self,
         work: Work,
         offset: u64,
-        list: OwnedList<O>,
+        list: &IoList<'_>,
+        owner: &O,
         tag: u64,
-    ) -> Result<(), OwnedList<O>> {
-        let Some(slot) = self.free.pop() else { return Err(list) };
-        let entry = entry(work, offset, &list).user_data(slot.into());
-        // SAFETY: the entry points to the pieces and the memory of the list, which stay in `flights` until the kernel
-        // has said that it is done with them, also if this ring is dropped (see there).
-        if unsafe { self.ring.submission().push(&entry) }.is_err() {
-            self.free.push(slot);
-            return Err(list);
+    ) -> Result<(), Refused> {
+        if !self.owner.as_ref().is_some_and(|known| list.lies_in(known)) {
+            if !list.lies_in(owner) {
+                return Err(Refused::Foreign);
+            }
+            if self.in_flight() > 0 {
+                return Err(Refused::Full);
+            }
+            self.owner = Some(owner.clone());
         }
-        self.flights[usize::from(slot)] = Some(Flight { work, offset, tag, list, abandoned: false });
+        let slot = *self.free.last().ok_or(Refused::Full)?;
+        let flight = &mut self.flights[usize::from(slot)];
+        flight.pieces.copy(list);
+        let entry = entry(work, offset, flight.pieces.raw()).user_data(slot.into());
+        // SAFETY: the entry points to the pieces of the flight, which stay as they are until the kernel has said that it is done with
+        // them, and they to memory of `owner`, which stays until nothing is in flight; also if this ring is dropped (see there).
+        unsafe { self.ring.submission().push(&entry) }.map_err(|_| Refused::Full)?;
+        self.free.pop();
+        (flight.work, flight.offset, flight.tag, flight.state) = (work, offset, tag, State::UnderWay);
         self.queued += 1;
         Ok(())
     }
@@ -147,35 +190,38 @@ impl<O: Deref<Target = GuestMemoryMmap>> Ring<O> {
         Ok(())
     }
 
-    /// Takes what has ended.
-    pub fn reap(&mut self, ended: &mut VecDeque<Ended<O>>) {
-        for entry in self.ring.completion() {
-            let Some(slot) =
-                usize::try_from(entry.user_data()).ok().filter(|slot| *slot < self.flights.len())
-            else {
-                continue;
-            };
-            let Some(Flight { work, offset, tag, list, abandoned }) = self.flights[slot].take() else {
-                continue;
-            };
-            self.free.push(slot as u16);
-            if !abandoned {
+    /// Hands on what has ended.
+    pub fn reap(&mut self, mut ended: impl FnMut(Ended<'_>)) {
+        let Self { ring, owner, flights, free, .. } = self;
+        let Some(owner) = owner else { return };
+        for entry in ring.completion() {
+            let Some((slot, flight)) = under_way(flights, entry.user_data()) else { continue };
+            free.push(slot);
+            if std::mem::replace(&mut flight.state, State::Free) == State::UnderWay {
                 let result = usize::try_from(entry.result());
                 let result = result.map_err(|_| io::Error::from_raw_os_error(-entry.result()));
-                ended.push_back(Ended { work, offset, tag, list, result });
+                let Flight { work, offset, tag, ref mut pieces, .. } = *flight;
+                ended(Ended { work, offset, tag, result, pieces, memory: owner });
             }
         }
     }
 
     /// None of what is on its way is wanted any more.
     pub fn abandon(&mut self) {
-        self.flights.iter_mut().flatten().for_each(|flight| flight.abandoned = true);
+        for flight in self.flights.iter_mut().filter(|flight| flight.state == State::UnderWay) {
+            flight.state = State::Abandoned;
+        }
     }
 }
 
-fn entry<O: Deref<Target = GuestMemoryMmap>>(work: Work, offset: u64, list: &OwnedList<O>) -> squeue::Entry {
+/// The transfer that a completion is about.
+fn under_way(flights: &mut [Flight], slot: u64) -> Option<(u16, &mut Flight)> {
+    let flight = flights.get_mut(usize::try_from(slot).ok()?)?;
+    (flight.state != State::Free).then_some((slot as u16, flight))
+}
+
+fn entry(work: Work, offset: u64, pieces: &[libc::iovec]) -> squeue::Entry {
     let flags = if work == (Work::Write { durable: true }) { libc::RWF_DSYNC } else { 0 };
-    let pieces = list.raw();
     let (at, count) = (pieces.as_ptr(), pieces.len() as u32);
     match (work, pieces) {
         (Work::Sync, _) => opcode::Fsync::new(FILE).flags(types::FsyncFlags::DATASYNC).build(),
@@ -199,10 +245,9 @@ impl<O> Drop for Ring<O> {
         while self.free.len() < self.flights.len() && Instant::now() < end {
             let _ = self.ring.submit();
             for entry in self.ring.completion() {
-                let slot = usize::try_from(entry.user_data()).unwrap_or(usize::MAX);
-                if let Some(flight) = self.flights.get_mut(slot).filter(|flight| flight.is_some()) {
-                    *flight = None;
-                    self.free.push(slot as u16);
+                if let Some((slot, flight)) = under_way(&mut self.flights, entry.user_data()) {
+                    flight.state = State::Free;
+                    self.free.push(slot);
                 }
             }
             if self.free.len() < self.flights.len() {
@@ -217,7 +262,7 @@ impl<O> Drop for Ring<O> {
                 "{} transfers have not ended: their memory is kept",
                 self.flights.len() - self.free.len()
             );
-            std::mem::forget(std::mem::take(&mut self.flights));
+            std::mem::forget((self.owner.take(), std::mem::take(&mut self.flights)));
         }
     }
 }
@@ -235,25 +280,32 @@ mod tests {
 
     type Guest = Arc<GuestMemoryMmap>;
 
-    fn list(memory: &Guest, pieces: &[(u64, usize)]) -> OwnedList<Guest> {
+    fn push(
+        ring: &mut Ring<Guest>,
+        work: Work,
+        offset: u64,
+        memory: &Guest,
+        pieces: &[(u64, usize)],
+        tag: u64,
+    ) -> Result<(), Refused> {
         let mut room = Pieces::default();
         let mut list = room.list();
         pieces.iter().for_each(|(at, len)| list.push(memory.get_slice(GuestAddress(*at), *len).unwrap()));
-        OwnedList::keep(&list, Pieces::default(), memory.clone()).unwrap()
+        ring.push(work, offset, &list, memory, tag)
     }
 
     fn wait(ring: &mut Ring<Guest>, count: usize) -> Vec<(u64, io::Result<usize>)> {
         ring.enter().unwrap();
-        let (mut ended, end) = (VecDeque::new(), Instant::now() + Duration::from_secs(30));
+        let (mut ended, end) = (Vec::new(), Instant::now() + Duration::from_secs(30));
         while ended.len() < count {
             assert!(Instant::now() < end, "waited for {count} transfers to end: {} have", ended.len());
             assert!(
                 fd::wait_readable(ring.as_fd(), Duration::from_secs(30)),
                 "nothing is said of what has ended"
             );
-            ring.reap(&mut ended);
+            ring.reap(|e| ended.push((e.tag, e.result)));
         }
-        ended.into_iter().map(|e| (e.tag, e.result)).collect()
+        ended
     }
 
     #[test]
@@ -265,21 +317,21 @@ mod tests {
         memory.write_slice(&[7; 0x2000], GuestAddress(0)).unwrap();
         for (tag, durable) in [(1, false), (2, true)] {
             let pieces: &[(u64, usize)] = if durable { &[(0, 0x1000)] } else { &[(0, 100), (0x1000, 412)] };
-            assert!(ring.push(Work::Write { durable }, tag << 13, list(&memory, pieces), tag).is_ok());
+            assert!(push(&mut ring, Work::Write { durable }, tag << 13, &memory, pieces, tag).is_ok());
         }
         let mut done = wait(&mut ring, 2);
         done.sort_by_key(|(tag, _)| *tag);
         assert!(matches!(done[..], [(1, Ok(512)), (2, Ok(0x1000))]), "{done:?}");
         for tag in 0..4 {
             assert!(
-                ring.push(Work::Read, 0x4000, list(&memory, &[(0x8000 + (tag << 12), 512)]), tag).is_ok()
+                push(&mut ring, Work::Read, 0x4000, &memory, &[(0x8000 + (tag << 12), 512)], tag).is_ok()
             );
         }
-        assert!(ring.push(Work::Sync, 0, list(&memory, &[]), 9).is_err(), "it is full");
+        assert!(push(&mut ring, Work::Sync, 0, &memory, &[], 9).is_err(), "it is full");
         assert_eq!(wait(&mut ring, 4).len(), 4);
         assert_eq!(memory.read_obj::<[u8; 16]>(GuestAddress(0xb1f0)).unwrap(), [7; 16]);
-        assert!(ring.push(Work::Sync, 0, list(&memory, &[]), 9).is_ok());
-        assert!(ring.push(Work::Read, 0xff00, list(&memory, &[(0, 0x200)]), 10).is_ok());
+        assert!(push(&mut ring, Work::Sync, 0, &memory, &[], 9).is_ok());
+        assert!(push(&mut ring, Work::Read, 0xff00, &memory, &[(0, 0x200)], 10).is_ok());
         let done = wait(&mut ring, 2);
         assert!(
             done.iter().any(|(tag, r)| *tag == 10 && matches!(r, Ok(0x100))),
@@ -294,14 +346,13 @@ mod tests {
         // A pipe never answers a read by itself.
         let (from, to) = io::pipe().unwrap();
         let mut ring = Ring::new(from.as_fd(), 4).unwrap();
-        assert!(ring.push(Work::Read, u64::MAX, list(&memory, &[(0, 16)]), 1).is_ok());
+        assert!(push(&mut ring, Work::Read, u64::MAX, &memory, &[(0, 16)], 1).is_ok());
         ring.enter().unwrap();
         ring.abandon();
-        assert!(ring.push(Work::Read, u64::MAX, list(&memory, &[(0x100, 16)]), 1).is_ok());
+        assert!(push(&mut ring, Work::Read, u64::MAX, &memory, &[(0x100, 16)], 1).is_ok());
         ring.enter().unwrap();
-        let mut ended = VecDeque::new();
-        ring.reap(&mut ended);
-        assert_eq!((ended.len(), ring.in_flight()), (0, 2));
+        ring.reap(|e| panic!("{} has ended", e.tag));
+        assert_eq!(ring.in_flight(), 2);
         io::Write::write_all(&mut &to, &[5; 16]).unwrap();
         drop(to);
         assert_eq!(wait(&mut ring, 1)[0].0, 1);

@@ -116,10 +116,14 @@ impl<'a> Cursor<'a> {
         mut count: u64,
         mut f: impl FnMut(vm_memory::VolatileSlice<'a>),
     ) -> Result<(), BadBuffer> {
-        let memory: &'a vm_memory::GuestMemoryMmap = self.memory;
+        let memory: &'a Memory = self.memory;
         while count > 0 {
             let piece = self.take(count).ok_or(BadBuffer::Short)?;
             count -= u64::from(piece.len);
+            if let Some(slice) = memory.slice(piece.addr, piece.len as usize) {
+                f(slice);
+                continue;
+            }
             for slice in memory.get_slices(piece.addr, piece.len as usize) {
                 f(slice.map_err(|_| BadBuffer::Outside)?);
             }
@@ -138,7 +142,10 @@ impl<'a> Reader<'a> {
         while !to.is_empty() {
             let piece = self.0.take(to.len() as u64).ok_or(BadBuffer::Short)?;
             let (now, later) = to.split_at_mut(piece.len as usize);
-            self.0.memory.read_slice(now, piece.addr).map_err(|_| BadBuffer::Outside)?;
+            match self.0.memory.slice(piece.addr, now.len()) {
+                Some(from) => drop(from.copy_to(now)),
+                None => self.0.memory.read_slice(now, piece.addr).map_err(|_| BadBuffer::Outside)?,
+            }
             to = later;
         }
         Ok(())
@@ -171,7 +178,10 @@ impl<'a> Writer<'a> {
         while !from.is_empty() {
             let piece = self.0.take(from.len() as u64).ok_or(BadBuffer::Short)?;
             let (now, later) = from.split_at(piece.len as usize);
-            self.0.memory.write_slice(now, piece.addr).map_err(|_| BadBuffer::Outside)?;
+            match self.0.memory.slice(piece.addr, now.len()) {
+                Some(to) => to.copy_from(now),
+                None => self.0.memory.write_slice(now, piece.addr).map_err(|_| BadBuffer::Outside)?,
+            }
             from = later;
         }
         Ok(())

@@ -13,7 +13,7 @@ use std::sync::atomic::{Ordering, fence};
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::QueueT;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{GuestAddress, VolatileMemory, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::irq::Vector;
@@ -207,26 +207,47 @@ impl Queue {
     /// # Errors
     /// The queue is broken, or a head was not taken from it.
     pub fn complete_all(&mut self, memory: &Memory, chains: &[(u16, u32)]) -> Result<(), QueueFault> {
+        let before = self.ring.next_used();
+        let put = chains.iter().try_for_each(|&(head, written)| self.put_back(memory, head, written));
+        if put.is_err() {
+            self.ring.set_next_used(before);
+        }
+        put.and_then(|()| self.publish(memory))
+    }
+
+    /// Puts a chain into the used ring. The driver sees it with the next [`publish`](Self::publish) or completion.
+    ///
+    /// # Errors
+    /// The queue is broken, or the head was not taken from it.
+    pub fn put_back(&mut self, memory: &Memory, head: u16, written: u32) -> Result<(), QueueFault> {
         if self.broken {
             return Err(QueueFault::Broken);
         }
-        let mut next = self.ring.next_used();
-        for &(head, written) in chains {
-            if !self.in_use.remove(head) {
-                return Err(QueueFault::NotInUse(head));
-            }
-            // Within the ring, which was found to be in memory: the address cannot wrap.
-            let element = self.ring.used_ring() + 4 + 8 * u64::from(next % self.ring.size());
-            let value = [u32::from(head).to_le(), written.to_le()];
-            let put = memory.write_obj(value, GuestAddress(element));
-            self.fail_on(put.map_err(|_| QueueFault::Rings))?;
-            next = next.wrapping_add(1);
+        if !self.in_use.remove(head) {
+            return Err(QueueFault::NotInUse(head));
         }
-        self.ring.set_next_used(next);
+        let next = self.ring.next_used();
+        // Within the ring, which was found to be in memory: the address cannot wrap.
+        let element = self.ring.used_ring() + 4 + 8 * u64::from(next & (self.ring.size() - 1));
+        let put = memory.put([u32::from(head).to_le(), written.to_le()], GuestAddress(element));
+        self.fail_on(put.then_some(()).ok_or(QueueFault::Rings))?;
+        self.ring.set_next_used(next.wrapping_add(1));
+        Ok(())
+    }
+
+    /// Lets the driver see what was put back.
+    ///
+    /// # Errors
+    /// The queue is broken.
+    pub fn publish(&mut self, memory: &Memory) -> Result<(), QueueFault> {
+        if self.broken {
+            return Err(QueueFault::Broken);
+        }
+        let next = self.ring.next_used();
         // Release: what was written into the buffers and the ring is seen before the index moves.
         let index = GuestAddress(self.ring.used_ring() + 2);
-        let moved = memory.store(next.to_le(), index, Ordering::Release);
-        self.fail_on(moved.map_err(|_| QueueFault::Rings))
+        let moved = memory.put_atomic(next.to_le(), index, Ordering::Release);
+        self.fail_on(moved.then_some(()).ok_or(QueueFault::Rings))
     }
 
     /// Raises the interrupt if something was completed since the last time and the driver wants to know.
@@ -312,7 +333,7 @@ impl Queue {
     }
 
     fn load(&self, memory: &Memory, at: u64) -> Option<u16> {
-        memory.load(GuestAddress(at), Ordering::Relaxed).map(u16::from_le).ok()
+        memory.get_atomic(GuestAddress(at), Ordering::Relaxed).map(u16::from_le)
     }
 
     /// The next head of the available ring, marked as in use.
@@ -331,7 +352,7 @@ impl Queue {
             self.avail_seen = idx.0;
         }
         // Within the ring, which was found to be in memory: the address cannot wrap.
-        let entry = self.ring.avail_ring() + 4 + 2 * u64::from(next % size);
+        let entry = self.ring.avail_ring() + 4 + 2 * u64::from(next & (size - 1));
         let head = self.load(memory, entry).ok_or(QueueFault::Rings)?;
         if head >= size {
             return Err(QueueFault::Index(head));
@@ -351,17 +372,17 @@ impl Queue {
         chain.ordered = true;
         // A driver may choose a smaller queue than ours, and still send what we offered.
         let limit = self.ring.max_size();
-        let mut table = Table { at: self.ring.desc_table(), len: u32::from(self.ring.size()) };
+        let mut table = Table::new(memory, self.ring.desc_table(), u32::from(self.ring.size()));
         let mut indirect = false;
         let mut index = head;
         // The descriptor that names an indirect table does not count.
         for _ in 0..=limit {
-            let descriptor = table.get(memory, index)?;
+            let descriptor = table.get(index)?;
             if descriptor.refers_to_indirect_table() {
                 if indirect {
                     return Err(QueueFault::NestedIndirect);
                 }
-                table = Table::indirect(&descriptor)?;
+                table = Table::indirect(memory, &descriptor)?;
                 (indirect, index) = (true, 0);
                 continue;
             }
@@ -392,16 +413,28 @@ fn push(chain: &mut Chain, descriptor: &Descriptor) -> Result<(), QueueFault> {
 }
 
 /// The queue's descriptor table or an indirect one.
-struct Table {
+struct Table<'a> {
+    memory: &'a Memory,
     at: u64,
     /// In descriptors.
     len: u32,
+    /// All of it, where that is guest memory.
+    bytes: Option<VolatileSlice<'a>>,
 }
 
 const DESCRIPTOR_SIZE: u32 = size_of::<Descriptor>() as u32;
 
-impl Table {
-    fn indirect(descriptor: &Descriptor) -> Result<Self, QueueFault> {
+impl<'a> Table<'a> {
+    fn new(memory: &'a Memory, at: u64, len: u32) -> Self {
+        Self {
+            memory,
+            at,
+            len,
+            bytes: memory.slice(GuestAddress(at), len as usize * size_of::<Descriptor>()),
+        }
+    }
+
+    fn indirect(memory: &'a Memory, descriptor: &Descriptor) -> Result<Self, QueueFault> {
         if descriptor.has_next() {
             return Err(QueueFault::IndirectNext);
         }
@@ -409,16 +442,20 @@ impl Table {
         if bytes == 0 || !bytes.is_multiple_of(DESCRIPTOR_SIZE) {
             return Err(QueueFault::IndirectLength(bytes));
         }
-        Ok(Self { at: descriptor.addr().0, len: bytes / DESCRIPTOR_SIZE })
+        Ok(Self::new(memory, descriptor.addr().0, bytes / DESCRIPTOR_SIZE))
     }
 
-    fn get(&self, memory: &Memory, index: u16) -> Result<Descriptor, QueueFault> {
+    fn get(&self, index: u16) -> Result<Descriptor, QueueFault> {
         if u32::from(index) >= self.len {
             return Err(QueueFault::Index(index));
         }
-        let outside = QueueFault::Table(self.at);
-        let at = self.at.checked_add(u64::from(index) * u64::from(DESCRIPTOR_SIZE)).ok_or(outside)?;
-        memory.read_obj(GuestAddress(at)).map_err(|_| outside)
+        let offset = usize::from(index) * size_of::<Descriptor>();
+        if let Some(place) = self.bytes.as_ref().and_then(|bytes| bytes.get_ref(offset).ok()) {
+            return Ok(place.load());
+        }
+        // The end of the table may lie where there is no memory, if nothing names it.
+        let at = self.at.checked_add(offset as u64);
+        at.and_then(|at| self.memory.get(GuestAddress(at))).ok_or(QueueFault::Table(self.at))
     }
 }
 

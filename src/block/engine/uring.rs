@@ -3,7 +3,6 @@
 //!
 //! What the ring cannot do, or the kernel refuses for want of memory, is done by the synchronous engine.
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -12,8 +11,7 @@ use super::sync;
 use crate::block::target::Target;
 use crate::block::{BlockOp, IoRequest, Submitted};
 use crate::memory::Memory;
-use crate::sys::io::{OwnedList, Pieces};
-use crate::sys::uring::{Ended, Ring, Work};
+use crate::sys::uring::{Ended, Refused, Ring, Work};
 
 /// The most transfers on their way: as many as a queue has entries.
 const ENTRIES: u16 = 256;
@@ -21,9 +19,6 @@ const ENTRIES: u16 = 256;
 pub(in crate::block) struct Uring {
     target: Arc<Target>,
     ring: Ring<Memory>,
-    ended: VecDeque<Ended<Memory>>,
-    /// Room for the pieces of requests to come.
-    spare: Vec<Pieces>,
     /// What the kernel answers next, for tests.
     #[cfg(test)]
     pub faults: Vec<i32>,
@@ -34,12 +29,9 @@ impl Uring {
     /// As for [`Ring::new`].
     pub fn new(target: Arc<Target>) -> io::Result<Self> {
         let ring = Ring::new(target.main().as_fd(), ENTRIES)?;
-        let (ended, spare) = (VecDeque::with_capacity(ENTRIES.into()), Vec::with_capacity(ENTRIES.into()));
         Ok(Self {
             target,
             ring,
-            ended,
-            spare,
             #[cfg(test)]
             faults: Vec::new(),
         })
@@ -56,17 +48,11 @@ impl Uring {
         if !self.target.is_main(request.offset, &request.buffers) {
             return Submitted::Done(self.target.perform(request));
         }
-        let room = self.spare.pop().unwrap_or_default();
-        let Some(list) = OwnedList::keep(&request.buffers, room, request.memory.clone()) else {
-            return Submitted::Done(Err(io::Error::from_raw_os_error(libc::EFAULT)));
-        };
-        match self.ring.push(work, request.offset, list, request.tag) {
+        match self.ring.push(work, request.offset, &request.buffers, request.memory, request.tag) {
             Ok(()) => Submitted::Pending,
-            // No room: whoever called before has more on its way than a queue has entries.
-            Err(list) => {
-                self.spare.push(list.into_parts().0);
-                Submitted::Done(self.target.perform(request))
-            }
+            Err(Refused::Foreign) => Submitted::Done(Err(io::Error::from_raw_os_error(libc::EFAULT))),
+            // Whoever called before has more on its way than a queue has entries.
+            Err(Refused::Full) => Submitted::Done(self.target.perform(request)),
         }
     }
 
@@ -76,16 +62,15 @@ impl Uring {
     }
 
     pub fn completions(&mut self, done: &mut dyn FnMut(u64, io::Result<()>)) {
-        self.ring.reap(&mut self.ended);
-        while let Some(mut ended) = self.ended.pop_front() {
+        let Self { target, ring, .. } = self;
+        ring.reap(|mut ended| {
             #[cfg(test)]
             if let Some(errno) = self.faults.pop() {
                 ended.result = Err(io::Error::from_raw_os_error(errno));
             }
-            let outcome = finish(&self.target, &mut ended);
-            self.spare.push(ended.list.into_parts().0);
+            let outcome = finish(target, &mut ended);
             done(ended.tag, outcome);
-        }
+        });
     }
 
     pub fn completion_fd(&self) -> BorrowedFd<'_> {
@@ -94,13 +79,12 @@ impl Uring {
 
     pub fn abandon(&mut self) {
         self.ring.abandon();
-        self.ended.clear();
     }
 }
 
 /// What a transfer came to. One that came short, or found no memory, is gone on with here and now: both are rare.
-fn finish(target: &Target, ended: &mut Ended<Memory>) -> io::Result<()> {
-    let wanted = ended.list.len();
+fn finish(target: &Target, ended: &mut Ended<'_>) -> io::Result<()> {
+    let wanted = ended.wanted();
     let done = match &ended.result {
         Ok(done) if *done as u64 >= wanted => return Ok(()),
         // The file has become shorter than the disk.
@@ -111,9 +95,10 @@ fn finish(target: &Target, ended: &mut Ended<Memory>) -> io::Result<()> {
             code => return Err(io::Error::from_raw_os_error(code.unwrap_or(libc::EIO))),
         },
     };
-    let (offset, rest) = (ended.offset + done as u64, ended.list.rest(done));
+    let (work, offset) = (ended.work, ended.offset + done as u64);
+    let rest = ended.rest(done);
     let file = target.file_for(offset, &rest);
-    match ended.work {
+    match work {
         Work::Read => sync::read(file, offset, rest),
         Work::Write { durable } => sync::write(file, offset, rest, durable),
         Work::Sync => target.cached().sync_data(),

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use event_manager::{EventSet, Events};
 use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_OK};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::control::Control;
@@ -25,6 +25,9 @@ use crate::virtio::queue::{Chain, Next, Queue, QueueFault};
 /// Completions between two looks at whether the driver wants an interrupt: a slow disk's first answers
 /// do not wait for its last.
 const NOTIFY_EVERY: u32 = 8;
+
+/// Completions of a batch between two moments at which a driver that polls sees them.
+const PUBLISH_EVERY: u32 = 8;
 
 /// Bytes after which a wake-up ends, so that nobody waits long for the loop: a request can be of 63.5 MiB, and
 /// 256 of them may wait.
@@ -330,19 +333,26 @@ impl Disk {
             // Also no system call to find out.
             return result;
         }
-        let mut looked = false;
+        let mut ended = 0;
         backend.completions(&mut |tag, outcome| {
-            if !std::mem::replace(&mut looked, true) {
+            if ended == 0 {
                 *now = Instant::now();
             }
+            ended += 1;
             // A tag that nothing waits for is a backend's mistake, and nobody's request.
             let slot = usize::try_from(tag).ok().and_then(|head| pending.get_mut(head));
             let Some(request) = slot.and_then(Option::take) else { return };
             *in_flight -= 1;
             let outcome = outcome.map_err(|error| failed(signals, &error, request.offset));
-            let answered = put_answer(queue, memory, tag as u16, request, outcome, counters, *now);
+            let mut answered = put_answer(queue, memory, tag as u16, request, outcome, counters, *now);
+            if ended % PUBLISH_EVERY == 0 {
+                answered = answered.and_then(|()| queue.publish(memory));
+            }
             result = result.and(answered);
         });
+        if ended > 0 {
+            result = result.and(queue.publish(memory));
+        }
         result
     }
 
@@ -369,6 +379,7 @@ impl Disk {
     ) -> Result<(), QueueFault> {
         self.now = Instant::now();
         put_answer(queue, memory, head, pending, outcome, &self.counters, self.now)?;
+        queue.publish(memory)?;
         self.told(queue, memory);
         Ok(())
     }
@@ -407,6 +418,7 @@ fn failed(signals: &Signals, error: &io::Error, offset: u64) -> Refusal {
     Refusal::IoError
 }
 
+/// For the driver to see with the next publication.
 fn put_answer(
     queue: &mut Queue,
     memory: &Memory,
@@ -422,8 +434,8 @@ fn put_answer(
         Err(refusal) => (refusal.status(), 1),
     };
     // A status outside memory: the completion with nothing written is all that can be said.
-    let put = memory.write_obj(status, pending.status);
-    queue.complete(memory, head, if put.is_ok() { written } else { 0 })
+    let put = memory.put(status, pending.status);
+    queue.put_back(memory, head, if put { written } else { 0 })
 }
 
 impl reactor::Worker for Worker {

@@ -1,5 +1,7 @@
 #![forbid(unsafe_code)]
 
+use vm_memory::Bytes;
+
 use super::*;
 use crate::virtio::queue_driver::{Dice, Driver, INDIRECT, NEXT, WRITE, bend};
 
