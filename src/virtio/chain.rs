@@ -2,7 +2,7 @@
 //! A descriptor chain as a device sees it: two lists of spans, and cursors that copy in and out of
 //! them whatever way the driver has split its buffers.
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::memory::Memory;
 
@@ -102,6 +102,12 @@ impl<'a> Cursor<'a> {
         Some(piece)
     }
 
+    /// Where the next `len` bytes are, if they are in one buffer.
+    fn peek(&self, len: u32) -> Option<GuestAddress> {
+        let first = self.spans.first().filter(|first| first.len - self.done >= len)?;
+        Some(GuestAddress(first.addr.0 + u64::from(self.done)))
+    }
+
     /// Moves on by `count` bytes.
     pub fn skip(&mut self, mut count: u64) -> Result<(), BadBuffer> {
         while count > 0 {
@@ -152,7 +158,15 @@ impl<'a> Reader<'a> {
     }
 
     /// The next `N` bytes.
-    pub fn read_array<const N: usize>(&mut self) -> Result<[u8; N], BadBuffer> {
+    pub fn read_array<const N: usize>(&mut self) -> Result<[u8; N], BadBuffer>
+    where
+        [u8; N]: ByteValued,
+    {
+        // As drivers send it: in one buffer.
+        if let Some(bytes) = self.0.peek(N as u32).and_then(|at| self.0.memory.get(at)) {
+            self.0.skip(N as u64)?;
+            return Ok(bytes);
+        }
         let mut bytes = [0; N];
         self.read(&mut bytes)?;
         Ok(bytes)

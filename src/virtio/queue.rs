@@ -177,12 +177,12 @@ impl Queue {
         if self.broken {
             return Err(QueueFault::Broken);
         }
-        let taken = self.take_head(memory).and_then(|head| match head {
-            None => Ok(false),
-            Some(head) => self.walk(memory, head, chain).map(|()| true),
-        });
-        self.broken = taken.is_err();
-        taken
+        let taken = match self.take_head(memory) {
+            Ok(None) => return Ok(false),
+            Ok(Some(head)) => self.walk(memory, head, chain),
+            Err(fault) => Err(fault),
+        };
+        self.fail_on(taken).map(|()| true)
     }
 
     /// Undoes the last `pop`, whose chain was not used: it is the next one again. Several are given back

@@ -44,6 +44,9 @@ const LOOK: Duration = Duration::from_millis(100);
 /// The data of a read or a write with its place, and nothing for what moves none.
 type Extent = (u64, u64);
 
+/// Since a worker began: wide enough for centuries.
+type Nanoseconds = u64;
+
 /// One queue and what serves it.
 pub(super) struct Worker {
     queue: Queue,
@@ -78,8 +81,10 @@ struct Disk {
     untold: u32,
     /// The backend says that something has ended.
     rung: bool,
+    /// When it began, which times are counted from.
+    epoch: Instant,
     /// When the last thing happened: one look at the clock serves a batch.
-    now: Instant,
+    now: Nanoseconds,
     counters: Arc<Counters>,
 }
 
@@ -92,7 +97,7 @@ struct Pending {
     offset: u64,
     /// What it is counted as.
     kind: Kind,
-    begun: Instant,
+    begun: Nanoseconds,
 }
 
 /// What a worker serves.
@@ -129,7 +134,8 @@ impl Worker {
             in_flight: 0,
             untold: 0,
             rung: false,
-            now: Instant::now(),
+            epoch: Instant::now(),
+            now: 0,
             counters,
         };
         let chain = Chain::with_capacity(queue.max_size());
@@ -145,7 +151,7 @@ impl Worker {
             return self.collect();
         }
         let Self { queue, memory, chain, disk, leaving, timer, .. } = self;
-        disk.now = Instant::now();
+        disk.now = since(disk.epoch);
         let (collected, mut moved) = (disk.collect(queue, memory), 0);
         if let (Ok(()), Some(wait)) = (collected, disk.control.wait()) {
             queue.notify(memory);
@@ -250,7 +256,7 @@ impl Disk {
         let pending = |kind, written, offset| Pending { status, written, offset, kind, begun };
         let limits =
             Limits { size: self.control.size(), readonly: self.control.readonly(), discards: self.discards };
-        let durable = self.no_flush || !self.control.writeback();
+        let durable = || self.no_flush || !self.control.writeback();
         match parse(memory, chain, limits) {
             Ok(Action::Read { offset, len }) => {
                 let pending = pending(Kind::Read(len), len + 1, offset);
@@ -258,7 +264,8 @@ impl Disk {
             }
             Ok(Action::Write { offset, len }) => {
                 let pending = pending(Kind::Write(len), 1, offset);
-                self.submit(queue, memory, chain, BlockOp::Write { durable }, pending, (offset, len.into()))
+                let op = BlockOp::Write { durable: durable() };
+                self.submit(queue, memory, chain, op, pending, (offset, len.into()))
             }
             Ok(Action::Flush) => {
                 self.submit(queue, memory, chain, BlockOp::Flush, pending(Kind::Flush, 1, 0), (0, 0))
@@ -269,7 +276,7 @@ impl Disk {
             }
             Ok(Action::WriteZeroes { offset, length, unmap }) => {
                 let pending = pending(Kind::Discard(length), 1, offset);
-                let op = BlockOp::WriteZeroes { unmap, durable };
+                let op = BlockOp::WriteZeroes { unmap, durable: durable() };
                 self.submit(queue, memory, chain, op, pending, (offset, length))
             }
             Ok(Action::GetId { len }) => {
@@ -328,7 +335,7 @@ impl Disk {
     /// Answers what the backend has finished since the last time.
     fn collect(&mut self, queue: &mut Queue, memory: &Memory) -> Result<(), QueueFault> {
         let mut result = Ok(());
-        let Self { backend, pending, in_flight, signals, counters, now, rung, .. } = self;
+        let Self { backend, pending, in_flight, signals, counters, epoch, now, rung, .. } = self;
         if *in_flight == 0 && !std::mem::take(rung) {
             // Also no system call to find out.
             return result;
@@ -336,19 +343,23 @@ impl Disk {
         let mut ended = 0;
         backend.completions(&mut |tag, outcome| {
             if ended == 0 {
-                *now = Instant::now();
+                *now = since(*epoch);
             }
             ended += 1;
             // A tag that nothing waits for is a backend's mistake, and nobody's request.
             let slot = usize::try_from(tag).ok().and_then(|head| pending.get_mut(head));
-            let Some(request) = slot.and_then(Option::take) else { return };
+            let Some(slot) = slot else { return };
+            let Some(request) = slot else { return };
             *in_flight -= 1;
             let outcome = outcome.map_err(|error| failed(signals, &error, request.offset));
             let mut answered = put_answer(queue, memory, tag as u16, request, outcome, counters, *now);
+            *slot = None;
             if ended % PUBLISH_EVERY == 0 {
                 answered = answered.and_then(|()| queue.publish(memory));
             }
-            result = result.and(answered);
+            if let Err(fault) = answered {
+                result = Err(fault);
+            }
         });
         if ended > 0 {
             result = result.and(queue.publish(memory));
@@ -377,8 +388,8 @@ impl Disk {
         pending: Pending,
         outcome: Result<(), Refusal>,
     ) -> Result<(), QueueFault> {
-        self.now = Instant::now();
-        put_answer(queue, memory, head, pending, outcome, &self.counters, self.now)?;
+        self.now = since(self.epoch);
+        put_answer(queue, memory, head, &pending, outcome, &self.counters, self.now)?;
         queue.publish(memory)?;
         self.told(queue, memory);
         Ok(())
@@ -405,6 +416,10 @@ impl Disk {
     }
 }
 
+fn since(epoch: Instant) -> Nanoseconds {
+    epoch.elapsed().as_nanos() as Nanoseconds
+}
+
 /// Has the timer ring when a request may pass, or somebody may have changed the limit.
 fn sleep(timer: &mut TimerFd, wait: Duration) {
     if let Err(error) = timer.reset(wait.min(LOOK).max(Duration::from_micros(1)), None) {
@@ -423,12 +438,12 @@ fn put_answer(
     queue: &mut Queue,
     memory: &Memory,
     head: u16,
-    pending: Pending,
+    pending: &Pending,
     outcome: Result<(), Refusal>,
     counters: &Counters,
-    now: Instant,
+    now: Nanoseconds,
 ) -> Result<(), QueueFault> {
-    counters.count(pending.kind, now.saturating_duration_since(pending.begun), outcome.is_ok());
+    counters.count(pending.kind, now.saturating_sub(pending.begun), outcome.is_ok());
     let (status, written) = match outcome {
         Ok(()) => (VIRTIO_BLK_S_OK as u8, pending.written),
         Err(refusal) => (refusal.status(), 1),
