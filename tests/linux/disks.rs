@@ -229,6 +229,7 @@ fn matrix() {
         }
         let begun = Instant::now();
         let guest = Guest::start(exercised(disks, &format!("sh /mnt/exercise{words}")));
+        images.iter().for_each(|(name, _)| guest.wait_for(&format!("{name}=")));
         guest.power_off();
         println!("{} disks in {:.0?}", group.len(), begun.elapsed());
         for ((name, image), case) in images.iter().zip(group) {
