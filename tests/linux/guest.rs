@@ -78,10 +78,21 @@ impl Guest {
 
     /// What follows `key=` on a line of the console.
     pub fn value(&self, key: &str) -> String {
-        let console = self.console();
-        let prefix = format!("{key}=");
-        let line = console.lines().find_map(|l| l.strip_prefix(&prefix));
-        line.unwrap_or_else(|| panic!("no line {prefix} on the console:\n{console}")).trim().to_owned()
+        let prefix = format!("\n{key}=");
+        // To the line's end: the guest may still be writing it.
+        let whole = |console: &str| {
+            let (_, rest) = console.split_once(&prefix)?;
+            rest.split_once('\n').map(|(value, _)| value.trim().to_owned())
+        };
+        let end = Instant::now() + LONG;
+        loop {
+            let ended = self.vm.wait_timeout(Duration::from_millis(20)).unwrap().is_some();
+            let console = format!("\n{}", self.console());
+            if let Some(value) = whole(&console) {
+                return value;
+            }
+            assert!(!ended && Instant::now() < end, "waited for a line {key}= on the console:\n{console}");
+        }
     }
 }
 
