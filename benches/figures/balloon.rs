@@ -68,7 +68,11 @@ fn vmbed(way: Way, kernel: &str, initrd: &str, cmdline: &str) -> Done<()> {
     let arrived = || {
         if way == Way::Hint {
             let given = vm.discard_free_pages(LONG)?;
-            return if given.get() < GIVEN { Err(format!("the guest gave {given} only").into()) } else { Ok(()) };
+            return if given.get() < GIVEN {
+                Err(format!("the guest gave {given} only").into())
+            } else {
+                Ok(())
+            };
         }
         vm.set_balloon(Bytes(GIVEN))?;
         loop {

@@ -80,8 +80,8 @@ impl<B: Backend> Rig<B> {
 
     fn wait(&mut self, count: usize) -> BTreeMap<u64, Option<i32>> {
         let end = Instant::now() + Duration::from_secs(60);
-        self.disk.kick();
         loop {
+            let taken = self.disk.kick();
             let ended = &mut self.ended;
             self.disk.completions(&mut |tag, outcome| {
                 let errno = outcome.err().map(|e| e.raw_os_error().unwrap());
@@ -91,7 +91,9 @@ impl<B: Backend> Rig<B> {
                 return std::mem::take(&mut self.ended);
             }
             assert!(Instant::now() < end, "waited for {count} requests: {:?} have ended", self.ended);
-            if let Some(fd) = self.disk.completion_fd() {
+            if !taken {
+                std::thread::sleep(Duration::from_millis(1));
+            } else if let Some(fd) = self.disk.completion_fd() {
                 let told = fd::wait_readable(fd, Duration::from_secs(30));
                 assert!(told, "nothing is said of what has ended: {:?}", self.ended);
             }

@@ -1,4 +1,4 @@
-//! io_uring: many transfers between guest memory and one file on their way at a time.
+//! io_uring: many transfers between guest memory and a few files on their way at a time.
 
 use std::io;
 use std::ops::Deref;
@@ -12,10 +12,8 @@ use super::io::{IoList, Pieces};
 
 /// How long the end of a ring waits for what is still on its way.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// The index of the one registered file.
-const FILE: types::Fixed = types::Fixed(0);
 
-/// What to do with the file.
+/// What to do with a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Work {
     Read,
@@ -29,6 +27,8 @@ pub(crate) enum Work {
 
 /// A transfer that has ended.
 pub(crate) struct Ended<'a> {
+    /// Which of the ring's files.
+    pub file: usize,
     pub work: Work,
     pub offset: u64,
     pub tag: u64,
@@ -61,7 +61,7 @@ pub(crate) enum Refused {
     Foreign,
 }
 
-/// A ring with its file and what is on its way. It keeps the memory of that until the kernel has let go of it.
+/// A ring with its files and what is on its way. It keeps the memory of that until the kernel has let go of it.
 pub(crate) struct Ring<O> {
     ring: IoUring,
     /// Where everything lies that is on its way.
@@ -73,6 +73,7 @@ pub(crate) struct Ring<O> {
 }
 
 struct Flight {
+    file: usize,
     work: Work,
     offset: u64,
     tag: u64,
@@ -105,11 +106,11 @@ fn made(entries: u16) -> io::Result<IoUring> {
 }
 
 impl<O: Clone + Deref<Target = GuestMemoryMmap>> Ring<O> {
-    /// A ring for `entries` transfers at a time with that file, which it keeps open.
+    /// A ring for `entries` transfers at a time with those files, which it keeps open.
     ///
     /// # Errors
     /// The host has no io_uring, does not allow it, or is out of something.
-    pub fn new(file: BorrowedFd<'_>, entries: u16) -> io::Result<Self> {
+    pub fn new(files: &[BorrowedFd<'_>], entries: u16) -> io::Result<Self> {
         let ring = made(entries)?;
         let params = ring.params();
         if !params.is_feature_nodrop() || !params.is_feature_submit_stable() {
@@ -121,9 +122,16 @@ impl<O: Clone + Deref<Target = GuestMemoryMmap>> Ring<O> {
         if !wanted.iter().chain([&opcode::Fsync::CODE]).all(|code| probe.is_supported(*code)) {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "an operation is missing"));
         }
-        ring.submitter().register_files(&[file.as_raw_fd()])?;
-        let flight =
-            |_| Flight { work: Work::Sync, offset: 0, tag: 0, pieces: Pieces::default(), state: State::Free };
+        let files: Vec<_> = files.iter().map(AsRawFd::as_raw_fd).collect();
+        ring.submitter().register_files(&files)?;
+        let flight = |_| Flight {
+            file: 0,
+            work: Work::Sync,
+            offset: 0,
+            tag: 0,
+            pieces: Pieces::default(),
+            state: State::Free,
+        };
         let flights = (0..entries).map(flight).collect();
         Ok(Self { ring, owner: None, flights, free: (0..entries).collect(), queued: 0 })
     }
@@ -140,13 +148,13 @@ impl<O: Clone + Deref<Target = GuestMemoryMmap>> Ring<O> {
         self.flights.len() - self.free.len()
     }
 
-    /// Puts a transfer into the queue, to or from memory of `owner`.
+    /// Puts a transfer into the queue: what to do with which of the files, to or from memory of `owner`.
     ///
     /// # Errors
     /// It was not taken.
     pub fn push(
         &mut self,
-        work: Work,
+        (file, work): (usize, Work),
         offset: u64,
         list: &IoList<'_>,
         owner: &O,
@@ -164,12 +172,14 @@ impl<O: Clone + Deref<Target = GuestMemoryMmap>> Ring<O> {
         let slot = *self.free.last().ok_or(Refused::Full)?;
         let flight = &mut self.flights[usize::from(slot)];
         flight.pieces.copy(list);
-        let entry = entry(work, offset, flight.pieces.raw()).user_data(slot.into());
+        let entry =
+            entry(types::Fixed(file as u32), work, offset, flight.pieces.raw()).user_data(slot.into());
         // SAFETY: the entry points to the pieces of the flight, which stay as they are until the kernel has said that it is done with
         // them, and they to memory of `owner`, which stays until nothing is in flight; also if this ring is dropped (see there).
         unsafe { self.ring.submission().push(&entry) }.map_err(|_| Refused::Full)?;
         self.free.pop();
-        (flight.work, flight.offset, flight.tag, flight.state) = (work, offset, tag, State::UnderWay);
+        (flight.file, flight.work, flight.offset) = (file, work, offset);
+        (flight.tag, flight.state) = (tag, State::UnderWay);
         self.queued += 1;
         Ok(())
     }
@@ -200,8 +210,8 @@ impl<O: Clone + Deref<Target = GuestMemoryMmap>> Ring<O> {
             if std::mem::replace(&mut flight.state, State::Free) == State::UnderWay {
                 let result = usize::try_from(entry.result());
                 let result = result.map_err(|_| io::Error::from_raw_os_error(-entry.result()));
-                let Flight { work, offset, tag, ref mut pieces, .. } = *flight;
-                ended(Ended { work, offset, tag, result, pieces, memory: owner });
+                let Flight { file, work, offset, tag, ref mut pieces, .. } = *flight;
+                ended(Ended { file, work, offset, tag, result, pieces, memory: owner });
             }
         }
     }
@@ -220,21 +230,21 @@ fn under_way(flights: &mut [Flight], slot: u64) -> Option<(u16, &mut Flight)> {
     (flight.state != State::Free).then_some((slot as u16, flight))
 }
 
-fn entry(work: Work, offset: u64, pieces: &[libc::iovec]) -> squeue::Entry {
+fn entry(file: types::Fixed, work: Work, offset: u64, pieces: &[libc::iovec]) -> squeue::Entry {
     let flags = if work == (Work::Write { durable: true }) { libc::RWF_DSYNC } else { 0 };
     let (at, count) = (pieces.as_ptr(), pieces.len() as u32);
     match (work, pieces) {
-        (Work::Sync, _) => opcode::Fsync::new(FILE).flags(types::FsyncFlags::DATASYNC).build(),
+        (Work::Sync, _) => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
         (Work::Read, [one]) => {
-            opcode::Read::new(FILE, one.iov_base.cast(), one.iov_len as u32).offset(offset).build()
+            opcode::Read::new(file, one.iov_base.cast(), one.iov_len as u32).offset(offset).build()
         }
-        (Work::Read, _) => opcode::Readv::new(FILE, at, count).offset(offset).build(),
-        (Work::Write { .. }, [one]) => opcode::Write::new(FILE, one.iov_base.cast(), one.iov_len as u32)
+        (Work::Read, _) => opcode::Readv::new(file, at, count).offset(offset).build(),
+        (Work::Write { .. }, [one]) => opcode::Write::new(file, one.iov_base.cast(), one.iov_len as u32)
             .offset(offset)
             .rw_flags(flags)
             .build(),
         (Work::Write { .. }, _) => {
-            opcode::Writev::new(FILE, at, count).offset(offset).rw_flags(flags).build()
+            opcode::Writev::new(file, at, count).offset(offset).rw_flags(flags).build()
         }
     }
 }
@@ -291,7 +301,7 @@ mod tests {
         let mut room = Pieces::default();
         let mut list = room.list();
         pieces.iter().for_each(|(at, len)| list.push(memory.get_slice(GuestAddress(*at), *len).unwrap()));
-        ring.push(work, offset, &list, memory, tag)
+        ring.push((0, work), offset, &list, memory, tag)
     }
 
     fn wait(ring: &mut Ring<Guest>, count: usize) -> Vec<(u64, io::Result<usize>)> {
@@ -312,7 +322,7 @@ mod tests {
     fn transfers_go_to_a_file_and_back() {
         let memory: Guest = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap().into();
         let file = crate::sys::memory::sealed_memfd(c"test", 0x10000).unwrap();
-        let Ok(mut ring) = Ring::new(file.as_fd(), 4) else { panic!("this host has no io_uring") };
+        let Ok(mut ring) = Ring::new(&[file.as_fd()], 4) else { panic!("this host has no io_uring") };
         drop(file);
         memory.write_slice(&[7; 0x2000], GuestAddress(0)).unwrap();
         for (tag, durable) in [(1, false), (2, true)] {
@@ -345,7 +355,7 @@ mod tests {
         let memory: Guest = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap().into();
         // A pipe never answers a read by itself.
         let (from, to) = io::pipe().unwrap();
-        let mut ring = Ring::new(from.as_fd(), 4).unwrap();
+        let mut ring = Ring::new(&[from.as_fd()], 4).unwrap();
         assert!(push(&mut ring, Work::Read, u64::MAX, &memory, &[(0, 16)], 1).is_ok());
         ring.enter().unwrap();
         ring.abandon();
@@ -369,7 +379,7 @@ mod tests {
         // A wait with a limit is not begun again by the kernel.
         near.set_read_timeout(Some(Duration::from_millis(30))).unwrap();
         for _ in 0..20 {
-            drop(Ring::<Guest>::new(file.as_fd(), 4).unwrap());
+            drop(Ring::<Guest>::new(&[file.as_fd()], 4).unwrap());
             assert!(is_there());
             assert_eq!(near.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
         }

@@ -4,17 +4,14 @@
 //! What the ring cannot do, or the kernel refuses for want of memory, is done by the synchronous engine.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use super::sync;
+use super::{again, sync};
 use crate::block::target::Target;
 use crate::block::{BlockOp, IoRequest, Submitted};
 use crate::memory::Memory;
 use crate::sys::uring::{Ended, Refused, Ring, Work};
-
-/// The most transfers on their way: as many as a queue has entries.
-const ENTRIES: u16 = 256;
 
 pub(in crate::block) struct Uring {
     target: Arc<Target>,
@@ -25,16 +22,14 @@ pub(in crate::block) struct Uring {
 }
 
 impl Uring {
-    /// # Errors
-    /// As for [`Ring::new`].
-    pub fn new(target: Arc<Target>) -> io::Result<Self> {
-        let ring = Ring::new(target.main().as_fd(), ENTRIES)?;
-        Ok(Self {
+    /// On a ring whose one file is that.
+    pub fn new(target: Arc<Target>, ring: Ring<Memory>) -> Self {
+        Self {
             target,
             ring,
             #[cfg(test)]
             faults: Vec::new(),
-        })
+        }
     }
 
     pub fn submit(&mut self, request: IoRequest<'_>) -> Submitted {
@@ -48,7 +43,7 @@ impl Uring {
         if !self.target.is_main(request.offset, &request.buffers) {
             return Submitted::Done(self.target.perform(request));
         }
-        match self.ring.push(work, request.offset, &request.buffers, request.memory, request.tag) {
+        match self.ring.push((0, work), request.offset, &request.buffers, request.memory, request.tag) {
             Ok(()) => Submitted::Pending,
             Err(Refused::Foreign) => Submitted::Done(Err(io::Error::from_raw_os_error(libc::EFAULT))),
             // Whoever called before has more on its way than a queue has entries.
@@ -90,10 +85,7 @@ fn finish(target: &Target, ended: &mut Ended<'_>) -> io::Result<()> {
         // The file has become shorter than the disk.
         Ok(0) => return Err(io::Error::from_raw_os_error(libc::EIO)),
         Ok(done) => *done,
-        Err(error) => match error.raw_os_error() {
-            Some(libc::EAGAIN | libc::EINTR | libc::ENOMEM | libc::EBUSY) => 0,
-            code => return Err(io::Error::from_raw_os_error(code.unwrap_or(libc::EIO))),
-        },
+        Err(error) => again(error)?,
     };
     let (work, offset) = (ended.work, ended.offset + done as u64);
     let rest = ended.rest(done);

@@ -101,8 +101,13 @@ fn images_of_every_kind_are_read_and_written_as_qemu_does() {
         images.create(&["-o", options, &name, "4M"]);
         images.run(&["qemu-io", "-f", "qcow2", "-c", "write -P 7 64k 100k", &name]);
         let mut config = DiskConfig::qcow2(images.path(&name));
-        for cache in [CacheMode::Writeback, CacheMode::Direct] {
-            config.cache = cache;
+        for (engine, cache) in [
+            (DiskEngine::Sync, CacheMode::Writeback),
+            (DiskEngine::Sync, CacheMode::Direct),
+            (DiskEngine::IoUring, CacheMode::Writeback),
+            (DiskEngine::IoUring, CacheMode::Direct),
+        ] {
+            (config.engine, config.cache) = (engine, cache);
             let mut rig = images.open(&config);
             assert_eq!(rig.disk.size(), 4 << 20, "{options}");
             write(&mut rig, 0x2_3400, 0x3000, 9);
@@ -120,6 +125,120 @@ fn images_of_every_kind_are_read_and_written_as_qemu_does() {
             images.judge(&name, "raw");
         }
     }
+}
+
+/// Who gives a place away waits for what is on its way to it, in any queue, and not for ever.
+#[test]
+fn a_discard_waits_for_what_is_on_its_way() {
+    let images = Images::new("waits");
+    images.create(&["image", "1M"]);
+    let config = DiskConfig { engine: DiskEngine::IoUring, ..DiskConfig::qcow2(images.path("image")) };
+    let mut rig = images.open(&config);
+    let mut other = Rig::on(rig.disk.another().unwrap().unwrap());
+    write(&mut rig, 0, 0x2_0000, 5);
+    for (op, keeps) in [
+        (BlockOp::Discard, false),
+        (BlockOp::WriteZeroes { unmap: true, durable: true }, false),
+        (BlockOp::Discard, true),
+        (BlockOp::WriteZeroes { unmap: false, durable: false }, true),
+    ] {
+        write(&mut rig, 0, 0x1_0000, 6);
+        rig.submit(1, BlockOp::Read, 0, 512, &[(0x8000, 512)]);
+        other.submit(2, op, 0, 0x1_0000, &[]);
+        rig.submit(3, BlockOp::Read, 0x1_0000, 512, &[(0x9000, 512)]);
+        assert_eq!(rig.ended.remove(&3), Some(None), "not begun, but done: {op:?}");
+        assert!(!other.disk.kick(), "it wants to be called again: {op:?}");
+        other.disk.completions(&mut |tag, _| panic!("{tag} has ended: {op:?}"));
+        if !keeps {
+            assert_eq!(rig.wait(1)[&1], None);
+        }
+        assert_eq!(other.wait(1)[&2], None, "{op:?}");
+        if keeps {
+            assert_eq!(rig.wait(1)[&1], None);
+        }
+        let byte = |rig: &Disk, at: u64| rig.memory.read_obj::<u8>(GuestAddress(at)).unwrap();
+        // The zeroes were there before the kernel was told of the read.
+        let read = if keeps && op != BlockOp::Discard { 0 } else { 6 };
+        assert_eq!((byte(&rig, 0x8000), byte(&rig, 0x9000)), (read, 5), "{op:?}");
+        assert_eq!(other.one(BlockOp::Read, 0, 512, &[(0, 512)]), None);
+        let left = if (op, keeps) == (BlockOp::Discard, true) { 6 } else { 0 };
+        assert_eq!(byte(&other, 0), left, "{op:?}: a late discard is left out");
+    }
+    drop((rig, other));
+    assert!(images.run(&["qemu-img", "check", "image"]).contains("No errors"));
+}
+
+/// Two queues on two threads, each with much on its way in its half of the disk, and discards among it.
+#[test]
+fn queues_write_and_discard_side_by_side() {
+    let images = Images::new("sides");
+    images.create(&["-o", "cluster_size=4k", "image", "2M"]);
+    let config = DiskConfig { engine: DiskEngine::IoUring, ..DiskConfig::qcow2(images.path("image")) };
+    let rig = images.open(&config);
+    let mut second = Some(rig.disk.another().unwrap().unwrap());
+    let mut first = Some(rig.disk);
+    let halves: Vec<_> = [first.take(), second.take()]
+        .into_iter()
+        .flatten()
+        .enumerate()
+        .map(|(half, disk)| std::thread::spawn(move || one_half(half as u64, Rig::on(disk))))
+        .collect();
+    let bytes: Vec<u8> = halves.into_iter().flat_map(|half| half.join().unwrap()).collect();
+    std::fs::write(images.path("raw"), bytes).unwrap();
+    images.judge("image", "raw");
+}
+
+/// What that half of the disk then holds.
+fn one_half(half: u64, mut rig: Disk) -> Vec<u8> {
+    const HALF: usize = 1 << 20;
+    const STEP: usize = 2048;
+    let mut model = vec![0; HALF];
+    let mut dice = 0x9e37_79b9_7f4a_7c15u64 + half;
+    for round in 0..400usize {
+        // Each of a round has a place of its own.
+        let (mut sent, mut zeroed) = (0, Vec::new());
+        for tag in 0..8usize {
+            dice ^= dice << 13;
+            dice ^= dice >> 7;
+            dice ^= dice << 17;
+            let at = (tag * HALF / 8) + (dice >> 8) as usize % (HALF / 8 / STEP) * STEP;
+            let (offset, place) = (half * HALF as u64 + at as u64, (tag * STEP) as u64);
+            let byte = (round + tag) as u8;
+            sent += 1;
+            match dice % 8 {
+                0 => {
+                    let op = BlockOp::WriteZeroes { unmap: dice & 64 == 0, durable: false };
+                    rig.submit(tag as u64, op, offset, STEP as u64, &[]);
+                    model[at..at + STEP].fill(0);
+                }
+                1 => {
+                    // Then it is anything, so zeroes are put there afterwards.
+                    rig.submit(tag as u64, BlockOp::Discard, offset, STEP as u64, &[]);
+                    zeroed.push((at, offset));
+                }
+                2 => rig.submit(tag as u64, BlockOp::Flush, 0, 0, &[]),
+                _ => {
+                    rig.memory.write_slice(&[byte; STEP], GuestAddress(place)).unwrap();
+                    rig.submit(tag as u64, WRITE, offset, STEP as u64, &[(place, STEP)]);
+                    model[at..at + STEP].fill(byte);
+                }
+            }
+        }
+        let ended = rig.wait(sent);
+        assert!(ended.values().all(Option::is_none), "{ended:?}");
+        for (at, offset) in zeroed {
+            let op = BlockOp::WriteZeroes { unmap: true, durable: false };
+            assert_eq!(rig.one(op, offset, STEP as u64, &[]), None);
+            model[at..at + STEP].fill(0);
+        }
+    }
+    for at in (0..HALF).step_by(0x1_0000) {
+        assert_eq!(rig.one(BlockOp::Read, half * HALF as u64 + at as u64, 0x1_0000, &[(0, 0x1_0000)]), None);
+        let mut there = vec![0; 0x1_0000];
+        rig.memory.read_slice(&mut there, GuestAddress(0)).unwrap();
+        assert!(there == model[at..at + 0x1_0000], "{half}: behind {at:#x}");
+    }
+    model
 }
 
 #[test]
