@@ -886,6 +886,11 @@ typedef struct {
     const vmbed_backing_file *backing;
     /** How many they are. */
     size_t backing_count;
+    /**
+     * Where the qcow2 image at path keeps its data, if not in itself. Only this file is opened, whatever the image says; an image
+     * that keeps its data elsewhere is refused where this is NULL.
+     */
+    const char *data_file;
 } vmbed_disk;
 
 /** Hears how many bytes are behind, and how many there are in all; false ends it. */

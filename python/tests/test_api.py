@@ -627,6 +627,9 @@ def test_disks_and_what_is_changed_of_them(tmp_path: Path) -> None:
     made.disks = [vmbed.Disk(layer, format=qcow2)]
     with pytest.raises(vmbed.InvalidArgument, match="backing"):
         host.builder(made).build()
+    made.disks = [vmbed.Disk(layer, format=qcow2, backing=[(image, raw)], data_file=image)]
+    with pytest.raises(vmbed.InvalidArgument, match="in itself"):
+        host.builder(made).build()
     made.disks = [vmbed.Disk(layer, format=qcow2, backing=[(image, raw)])]
     steps = [(READ, 4, 1, 0), (WRITE, 4, 1, 9), (FLUSH, 0, 0, 0), (READ, 4, 1, 0)]
     with start(host.builder(made), steps, Port()) as vm:

@@ -101,6 +101,8 @@ class Disk:
     format: DiskFormat = DiskFormat.RAW
     #: What a qcow2 image is based on, the nearest first. Only these files are opened, whatever the image itself says.
     backing: list[tuple[str | os.PathLike[str], DiskFormat]] = field(default_factory=list)
+    #: Where a qcow2 image keeps its data, if not in itself. Only this file is opened, whatever the image says.
+    data_file: str | os.PathLike[str] | None = None
     cache: CacheMode = CacheMode.WRITEBACK
     engine: DiskEngine = DiskEngine.AUTO
     #: That the guest may use at a time, each with a thread of its own: 1 to 16.
@@ -270,13 +272,14 @@ class _Common:
             register = ["eax", "ebx", "ecx", "edx"].index(mask.register.lower())
             call(lib.vmbed_config_mask_cpuid, config, mask.leaf, mask.subleaf, register, mask.clear, mask.set)
         for disk in self.disks:
-            path = None if disk.path is None else os.fsencode(disk.path)
-            keep = [optional(path), optional(disk.serial), optional(disk.pci)]
+            path, data = (None if file is None else os.fsencode(file) for file in (disk.path, disk.data_file))
+            keep = [optional(path), optional(disk.serial), optional(disk.pci), optional(data)]
             below = _backing(disk.backing)
             made = structure(
                 "vmbed_disk", path=keep[0], serial=keep[1], pci=keep[2], readonly=int(disk.readonly), format=disk.format,
                 cache=disk.cache, engine=disk.engine, queues=disk.queues, no_discard=int(not disk.discard),
                 no_lock=int(not disk.lock), rate=tuple(disk.rate), backing=below[0], backing_count=len(disk.backing),
+                data_file=keep[3],
             )  # fmt: skip
             call(lib.vmbed_config_add_disk, config, made)
         for net in self.nets:

@@ -108,6 +108,9 @@ pub struct vmbed_disk {
     pub backing: *const vmbed_backing_file,
     /// How many they are.
     pub backing_count: usize,
+    /// Where the qcow2 image at path keeps its data, if not in itself. Only this file is opened, whatever the image says; an image
+    /// that keeps its data elsewhere is refused where this is NULL.
+    pub data_file: *const c_char,
 }
 
 // SAFETY: it is repr(C) with its size first, and all zeroes is a value.
@@ -149,6 +152,7 @@ pub unsafe extern "C" fn vmbed_config_add_disk(
             let format = format_of("vmbed_backing_file.format", below.format)?;
             disk = disk.based_on(path(below.path, "vmbed_backing_file.path")?, format);
         }
+        disk.data_file = optional(given.data_file, "vmbed_disk.data_file", path)?.map(Path::to_owned);
         c.disks.push(disk);
         Ok(())
     })

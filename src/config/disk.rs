@@ -80,6 +80,9 @@ pub struct DiskConfig {
     /// What a qcow2 image is based on, the nearest first. Only files that stand here are opened, whatever the image itself says,
     /// and one that says that it is based on another is refused where that one does not stand here. They are only read.
     pub backing: Vec<DiskBacking>,
+    /// Where the qcow2 image at `path` keeps its data, if not in itself. Only this file is opened, whatever the image says; an image
+    /// that keeps its data elsewhere is refused where it does not stand here.
+    pub data_file: Option<PathBuf>,
     /// The guest may not write, and the file is opened for reading only.
     pub readonly: bool,
     /// At most 20 bytes of ASCII, shown as `/sys/block/vda/serial` and in `/dev/disk/by-id`.
@@ -110,6 +113,7 @@ impl Default for DiskConfig {
             path: None,
             format: DiskFormat::Raw,
             backing: Vec::new(),
+            data_file: None,
             readonly: false,
             serial: String::new(),
             pci: None,
@@ -143,6 +147,13 @@ impl DiskConfig {
     #[must_use]
     pub fn based_on(mut self, path: impl Into<PathBuf>, format: DiskFormat) -> Self {
         self.backing.push(DiskBacking { path: path.into(), format });
+        self
+    }
+
+    /// With its data in that file: an image with QEMU's option `data_file`.
+    #[must_use]
+    pub fn with_data_in(mut self, path: impl Into<PathBuf>) -> Self {
+        self.data_file = Some(path.into());
         self
     }
 

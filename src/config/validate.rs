@@ -222,6 +222,10 @@ impl Found {
                     "only a qcow2 image is based on another",
                 );
             }
+            if disk.data_file.is_some() && disk.format != DiskFormat::Qcow2 {
+                let field = format!("disks[{i}].data_file");
+                self.add(field, "is there", "only a qcow2 image keeps its data in another file");
+            }
             if disk.format != DiskFormat::Raw && disk.path.is_none() {
                 self.add(format!("disks[{i}].path"), "is absent", "what is attached is raw: name the image");
             }

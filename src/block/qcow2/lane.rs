@@ -101,7 +101,8 @@ impl Lane {
 
     /// The tables, and then the file's own caches.
     fn flush(&mut self, shared: &Shared, request: &IoRequest<'_>) -> io::Result<bool> {
-        if !shared.targets.first().is_some_and(|target| target.keeps_promises()) {
+        let promises = shared.targets.first().is_some_and(|target| target.keeps_promises());
+        if !promises || shared.config.data_file.is_some() {
             return Ok(false);
         }
         shared.reading().flush()?;

@@ -25,7 +25,7 @@ pub(super) struct Shared {
     pub access: RwLock<Access>,
     /// Room is made for one write at a time.
     pub allocating: Mutex<()>,
-    /// The files of the chain, by their layers.
+    /// The files of the chain, by their layers; behind them, where the top one keeps its data if not in itself.
     pub targets: Vec<Target>,
     /// Transfers that a kernel works on: begun under `access`, which nobody holds until they end.
     pub flying: AtomicUsize,

@@ -49,8 +49,8 @@ impl Qcow2Disk {
     /// Opens the image at `path` for the disk `id`, and what the configuration says that it is based on.
     ///
     /// # Errors
-    /// A file is missing, not ours to open, in use, or not what it is said to be; the image names a backing file, and the
-    /// configuration does not; it has an external data file.
+    /// A file is missing, not ours to open, in use, or not what it is said to be; the image names a backing file or keeps its data in
+    /// another file, and the configuration does not say so.
     pub fn open(id: &str, path: &Path, config: &DiskConfig) -> Result<Self> {
         let name = format!("{id}: {}", path.display());
         let mut targets = Vec::new();
@@ -66,7 +66,7 @@ impl Qcow2Disk {
                     let raw = Raw::<Store>::builder(store).open(DenyImplicitOpenGate::default());
                     FormatAccess::new(raw.map_err(|e| bad(&name, e))?)
                 }
-                DiskFormat::Qcow2 => FormatAccess::new(layered(&name, store, false, backing.take())?),
+                DiskFormat::Qcow2 => FormatAccess::new(layered(&name, (store, None), false, backing.take())?),
             };
             if let Some(unused) = backing.replace(image) {
                 drop::<Access>(unused);
@@ -75,9 +75,13 @@ impl Qcow2Disk {
             }
         }
         let file = open(&name, path, config.readonly, config.lock)?;
-        let image = layered(&name, store(&name, &file, 0)?, !config.readonly, backing)?;
+        let data = config.data_file.as_deref().map(|path| data_file(id, path, config)).transpose()?;
+        let (data_store, data_target) = data.unzip();
+        let stores = (store(&name, &file, 0)?, data_store);
+        let image = layered(&name, stores, !config.readonly, backing)?;
         targets.push(Target::new(&name, file, config.cache, config.readonly)?);
         targets.reverse();
+        targets.extend(data_target);
         let access = FormatAccess::new(image);
         let size = access.size() / Sectors::SIZE * Sectors::SIZE;
         let shared = Shared {
@@ -94,6 +98,14 @@ impl Qcow2Disk {
         let lane = Lane::choose(&shared)?;
         Ok(Self::new(shared, lane))
     }
+}
+
+/// Where the image keeps its data; among the targets it is the last.
+fn data_file(id: &str, path: &Path, config: &DiskConfig) -> Result<(Store, Target)> {
+    let name = format!("{id}: data_file: {}", path.display());
+    let file = open(&name, path, config.readonly, config.lock)?;
+    let store = store(&name, &file, config.backing.len() + 1)?;
+    Ok((store, Target::new(&name, file, config.cache, config.readonly)?))
 }
 
 fn open(name: &str, path: &Path, readonly: bool, locked: bool) -> Result<File> {
@@ -115,16 +127,34 @@ fn bad(name: &str, error: io::Error) -> Error {
     if error.raw_os_error().is_some() {
         return Error::os(format!("{name}: reading it"), error);
     }
-    let why = format!("{name}: is no qcow2 image that can be used: {error}");
+    // The library has no kind for it.
+    let remedy = if error.to_string().contains("incompatible feature") {
+        "; qemu-img convert -O qcow2 -o compression_type=zlib makes one of it"
+    } else {
+        ""
+    };
+    let why = format!("{name}: is no qcow2 image that can be used{remedy}");
     Error::new(ErrorKind::InvalidArgument, why).with_source(error)
 }
 
-/// A qcow2 image on `backing`, which must be there exactly if the image names one.
-fn layered(name: &str, store: Store, write: bool, backing: Option<Access>) -> Result<Image> {
+/// A qcow2 image on `backing`, which must be there exactly if the image names one; as must be where its data is if not in itself.
+fn layered(
+    name: &str,
+    (store, data): (Store, Option<Store>),
+    write: bool,
+    backing: Option<Access>,
+) -> Result<Image> {
     let invalid = |why: String| Err(Error::new(ErrorKind::InvalidArgument, format!("{name}: {why}")));
     let mut image = Image::open_image(store, write).map_err(|e| bad(name, e))?;
-    if image.requires_external_data_file() {
-        return invalid("has an external data file, which is not supported".into());
+    if image.requires_external_data_file() && data.is_none() {
+        let where_ = image.implicit_external_data_file().map_or(String::new(), |file| format!(" {file:?}"));
+        return invalid(format!(
+            "keeps its data in another file{where_}, which is opened only if you say so, and only for the image on top: name it \
+             in data_file"
+        ));
+    }
+    if data.is_some() && !image.requires_external_data_file() {
+        return invalid("keeps its data in itself: there is a data_file too many".into());
     }
     match (image.implicit_backing_file(), &backing) {
         (Some(file), None) => {
@@ -136,6 +166,6 @@ fn layered(name: &str, store: Store, write: bool, backing: Option<Access>) -> Re
         _ => {}
     }
     image.set_backing(backing);
-    image.set_data_file(None);
+    image.set_data_file(data);
     Ok(image)
 }

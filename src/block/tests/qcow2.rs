@@ -92,7 +92,9 @@ fn images_of_every_kind_are_read_and_written_as_qemu_does() {
         "refcount_bits=64",
         "preallocation=metadata",
         "preallocation=falloc",
+        "preallocation=full",
         "compression_type=zlib",
+        "cluster_size=16k,refcount_bits=8,compat=1.1,lazy_refcounts=on,preallocation=metadata",
     ]
     .into_iter()
     .enumerate()
@@ -277,6 +279,66 @@ fn compressed_clusters_and_chains_are_read_and_what_is_written_stays_on_top() {
     assert!(images.run(&["qemu-img", "info", "other"]).contains("2 MiB"));
 }
 
+#[test]
+fn an_image_keeps_its_data_in_the_file_that_was_named() {
+    let images = Images::new("data");
+    for (engine, cache, raw) in [
+        (DiskEngine::Sync, CacheMode::Writeback, "off"),
+        (DiskEngine::IoUring, CacheMode::Writeback, "on"),
+        (DiskEngine::IoUring, CacheMode::Direct, "off"),
+    ] {
+        let name = format!("{engine:?}-{cache:?}");
+        let data = format!("{name}.data");
+        images.create(&["-o", &format!("data_file={data},data_file_raw={raw}"), &name, "2M"]);
+        let config = DiskConfig { engine, cache, ..DiskConfig::qcow2(images.path(&name)) };
+        let config = config.with_data_in(images.path(&data));
+        for byte in [5, 6] {
+            let mut rig = images.open(&config);
+            write(&mut rig, 0x1_8000, 0x1_0000, byte);
+            write(&mut rig, 0x2_0000, 0x1000, byte + 1);
+            assert_eq!(rig.one(BlockOp::Flush, 0, 0, &[]), None);
+            let bytes = all(&mut rig);
+            assert_eq!(
+                (bytes[0x1_8000], bytes[0x2_0000], bytes[0x2_1000], bytes[0]),
+                (byte, byte + 1, byte, 0)
+            );
+            drop(rig);
+            std::fs::write(images.path("raw"), bytes).unwrap();
+            images.judge(&name, "raw");
+        }
+        if raw == "on" {
+            images.run(&["qemu-img", "compare", "-f", "raw", "-F", "raw", &data, "raw"]);
+        }
+        assert!(std::fs::metadata(images.path(&name)).unwrap().len() < 1 << 20, "the data is elsewhere");
+    }
+}
+
+#[test]
+fn what_the_library_does_not_know_is_refused_with_a_remedy() {
+    let images = Images::new("unknown");
+    for (options, feature) in [
+        ("compression_type=zstd", "compression type"),
+        ("extended_l2=on,cluster_size=128k", "extended L2 entries"),
+    ] {
+        images.create(&["-o", options, feature, "4M"]);
+        let path = images.path(feature);
+        let error = super::super::open("disk3", &path, &DiskConfig::qcow2(&path)).err().unwrap().to_string();
+        assert!(error.contains("disk3") && error.contains("qemu-img convert"), "{error}");
+        assert_eq!(error.matches(feature).count(), 2, "its name, and what it has: {error}");
+        images.run(&[
+            "qemu-img",
+            "convert",
+            "-O",
+            "qcow2",
+            "-o",
+            "compression_type=zlib",
+            feature,
+            "converted",
+        ]);
+        drop(images.open(&DiskConfig::qcow2(images.path("converted"))));
+    }
+}
+
 /// Row 24: what an image says about other files is no reason to open them.
 #[test]
 fn no_file_is_opened_that_the_embedder_has_not_named() {
@@ -292,7 +354,9 @@ fn no_file_is_opened_that_the_embedder_has_not_named() {
     };
     let image = |name: &str| DiskConfig::qcow2(images.path(name));
     assert_eq!(refused(image("evil"), "/etc/passwd"), ErrorKind::InvalidArgument);
-    refused(image("outside"), "external data file");
+    refused(image("outside"), "\"data\"");
+    refused(image("plain").with_data_in(images.path("data")), "in itself");
+    refused(image("outside").with_data_in(images.path("absent")), "does not exist");
     refused(image("plain").based_on(images.path("text"), DiskFormat::Raw), "too many");
     refused(image("text"), "no qcow2 image");
     refused(image("missing"), "does not exist");
