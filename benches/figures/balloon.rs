@@ -1,7 +1,7 @@
 //! What it costs to get 768 MiB back from a stock guest of 1 GiB that has filled and freed them. In the lab under icount, where a
 //! nanosecond is an instruction of anybody's: guest, host or VMM. Free-page reporting is off, so that the balloon does it all.
 //!
-//! `figure-balloon inflate|hint KERNEL INITRD CMDLINE` or `figure-balloon qemu QEMU SHARE KERNEL INITRD CMDLINE`, where the guest prints
+//! `figure-balloon vmbed KERNEL INITRD CMDLINE` or `figure-balloon qemu QEMU SHARE KERNEL INITRD CMDLINE`, where the guest prints
 //! `now=freed`. Prints the nanoseconds from asking to the guest's answer that it is done, the idle ones among them, and how much
 //! less memory the VM (vmbed) or the process (QEMU) then has.
 
@@ -37,20 +37,11 @@ fn measured(before: u64, f: impl FnOnce() -> Done<()>, after: impl FnOnce() -> D
     Ok(())
 }
 
-/// How vmbed is asked for the memory.
-#[derive(Clone, Copy, PartialEq)]
-enum Way {
-    /// The driver allocates the pages, as with QEMU's balloon.
-    Inflate,
-    /// The driver names what is free (`Vm::discard_free_pages`).
-    Hint,
-}
-
-fn vmbed(way: Way, kernel: &str, initrd: &str, cmdline: &str) -> Done<()> {
+fn vmbed(kernel: &str, initrd: &str, cmdline: &str) -> Done<()> {
     let mut config = VmConfig::linux(LinuxBoot::new(kernel).initrd(initrd).cmdline(cmdline));
     config.memory = Bytes(ALL);
     let mut balloon = BalloonConfig::default();
-    (balloon.reporting, balloon.hinting) = (false, way == Way::Hint);
+    balloon.reporting = false;
     config.balloon = Some(balloon);
     let (said, ready) = std::sync::mpsc::channel();
     let mut output = Vec::new();
@@ -66,14 +57,6 @@ fn vmbed(way: Way, kernel: &str, initrd: &str, cmdline: &str) -> Done<()> {
     vm.start()?;
     ready.recv_timeout(LONG).map_err(|_| "waited for the guest to be ready")?;
     let arrived = || {
-        if way == Way::Hint {
-            let given = vm.discard_free_pages(LONG)?;
-            return if given.get() < GIVEN {
-                Err(format!("the guest gave {given} only").into())
-            } else {
-                Ok(())
-            };
-        }
         vm.set_balloon(Bytes(GIVEN))?;
         loop {
             let event = vm.events().wait_event(LONG).ok_or("waited for the guest's balloon")?;
@@ -153,10 +136,9 @@ fn main() -> Done<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words[..] {
-        ["inflate", kernel, initrd, cmdline] => vmbed(Way::Inflate, kernel, initrd, cmdline),
-        ["hint", kernel, initrd, cmdline] => vmbed(Way::Hint, kernel, initrd, cmdline),
+        ["vmbed", kernel, initrd, cmdline] => vmbed(kernel, initrd, cmdline),
         ["qemu", program, share, kernel, initrd, cmdline] => qemu(program, share, kernel, initrd, cmdline),
-        _ => Err("usage: figure-balloon inflate|hint KERNEL INITRD CMDLINE | qemu QEMU SHARE KERNEL INITRD CMDLINE"
+        _ => Err("usage: figure-balloon vmbed KERNEL INITRD CMDLINE | qemu QEMU SHARE KERNEL INITRD CMDLINE"
             .into()),
     }
 }

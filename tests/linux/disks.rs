@@ -229,12 +229,18 @@ fn matrix() {
         images.iter().for_each(|(name, _)| guest.wait_for(&format!("{name}=")));
         guest.power_off();
         println!("{} disks in {:.0?}", group.len(), begun.elapsed());
-        for ((name, image), case) in images.iter().zip(group) {
+        let mut sums = Vec::new();
+        for ((name, _), case) in images.iter().zip(group) {
             assert!(guest.console().contains(&format!("{name}=")), "{case:?}: {}", guest.console());
             let done = guest.vm.disk_statistics(1 + (name.as_bytes()[2] - b'b') as usize).unwrap();
             // Who has no write cache has nothing to flush.
             let flushed = (done.flushes > 0) == (case.2 != CacheMode::Writethrough);
             assert!(done.errors == 0 && done.discards > 0 && flushed, "{case:?}: {done:?}");
+            sums.push(guest.value(name));
+        }
+        // It has them locked.
+        drop(guest);
+        for (((_, image), case), known) in images.iter().zip(group).zip(sums) {
             let image = image.to_str().unwrap();
             let raw = format!("{image}.raw");
             if matches!(case.0, Kind::Qcow2 | Kind::Layer) {
@@ -244,7 +250,7 @@ fn matrix() {
                 fs::rename(image, &raw).unwrap();
             }
             let sum = run(&["sha256sum", &raw]);
-            assert_eq!(sum.split(' ').next().unwrap(), guest.value(name), "{case:?}");
+            assert_eq!(sum.split(' ').next().unwrap(), known, "{case:?}");
             fs::remove_file(raw).unwrap();
         }
     }
