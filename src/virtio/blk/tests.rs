@@ -16,6 +16,7 @@ use crate::sys::memory::sealed_memfd;
 use crate::virtio::Signals;
 use crate::virtio::queue_driver::{Dice, Driver, NEXT, WRITE, activation, bend, signals};
 
+mod load;
 mod more;
 mod own;
 
