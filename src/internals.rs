@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use crate::block::RawDisk;
+use crate::block::{Backend, RawDisk};
 use crate::bus::Bus;
 use crate::config::{BalloonConfig, DiskConfig, MacAddress, PciAddress};
 use crate::console::Console;
@@ -27,7 +27,7 @@ use crate::legacy::{Cmos, I8042, Power, PvPanic, Serial, ports};
 use crate::memory::{Memory, layout};
 use crate::net::pair::Pair;
 use crate::pci::{ConfigPorts, Ecam, Function, Root, Window};
-use crate::reactor::Place;
+use crate::reactor::{EventLoop, Place};
 use crate::sys::lock;
 use crate::virtio::Signals;
 use crate::virtio::balloon::{self, BalloonStatistics};
@@ -68,6 +68,8 @@ pub enum Part {
     },
     /// A disk as a VM has it, on the file that it names.
     Configured(DiskConfig),
+    /// The same, served by a thread of its own.
+    Threaded(DiskConfig),
     /// A network card; [`Board::network`] is the other end of its cable. One for each board.
     Net,
     /// A source of random numbers.
@@ -82,7 +84,7 @@ pub enum Part {
 impl Part {
     fn id(&self) -> &'static str {
         match self {
-            Self::Disk { .. } | Self::Configured(_) => "disk",
+            Self::Disk { .. } | Self::Configured(_) | Self::Threaded(_) => "disk",
             Self::Net => "net",
             Self::Rng => "rng",
             Self::Console => "console",
@@ -106,6 +108,10 @@ pub struct Board {
     network: Option<Arc<UnixDatagram>>,
     balloon: Option<Arc<balloon::Control>>,
     stops: Arc<Mutex<Vec<String>>>,
+}
+
+fn opened(id: &str, config: &DiskConfig) -> Result<Box<dyn Backend>> {
+    crate::block::open(id, config.path.as_deref().unwrap_or(Path::new("")), config)
 }
 
 impl Board {
@@ -159,9 +165,14 @@ impl Board {
                 Device::Blk(Blk::simple(id, "serial-1", backend, Place::Caller))
             }
             Part::Configured(config) => {
-                let path = config.path.as_deref().unwrap_or(Path::new(""));
-                let backend = crate::block::open(id, path, &config)?;
-                Device::Blk(Blk::simple(id, "serial-1", backend, Place::Caller))
+                Device::Blk(Blk::simple(id, "serial-1", opened(id, &config)?, Place::Caller))
+            }
+            Part::Threaded(config) => {
+                let event_loop = EventLoop::start(id, |body| Ok(std::thread::spawn(body)))?;
+                let stops = self.stops.clone();
+                let stop = StopLine::new(move |cause| lock(&stops).push(format!("{cause:?}")));
+                let place = Place::Loop(event_loop, stop);
+                Device::Blk(Blk::simple(id, "serial-1", opened(id, &config)?, place))
             }
             Part::Net => {
                 let (pair, control) = Pair::open().map_err(|e| Error::os("making a socket pair", e))?;
@@ -297,6 +308,13 @@ impl Board {
     pub fn raised(&self, device: u8, vector: u16) -> u64 {
         let function = self.functions.get(usize::from(device).wrapping_sub(1));
         function.and_then(|f| f.vector(vector)).map_or(0, |v| v.take_raised())
+    }
+
+    /// The same, once it was raised; 0 where it was not for so long.
+    pub fn wait_raised(&self, device: u8, vector: u16, timeout: Duration) -> u64 {
+        let function = self.functions.get(usize::from(device).wrapping_sub(1));
+        let Some(vector) = function.and_then(|f| f.vector(vector)) else { return 0 };
+        vector.wait_raised(timeout)
     }
 
     /// The addresses at which doorbells are armed in the kernel's place.

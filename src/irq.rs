@@ -217,6 +217,14 @@ impl Vector {
         }
     }
 
+    /// The same, once it was raised; for drivers without a KVM.
+    #[doc(hidden)]
+    #[cfg(any(test, feature = "internals"))]
+    pub fn wait_raised(&self, timeout: std::time::Duration) -> u64 {
+        crate::sys::fd::wait_readable(crate::sys::fd::borrow(&self.event), timeout);
+        self.take_raised()
+    }
+
     /// How often it was raised since the last call; for drivers without a KVM.
     #[doc(hidden)]
     #[cfg(any(test, feature = "internals"))]

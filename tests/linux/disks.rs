@@ -15,11 +15,8 @@ use crate::trial;
 pub fn add(trials: &mut Vec<Trial>) {
     trials.push(trial("disks::thirty_two_of_them_and_a_huge_one", many));
     trials.push(trial("disks::what_was_flushed_survives_a_power_cut", power_cuts));
-    // These take longer than `make test` has: see `make test-all`.
-    if std::env::var_os("VMBED_DISKS").is_some() {
-        trials.push(trial("disks::others_programs_find_nothing_wrong", matrix));
-        trials.push(trial("disks::an_image_of_a_disk_that_is_written_to", saved));
-    }
+    trials.push(trial("disks::others_programs_find_nothing_wrong", matrix));
+    trials.push(trial("disks::an_image_of_a_disk_that_is_written_to", saved));
 }
 
 const MIB: u64 = 1 << 20;
