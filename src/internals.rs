@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::block::{Backend, RawDisk};
 use crate::bus::Bus;
@@ -310,11 +311,15 @@ impl Board {
         function.and_then(|f| f.vector(vector)).map_or(0, |v| v.take_raised())
     }
 
-    /// The same, once it was raised; 0 where it was not for so long.
-    pub fn wait_raised(&self, device: u8, vector: u16, timeout: Duration) -> u64 {
+    /// The eventfd behind it.
+    ///
+    /// # Errors
+    /// There is no such entry; the host is out of file descriptors.
+    pub fn interrupt(&self, device: u8, vector: u16) -> Result<EventFd> {
         let function = self.functions.get(usize::from(device).wrapping_sub(1));
-        let Some(vector) = function.and_then(|f| f.vector(vector)) else { return 0 };
-        vector.wait_raised(timeout)
+        let vector = function.and_then(|f| f.vector(vector));
+        let none = || Error::new(ErrorKind::NotFound, format!("00:{device:02x}.0 has no such vector"));
+        vector.ok_or_else(none)?.event()
     }
 
     /// The addresses at which doorbells are armed in the kernel's place.

@@ -217,12 +217,11 @@ impl Vector {
         }
     }
 
-    /// The same, once it was raised; for drivers without a KVM.
+    /// Its eventfd: readable when it is raised; for drivers without a KVM.
     #[doc(hidden)]
     #[cfg(any(test, feature = "internals"))]
-    pub fn wait_raised(&self, timeout: std::time::Duration) -> u64 {
-        crate::sys::fd::wait_readable(crate::sys::fd::borrow(&self.event), timeout);
-        self.take_raised()
+    pub fn event(&self) -> Result<EventFd> {
+        self.event.try_clone().map_err(|e| Error::os("duplicating an interrupt's eventfd", e))
     }
 
     /// How often it was raised since the last call; for drivers without a KVM.
