@@ -110,7 +110,7 @@ pub use events::{Event, EventKind, EventStream, ReclaimStage, StopCause, VmId};
 // Where an embedder plugs in hardware, disks and networks of its own.
 pub use block::{BlockBackend, BlockOp, BlockRequest, create_disk};
 pub use bus::{Access, Device};
-pub use net::NetBackend;
+pub use net::{NetBackend, Offloads};
 pub use sys::io::IoList;
 
 // What every call answers when it fails.

@@ -16,6 +16,7 @@ mod socket;
 pub(crate) mod switch;
 mod tap;
 
+pub use offload::Offloads;
 pub(crate) use socket::Socket;
 pub(crate) use tap::Tap;
 
@@ -33,8 +34,8 @@ pub(crate) const MAX_FRAME: usize = 65_535 + MIN_FRAME + 8;
 /// with [`VmBuilder::net_backend`](crate::VmBuilder::net_backend).
 ///
 /// A frame is one message: a header of 12 bytes (`struct virtio_net_hdr_v1`, virtio 1.2, 5.1.6) and the frame from its
-/// Ethernet header on, without its checksum; at most 65,557 bytes behind the header. No offload is negotiated: the
-/// header of every frame that a guest sends is all zero, and one for a guest must ask for nothing: put zeroes.
+/// Ethernet header on, without its checksum; at most 65,557 bytes behind the header. A header says what is left to do on its frame:
+/// nothing, so that it is all zero, but for the [`offloads`](Self::offloads) that both sides know.
 ///
 /// One device owns it and calls it on a device thread of the VM's, one call at a time. Nothing here may block, since
 /// other devices of the VM wait. A panic stops the VM. What is read is the device's to deliver; what a device does
@@ -57,6 +58,15 @@ pub trait NetBackend: Send + 'static {
     /// `WouldBlock` when there is no room: the same frame comes again when the fd is writable. Anything
     /// else: this frame is lost, and the next may well pass.
     fn send(&mut self, frame: &IoList<'_>) -> io::Result<()>;
+
+    /// What it does itself on frames that a guest sends, and may leave to do on those for a guest. Asked once, when the VM is built.
+    fn offloads(&self) -> Offloads {
+        Offloads::empty()
+    }
+
+    /// What of it the guest's driver takes: a frame for it that leaves anything else to do is dropped. Called when a driver begins, before
+    /// anything else.
+    fn set_offloads(&mut self, _taken: Offloads) {}
 
     /// Polls readable while a frame waits, writable while there is room, and with an error when the
     /// other side is gone. The same one all the time; another one after `reopen`.

@@ -18,16 +18,18 @@ const GSO_ECN: u8 = 0x80;
 const MIN_SEGMENT: usize = 48;
 
 bitflags::bitflags! {
-    /// What one end of a cable can do for the other, or leave to it.
+    /// What may be left to do on a frame (virtio 1.2, 5.1.6): its header says where.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-    pub(crate) struct Offloads: u32 {
-        /// Frames may come without their checksums.
+    pub struct Offloads: u32 {
+        /// Its TCP or UDP checksum. Without it, none of the others.
         const CSUM = 1;
+        /// It is to be cut into segments: TCP over IPv4.
         const TSO4 = 2;
+        /// TCP over IPv6.
         const TSO6 = 4;
         /// TSO of connections with explicit congestion notification.
         const ECN = 8;
-        /// Segmentation of UDP datagrams.
+        /// It is to be cut into UDP datagrams.
         const USO = 16;
     }
 }

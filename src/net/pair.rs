@@ -7,7 +7,7 @@ use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
-use super::NetBackend;
+use super::{NetBackend, Offloads};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::io::{IoList, read, write};
 use crate::sys::lock;
@@ -26,6 +26,10 @@ pub(crate) struct Control {
     pub errno: Arc<AtomicI32>,
     /// What the next `reopen` finds.
     pub next: Arc<Mutex<Option<UnixDatagram>>>,
+    /// What it knows, in bits, and what a driver takes of it.
+    pub known: Arc<AtomicU32>,
+    #[cfg_attr(not(test), allow(dead_code, reason = "tests look"))]
+    pub taken: Arc<AtomicU32>,
     /// How often it was called.
     #[cfg_attr(not(test), allow(dead_code, reason = "tests count"))]
     pub looks: Arc<AtomicU32>,
@@ -41,8 +45,9 @@ impl Pair {
         let (near, far) = UnixDatagram::pair()?;
         near.set_nonblocking(true)?;
         far.set_nonblocking(true)?;
-        let (errno, next, looks) = Default::default();
-        let control = Control { far: Arc::new(far), errno, next, looks };
+        let (errno, next, looks, taken) = Default::default();
+        let known = Arc::new(AtomicU32::new(Offloads::all().bits()));
+        let control = Control { far: Arc::new(far), errno, next, known, taken, looks };
         Ok((Self { socket: near, control: control.clone() }, control))
     }
 
@@ -79,6 +84,14 @@ impl NetBackend for Pair {
     fn send(&mut self, frame: &IoList<'_>) -> io::Result<()> {
         self.check()?;
         write(self.socket.as_fd(), frame).map(drop)
+    }
+
+    fn offloads(&self) -> Offloads {
+        Offloads::from_bits_truncate(self.control.known.load(Ordering::SeqCst))
+    }
+
+    fn set_offloads(&mut self, taken: Offloads) {
+        self.control.taken.store(taken.bits(), Ordering::SeqCst);
     }
 
     fn fd(&self) -> BorrowedFd<'_> {

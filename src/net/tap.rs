@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
-use super::{HEADER_LEN, NetBackend};
+use super::{HEADER_LEN, NetBackend, Offloads};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::io::{IoList, read, write};
 use crate::sys::tap;
@@ -20,6 +20,10 @@ pub(crate) struct Tap {
     /// `net0: tap 'tap0'`, for errors.
     who: String,
     name: String,
+    /// What the kernel can leave to do.
+    known: Offloads,
+    /// What it may.
+    taken: Offloads,
 }
 
 impl Tap {
@@ -60,11 +64,27 @@ impl Tap {
     fn set_up(who: String, name: String, file: File) -> Result<Self> {
         tap::set_header_size(file.as_fd(), HEADER_LEN as i32)
             .map_err(|e| Error::os(format!("{who}: setting the header's size (TUNSETVNETHDRSZ)"), e))?;
-        // No offloads: every frame comes complete, with its checksums.
-        tap::set_offload(file.as_fd(), 0)
+        // UDP segments came with Linux 6.2.
+        let most = [Offloads::all(), Offloads::all() - Offloads::USO];
+        let known = most.into_iter().find(|set| tap::set_offload(file.as_fd(), flags(*set)).is_ok());
+        // Until a driver has said that it takes anything else, every frame comes complete, with its checksums.
+        let taken = Offloads::empty();
+        tap::set_offload(file.as_fd(), flags(taken))
             .map_err(|e| Error::os(format!("{who}: turning offloads off (TUNSETOFFLOAD)"), e))?;
-        Ok(Self { file, who, name })
+        Ok(Self { file, who, name, known: known.unwrap_or(taken), taken })
     }
+}
+
+/// As TUNSETOFFLOAD has them.
+fn flags(offloads: Offloads) -> u32 {
+    let all = [
+        (Offloads::CSUM, libc::TUN_F_CSUM),
+        (Offloads::TSO4, libc::TUN_F_TSO4),
+        (Offloads::TSO6, libc::TUN_F_TSO6),
+        (Offloads::ECN, libc::TUN_F_TSO_ECN),
+        (Offloads::USO, libc::TUN_F_USO4 | libc::TUN_F_USO6),
+    ];
+    all.into_iter().filter(|(offload, _)| offloads.contains(*offload)).fold(0, |bits, (_, flag)| bits | flag)
 }
 
 fn missing(who: &str, name: &str) -> Error {
@@ -113,6 +133,19 @@ impl NetBackend for Tap {
         self.file.as_fd()
     }
 
+    fn offloads(&self) -> Offloads {
+        self.known
+    }
+
+    fn set_offloads(&mut self, taken: Offloads) {
+        let Self { file, who, known, .. } = self;
+        if let Err(error) = tap::set_offload(file.as_fd(), flags(taken & *known)) {
+            // Then it leaves nothing to do, or what it leaves is dropped.
+            log::warn!("{who}: telling it what the driver takes (TUNSETOFFLOAD): {error}");
+        }
+        self.taken = taken;
+    }
+
     fn is_gone(&self) -> bool {
         tap::attached(self.file.as_fd()).is_err()
     }
@@ -122,7 +155,9 @@ impl NetBackend for Tap {
             return Ok(());
         }
         let id = self.who.split(':').next().unwrap_or_default().to_owned();
+        let taken = self.taken;
         *self = Self::open(&id, &self.name)?;
+        self.set_offloads(taken);
         Ok(())
     }
 }

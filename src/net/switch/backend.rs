@@ -83,6 +83,14 @@ impl NetBackend for Plug {
         Ok(())
     }
 
+    fn offloads(&self) -> Offloads {
+        Offloads::all()
+    }
+
+    fn set_offloads(&mut self, taken: Offloads) {
+        self.set_takes(taken);
+    }
+
     fn fd(&self) -> BorrowedFd<'_> {
         crate::sys::fd::borrow(self.port.queue.bell())
     }

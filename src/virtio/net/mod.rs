@@ -39,6 +39,7 @@ const FEATURES: u64 = 1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_STATUS | 1 << VI
 pub(crate) struct Net {
     id: String,
     config: [u8; CONFIG_LEN],
+    features: u64,
     place: Place,
     state: State,
     counters: Arc<Counters>,
@@ -57,8 +58,9 @@ impl Net {
         let mut config = [0; CONFIG_LEN];
         config[..6].copy_from_slice(&mac.0);
         config[6..].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+        let features = FEATURES | header::offered(backend.offloads());
         let (state, counters) = (State::Idle(backend, Overflow::default()), Arc::default());
-        Self { id: id.into(), config, place, state, counters }
+        Self { id: id.into(), config, features, place, state, counters }
     }
 
     /// What it counts, whoever owns it by then.
@@ -85,7 +87,7 @@ impl VirtioDevice for Net {
     }
 
     fn features(&self) -> u64 {
-        FEATURES
+        self.features
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -105,7 +107,7 @@ impl VirtioDevice for Net {
         };
         let timer = TimerFd::new()
             .map_err(|e| Error::errno_of(format!("{}: creating a timer (timerfd)", self.id), e))?;
-        let (backend, overflow) = match std::mem::replace(&mut self.state, State::Lost) {
+        let (mut backend, overflow) = match std::mem::replace(&mut self.state, State::Lost) {
             State::Idle(backend, overflow) => (backend, overflow),
             other => {
                 self.state = other;
@@ -113,8 +115,10 @@ impl VirtioDevice for Net {
             }
         };
         let mergeable = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
-        let rx = Rx::new(rx, mergeable, overflow, self.counters.clone());
-        let tx = Tx::new(tx, self.counters.clone());
+        let (may, takes) = header::accepted(features & self.features);
+        backend.set_offloads(takes);
+        let rx = Rx::new(rx, mergeable, takes, overflow, self.counters.clone());
+        let tx = Tx::new(tx, may, self.counters.clone());
         let worker = Worker::new(rx, tx, memory, signals, backend, timer);
         self.state = State::Active(self.place.attach(worker, &self.id)?);
         Ok(())

@@ -7,36 +7,42 @@
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
 
-use super::header::to_driver;
+use super::header::{Header, to_driver};
 use super::statistics::Counters;
 use crate::memory::Memory;
-use crate::net::{HEADER_LEN, MAX_FRAME, MIN_FRAME, NetBackend};
+use crate::net::{HEADER_LEN, MAX_FRAME, MIN_FRAME, NetBackend, Offloads};
 use crate::sys::io::Pieces;
 use crate::virtio::queue::{Chain, Queue, QueueFault};
 
 /// Frames in one wake-up; the backend's fd stays readable for the rest.
 const SHARE: u32 = 256;
 
+/// Pieces of held buffers beyond which no more are taken: the kernel takes 1024 in one call, and one chain has 256 at most.
+const PIECES: usize = 512;
+
 /// The receive queue.
 pub(super) struct Rx {
     pub queue: Queue,
     /// A frame may fill several buffers (VIRTIO_NET_F_MRG_RXBUF).
     mergeable: bool,
-    /// The buffer for the next frame, when `held`.
-    chain: Chain,
-    held: bool,
-    /// The further buffers of a long frame.
-    tail: Chain,
+    /// What a frame may leave to the driver.
+    takes: Offloads,
+    /// Buffers for the next frame: the first `held` of these.
+    chains: Vec<Chain>,
+    held: usize,
+    /// Bytes in them.
+    room: u64,
     parts: Vec<(u16, u32)>,
     pieces: Pieces,
     pub overflow: Overflow,
     counters: Arc<Counters>,
 }
 
-/// Room for what does not fit into the driver's buffer, and for a frame that waits for more of them.
+/// Room for what does not fit into the driver's buffers, and for a frame that waits for more of them.
 /// It outlives the queue: a frame kept at a pause is delivered after it.
 pub(super) struct Overflow {
     room: Box<[u8]>,
+    header: Header,
     /// The length of the frame, without header, that waits in `room`; 0 for none.
     kept: usize,
 }
@@ -44,7 +50,7 @@ pub(super) struct Overflow {
 impl Default for Overflow {
     fn default() -> Self {
         // From the allocator's zero pages: untouched until a frame is long.
-        Self { room: vec![0; MAX_FRAME].into(), kept: 0 }
+        Self { room: vec![0; MAX_FRAME].into(), header: [0; HEADER_LEN], kept: 0 }
     }
 }
 
@@ -65,17 +71,23 @@ enum Delivery {
 }
 
 impl Rx {
-    pub fn new(queue: Queue, mergeable: bool, mut overflow: Overflow, counters: Arc<Counters>) -> Self {
+    pub fn new(
+        queue: Queue,
+        mergeable: bool,
+        takes: Offloads,
+        mut overflow: Overflow,
+        counters: Arc<Counters>,
+    ) -> Self {
         // A driver before this one could take it in pieces; this one would not know that they belong together.
         if !mergeable {
             overflow.kept = 0;
         }
-        let chain = || Chain::with_capacity(queue.max_size());
         Self {
             mergeable,
-            chain: chain(),
-            held: false,
-            tail: chain(),
+            takes,
+            chains: vec![Chain::with_capacity(queue.max_size())],
+            held: 0,
+            room: 0,
             parts: Vec::with_capacity(queue.size().into()),
             pieces: Pieces::with_capacity(usize::from(queue.max_size()) + 2),
             overflow,
@@ -87,161 +99,235 @@ impl Rx {
     /// Delivers frames until buffers or frames run out.
     pub fn run(&mut self, memory: &Memory, backend: &mut dyn NetBackend) -> Result<Received, QueueFault> {
         for _ in 0..SHARE {
-            if !self.hold(memory)? {
+            if self.overflow.kept > 0 {
+                if let Delivery::NoBuffers = self.deliver_kept(memory)? {
+                    return Ok(Received::NoBuffers);
+                }
+                continue;
+            }
+            if !self.hold(memory, self.wanted())? {
                 return Ok(Received::NoBuffers);
             }
-            if self.overflow.kept == 0 {
-                match self.receive(memory, backend)? {
-                    Ok(()) => {}
-                    Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Received::NoFrames),
-                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                    Err(error) => return Ok(Received::Gone(error)),
-                }
-            } else if let Delivery::NoBuffers = self.deliver_kept(memory)? {
-                return Ok(Received::NoBuffers);
+            match self.receive(memory, backend)? {
+                Ok(()) => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Received::NoFrames),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Ok(Received::Gone(error)),
             }
         }
         Ok(Received::NoFrames)
     }
 
-    /// Gives the buffer that waits for a frame back to the ring.
+    /// Gives the buffers that wait for a frame back to the ring.
     pub fn let_go(&mut self) {
-        if std::mem::take(&mut self.held) {
-            self.queue.give_back(self.chain.head);
+        let held = std::mem::take(&mut self.held);
+        self.room = 0;
+        for chain in self.chains[..held].iter().rev() {
+            self.queue.give_back(chain.head);
         }
     }
 
-    /// Takes a buffer for the next frame; `false` when there is none, and the doorbell will ring.
-    fn hold(&mut self, memory: &Memory) -> Result<bool, QueueFault> {
-        if self.held {
-            return Ok(true);
-        }
+    /// How much to have ready: the longest frame where one may be of many segments, so that none is copied; else a buffer, which
+    /// holds any but a jumbo frame.
+    fn wanted(&self) -> u64 {
+        let long = self.mergeable && self.takes.intersects(Offloads::TSO4 | Offloads::TSO6 | Offloads::USO);
+        if long { (HEADER_LEN + MAX_FRAME) as u64 } else { 1 }
+    }
+
+    /// Takes buffers for the next frame, of so many bytes if there are; `false` when there is none, and the doorbell will ring.
+    fn hold(&mut self, memory: &Memory, wanted: u64) -> Result<bool, QueueFault> {
+        let mut pieces: usize = self.chains[..self.held].iter().map(|chain| chain.writable.len()).sum();
         // What is of no use is handed back, at most a queue's size of it.
-        for _ in 0..self.queue.size() {
-            if !self.pop(memory, false)? {
-                return Ok(false);
+        let mut budget = self.queue.size();
+        while self.room < wanted && pieces <= PIECES && budget > 0 {
+            budget -= 1;
+            if !self.pop(memory, self.held == 0)? {
+                return Ok(self.held > 0);
             }
-            if is_buffer(&self.chain) && self.chain.writable_len() >= HEADER_LEN as u64 {
-                self.held = true;
-                return Ok(true);
-            }
-            self.queue.complete(memory, self.chain.head, 0)?;
+            pieces += self.chains[self.held - 1].writable.len();
         }
-        self.queue.rearm();
-        Ok(false)
+        if self.held == 0 {
+            self.queue.rearm();
+        }
+        Ok(self.held > 0)
     }
 
-    /// The next chain into `chain` or `tail`; when there is none, the doorbell is asked to ring.
-    fn pop(&mut self, memory: &Memory, tail: bool) -> Result<bool, QueueFault> {
-        let chain = if tail { &mut self.tail } else { &mut self.chain };
+    /// The next buffer that is one into `chains`. When there is none, the doorbell is asked to ring if so wanted.
+    fn pop(&mut self, memory: &Memory, ring: bool) -> Result<bool, QueueFault> {
+        if self.chains.len() == self.held {
+            self.chains.push(Chain::default());
+        }
         loop {
+            let chain = &mut self.chains[self.held];
             if self.queue.pop(memory, chain)? {
                 self.queue.disable_notification(memory)?;
-                return Ok(true);
+                let enough = if self.held == 0 { HEADER_LEN as u64 } else { 1 };
+                if is_buffer(chain) && chain.writable_len() >= enough {
+                    self.room += chain.writable_len();
+                    self.held += 1;
+                    return Ok(true);
+                }
+                self.queue.complete(memory, chain.head, 0)?;
+                continue;
             }
-            if !self.queue.enable_notification(memory)? {
+            if !ring || !self.queue.enable_notification(memory)? {
                 return Ok(false);
             }
         }
     }
 
-    /// Reads one frame into the held buffer, and what does not fit into the overflow.
+    /// Reads one frame into the held buffers, and what does not fit into the overflow.
     fn receive(
         &mut self,
         memory: &Memory,
         backend: &mut dyn NetBackend,
     ) -> Result<io::Result<()>, QueueFault> {
-        // It is replaced by our own, since it may say things that the driver has not asked for.
+        // It is looked at before the driver sees it, since it may say things that the driver has not asked for.
         let mut header = [0; HEADER_LEN];
-        let room = self.chain.writable_len().min((HEADER_LEN + MAX_FRAME) as u64) - HEADER_LEN as u64;
         let mut list = self.pieces.list();
         list.push_room(&mut header);
-        let mut writer = self.chain.writer(memory);
-        let found = writer.skip(HEADER_LEN as u64);
-        if found.and_then(|()| writer.rest().slices(room, |slice| list.push(slice))).is_err() {
-            // Not in memory: it goes back empty, and the frame goes into the next.
-            self.held = false;
-            return self.queue.complete(memory, self.chain.head, 0).map(Ok);
+        let mut left = (HEADER_LEN + MAX_FRAME) as u64;
+        for (i, chain) in self.chains[..self.held].iter().enumerate() {
+            let mut writer = chain.writer(memory);
+            let skipped = if i == 0 { HEADER_LEN as u64 } else { 0 };
+            let part = chain.writable_len().min(left) - skipped;
+            left -= part + skipped;
+            let found = writer.skip(skipped);
+            if found.and_then(|()| writer.rest().slices(part, |slice| list.push(slice))).is_err() {
+                // Not in memory: it goes back empty, with those behind it, and the frame goes into the next.
+                return self.refuse(memory, i).map(Ok);
+            }
         }
+        let room = self.room.min((HEADER_LEN + MAX_FRAME) as u64) as usize - HEADER_LEN;
         list.push_room(&mut self.overflow.room);
         let len = match backend.receive(&list) {
             Ok(len) => len.saturating_sub(HEADER_LEN),
             Err(error) => return Ok(Err(error)),
         };
-        let room = room as usize;
+        if backend.offloads().is_empty() {
+            // It has nothing to say in it.
+            header = [0; HEADER_LEN];
+        }
         if !(MIN_FRAME..=MAX_FRAME).contains(&len) {
             self.counters.rx.dropped();
             return Ok(Ok(()));
         }
         if len > room {
-            self.keep(memory, room, len);
+            self.keep(memory, &header, room, len);
             return Ok(Ok(()));
         }
-        let written = HEADER_LEN + len;
-        // The header's bytes may be outside memory even if the rest is not.
-        let put = self.chain.writer(memory).write(&to_driver(1));
-        self.counters.rx.carried_if(put.is_ok(), len as u64);
-        self.held = false;
-        self.queue.complete(memory, self.chain.head, if put.is_ok() { written as u32 } else { 0 }).map(Ok)
+        self.share_out(len);
+        self.finish(memory, &header, len, true).map(Ok)
     }
 
-    /// Keeps a frame of `len` bytes whose first `room` bytes are in the held buffer, to deliver it into
-    /// several. Dropped where the driver cannot take it in several.
-    fn keep(&mut self, memory: &Memory, room: usize, len: usize) {
-        if !self.mergeable {
-            return self.counters.rx.dropped();
+    /// Hands a buffer back that is none, and gives back those behind it.
+    fn refuse(&mut self, memory: &Memory, index: usize) -> Result<(), QueueFault> {
+        for chain in self.chains[index + 1..self.held].iter().rev() {
+            self.queue.give_back(chain.head);
         }
-        let overflow = &mut self.overflow;
-        overflow.room.copy_within(..len - room, room);
-        // What the driver does to its buffer meanwhile, it does to its own frame.
-        let mut written = Chain::buffer_reader(memory, &self.chain.writable);
-        let mut header = [0; HEADER_LEN];
-        let copied = written.read(&mut header).and_then(|()| written.read(&mut overflow.room[..room]));
-        match copied {
-            Ok(()) => overflow.kept = len,
-            Err(_) => self.counters.rx.dropped(),
-        }
+        self.held = index;
+        self.room = self.chains[..index].iter().map(Chain::writable_len).sum();
+        self.queue.complete(memory, self.chains[index].head, 0)
     }
 
-    /// Delivers the kept frame into as many buffers as it takes, the held one first.
-    fn deliver_kept(&mut self, memory: &Memory) -> Result<Delivery, QueueFault> {
-        let len = self.overflow.kept;
-        let frame = &self.overflow.room[..len];
-        let first = (self.chain.writable_len() - HEADER_LEN as u64).min(len as u64) as usize;
-        let mut writer = self.chain.writer(memory);
-        let mut sound = writer.skip(HEADER_LEN as u64).and_then(|()| writer.write(&frame[..first])).is_ok();
-        let mut done = first;
+    /// Which of the held buffers a frame of `len` bytes fills, and how far.
+    fn share_out(&mut self, len: usize) {
+        let mut left = (HEADER_LEN + len) as u64;
         self.parts.clear();
-        self.parts.push((self.chain.head, (HEADER_LEN + first) as u32));
-        while done < len && sound {
-            if self.parts.len() >= usize::from(self.queue.size()) {
-                // All that a driver can give, and still too short.
-                sound = false;
+        for chain in &self.chains[..self.held] {
+            let part = chain.writable_len().min(left);
+            self.parts.push((chain.head, part as u32));
+            left -= part;
+            if left == 0 {
                 break;
             }
-            if !self.pop(memory, true)? {
-                for &(head, _) in self.parts.iter().rev() {
-                    self.queue.give_back(head);
-                }
-                self.held = false;
-                return Ok(Delivery::NoBuffers);
-            }
-            let step = self.tail.writable_len().min((len - done) as u64) as usize;
-            let rest = &self.overflow.room[done..done + step];
-            sound = is_buffer(&self.tail) && self.tail.writer(memory).write(rest).is_ok();
-            done += step;
-            self.parts.push((self.tail.head, step as u32));
         }
-        let header = to_driver(self.parts.len() as u16);
-        let sound = sound && self.chain.writer(memory).write(&header).is_ok();
+    }
+
+    /// Puts the header in front of a frame that is in its buffers, and hands them to the driver.
+    fn finish(
+        &mut self,
+        memory: &Memory,
+        header: &Header,
+        len: usize,
+        sound: bool,
+    ) -> Result<(), QueueFault> {
+        let used = self.parts.len();
+        let Some(header) = to_driver(header, len as u64, self.takes, used as u16) else {
+            // Nor does anybody else do what is left to do: it is lost, and the buffers wait for the next.
+            self.counters.rx.dropped();
+            return Ok(());
+        };
+        // The header's bytes may be outside memory even if the rest is not.
+        let sound = sound && self.chains[0].writer(memory).write(&header).is_ok();
         self.counters.rx.carried_if(sound, len as u64);
         if !sound {
             // The driver's own doing: the frame is lost, the buffers go back empty.
             self.parts.iter_mut().for_each(|(_, written)| *written = 0);
         }
-        self.overflow.kept = 0;
-        self.held = false;
+        let given: u64 = self.chains[..used].iter().map(Chain::writable_len).sum();
+        self.chains[..self.held].rotate_left(used);
+        self.held -= used;
+        self.room -= given;
         self.queue.complete_all(memory, &self.parts)?;
+        self.look_at_first(memory)
+    }
+
+    /// The first of those that are held has to have room for a header.
+    fn look_at_first(&mut self, memory: &Memory) -> Result<(), QueueFault> {
+        if self.held > 0 && self.chains[0].writable_len() < HEADER_LEN as u64 {
+            self.refuse(memory, 0)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Keeps a frame of `len` bytes whose first `room` bytes are in the held buffers, to deliver it into more of them.
+    /// Dropped where the driver cannot take it in several.
+    fn keep(&mut self, memory: &Memory, header: &Header, room: usize, len: usize) {
+        if !self.mergeable {
+            return self.counters.rx.dropped();
+        }
+        let overflow = &mut self.overflow;
+        overflow.room.copy_within(..len - room, room);
+        // What the driver does to its buffers meanwhile, it does to its own frame.
+        let mut at = 0;
+        for (i, chain) in self.chains[..self.held].iter().enumerate() {
+            let mut written = Chain::buffer_reader(memory, &chain.writable);
+            let skipped = if i == 0 { HEADER_LEN } else { 0 };
+            let step = (chain.writable_len() as usize - skipped).min(room - at);
+            let mut unused = [0; HEADER_LEN];
+            let copied = written.read(&mut unused[..skipped]);
+            if copied.and_then(|()| written.read(&mut overflow.room[at..at + step])).is_err() {
+                return self.counters.rx.dropped();
+            }
+            at += step;
+        }
+        (overflow.header, overflow.kept) = (*header, len);
+    }
+
+    /// Delivers the kept frame into as many buffers as it takes, the held ones first.
+    fn deliver_kept(&mut self, memory: &Memory) -> Result<Delivery, QueueFault> {
+        let (len, header) = (self.overflow.kept, self.overflow.header);
+        while self.room < (HEADER_LEN + len) as u64 && self.held < usize::from(self.queue.size()) {
+            if !self.pop(memory, true)? {
+                return Ok(Delivery::NoBuffers);
+            }
+        }
+        self.overflow.kept = 0;
+        self.share_out(len);
+        let (mut done, mut sound) = (0, true);
+        for (i, chain) in self.chains[..self.parts.len()].iter().enumerate() {
+            let skipped = if i == 0 { HEADER_LEN } else { 0 };
+            let step = self.parts[i].1 as usize - skipped;
+            let mut writer = chain.writer(memory);
+            let put = writer.skip(skipped as u64);
+            let rest = &self.overflow.room[done..done + step];
+            sound &= put.and_then(|()| writer.write(rest)).is_ok();
+            done += step;
+        }
+        // Else it is all that a driver can give, and still too short.
+        self.finish(memory, &header, len, sound && done == len)?;
         Ok(Delivery::Done)
     }
 }

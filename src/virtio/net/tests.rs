@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::events::{EventKind, EventStream, StopLine};
 use crate::memory::Memory;
+use crate::net::Offloads;
 use crate::net::pair::{Control, Pair};
 use crate::reactor::EventLoop;
 use crate::sys::lock;
@@ -134,7 +135,12 @@ fn a_frame_comes_in_with_a_header_that_promises_nothing() {
         let mut b = bench(features);
         b.rx.memory.write_slice(&[0xff; 0x1000], GuestAddress(BUFFERS)).unwrap();
         b.give(&[1526]);
-        b.far.far.send(&[[0xee; 12].as_slice(), &frame(1514)].concat()).unwrap();
+        let nonsense = [[0xee; 12].as_slice(), &frame(1514)].concat();
+        b.far.far.send(&nonsense).unwrap();
+        b.net.process_queues();
+        assert_eq!(b.rx.take_used(), None, "dropped: who knows what it says");
+        b.far.known.store(0, Ordering::SeqCst);
+        b.far.far.send(&nonsense).unwrap();
         b.net.process_queues();
         assert_eq!(b.rx.take_used(), Some((0, 1526)));
         assert_eq!(b.rx.bytes::<12>(BUFFERS), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
@@ -356,6 +362,108 @@ fn a_lost_frame_is_an_event_and_the_next_one_passes() {
     assert!(matches!(b.events.next_event().unwrap().kind, EventKind::BackendError { errno: libc::EIO, .. }));
     b.far.errno.store(0, Ordering::SeqCst);
     b.is_alive();
+}
+
+/// The header of a frame of TCP segments.
+const SEGMENTS: [u8; 12] = [1, 1, 54, 0, 0xb4, 5, 34, 0, 16, 0, 0, 0];
+
+#[test]
+fn what_both_sides_know_is_left_to_do_both_ways() {
+    let all = header::offered(Offloads::all());
+    for (features, passes) in [(all | MRG, true), (all & !(1 << 11 | 1 << 7) | MRG, false)] {
+        let mut b = bench(features);
+        assert_eq!(b.net.features() & all, all);
+        let taken = Offloads::from_bits_truncate(b.far.taken.load(Ordering::SeqCst));
+        assert_eq!((taken.contains(Offloads::CSUM), taken.contains(Offloads::TSO4)), (true, passes));
+        b.rx.memory.write_slice(&SEGMENTS, GuestAddress(FRAME)).unwrap();
+        b.rx.memory.write_slice(&frame(60_000), GuestAddress(FRAME + 12)).unwrap();
+        b.transmit(&[(FRAME, 12 + 60_000, 0)]);
+        assert_eq!(b.far.get(), passes.then(|| [SEGMENTS.as_slice(), &frame(60_000)].concat()));
+
+        b.give(&[0x1000; 16]);
+        b.far.far.send(&[SEGMENTS.as_slice(), &frame(60_000)].concat()).unwrap();
+        b.far.far.send(&[[0; 12].as_slice(), &frame(100)].concat()).unwrap();
+        b.net.process_queues();
+        let used: Vec<_> = std::iter::from_fn(|| b.rx.take_used()).collect();
+        if passes {
+            let mut expected: Vec<_> = (0..14).map(|head| (head, 0x1000)).collect();
+            expected.extend([(14, 60_012 - 14 * 0x1000), (15, 112)]);
+            assert_eq!(used, expected, "straight into its buffers, and the next into the next");
+            let header = b.rx.bytes::<12>(BUFFERS);
+            assert_eq!((&header[..10], header[10]), (&SEGMENTS[..10], 15));
+            let mut got = Vec::new();
+            for (i, &(_, len)) in used[..15].iter().enumerate() {
+                let mut part = vec![0; len as usize];
+                b.rx.memory.read_slice(&mut part, GuestAddress(BUFFERS + 0x1000 * i as u64)).unwrap();
+                got.extend(part);
+            }
+            assert!(got[12..] == frame(60_000));
+        } else {
+            assert_eq!(used, [(0, 112)], "what it does not take is dropped");
+            assert_eq!(b.net.counters().statistics().rx_dropped, 1);
+        }
+    }
+}
+
+/// Buffers of every shape, frames of every length: each arrives whole, or is counted as dropped.
+#[test]
+fn every_frame_finds_its_way_into_whatever_buffers_there_are() {
+    for features in [MRG, MRG | header::offered(Offloads::all())] {
+        let mut b = bench(features);
+        let mut dice = Dice(77);
+        let (mut sent, mut arrived, mut dropped) = (Vec::new(), 0, 0);
+        let mut buffers = vec![(0u64, 0u32); 16];
+        let (mut free, mut pieces): (Vec<u16>, Vec<(u16, u32)>) = ((0..16).collect(), Vec::new());
+        for round in 0..4000u32 {
+            if dice.below(3) > 0 && sent.len() < 8 {
+                let len = [14, 60, 1514, 3000, 9014][dice.below(5) as usize] + dice.below(200) as usize;
+                let frame: Vec<u8> = (0..len).map(|i| (i as u32 * 7 + round) as u8).collect();
+                b.far.put(&frame);
+                sent.push(frame);
+            }
+            while dice.below(4) > 0
+                && let Some(slot) = free.pop()
+            {
+                let size = [12, 60, 1526, 4096][dice.below(4) as usize] + dice.below(9) as u32;
+                let at = BUFFERS + 0x2000 * u64::from(slot);
+                b.rx.descriptor(b.rx.table(), slot, (at, size, WRITE, 0));
+                b.rx.offer(slot);
+                buffers[usize::from(slot)] = (at, size);
+            }
+            b.net.process_queues();
+            while let Some(used) = b.rx.take_used() {
+                pieces.push(used);
+                free.push(used.0);
+            }
+            if dice.below(50) == 0 {
+                let queues = b.net.deactivate();
+                let memory = b.rx.memory.clone();
+                b.net.activate(Activation { features, memory, queues, signals: b.signals.clone() }).unwrap();
+            }
+            // What has come is looked at before its buffers are used again.
+            while let Some(&(first, len)) = pieces.first() {
+                if len == 0 {
+                    // It was too long for all of them together.
+                    assert!(pieces.drain(..16).all(|(_, len)| len == 0));
+                    sent.remove(0);
+                    dropped += 1;
+                    continue;
+                }
+                let count = b.rx.bytes::<12>(buffers[usize::from(first)].0)[10];
+                let mut got = Vec::new();
+                for (slot, len) in pieces.drain(..usize::from(count)) {
+                    let mut part = vec![0; len as usize];
+                    b.rx.memory.read_slice(&mut part, GuestAddress(buffers[usize::from(slot)].0)).unwrap();
+                    got.extend(part);
+                }
+                assert!(got[12..] == sent.remove(0), "round {round}");
+                arrived += 1;
+            }
+        }
+        assert_eq!(b.net.counters().statistics().rx_dropped, dropped);
+        assert!(arrived > 1000 && dropped < arrived / 10, "{arrived} {dropped}");
+        assert!(!b.broken());
+    }
 }
 
 #[test]

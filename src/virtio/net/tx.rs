@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::header::to_backend;
 use super::statistics::Counters;
 use crate::memory::Memory;
-use crate::net::{HEADER_LEN, MAX_FRAME, MIN_FRAME, NetBackend};
+use crate::net::{HEADER_LEN, MAX_FRAME, MIN_FRAME, NetBackend, Offloads};
 use crate::sys::io::Pieces;
 use crate::virtio::Signals;
 use crate::virtio::queue::{Chain, Queue, QueueFault};
@@ -17,6 +17,8 @@ pub(super) struct Tx {
     pub queue: Queue,
     /// A frame was lost on the host's side.
     pub failed: bool,
+    /// What the driver may leave to do.
+    may: Offloads,
     chain: Chain,
     pieces: Pieces,
     counters: Arc<Counters>,
@@ -41,10 +43,10 @@ enum Fate {
 }
 
 impl Tx {
-    pub fn new(queue: Queue, counters: Arc<Counters>) -> Self {
+    pub fn new(queue: Queue, may: Offloads, counters: Arc<Counters>) -> Self {
         let chain = Chain::with_capacity(queue.max_size());
         let pieces = Pieces::with_capacity(usize::from(queue.max_size()) + 1);
-        Self { queue, failed: false, chain, pieces, counters }
+        Self { queue, failed: false, may, chain, pieces, counters }
     }
 
     /// Sends what waits. Without a backend frames are dropped, as on a cable that is not plugged in.
@@ -86,8 +88,8 @@ impl Tx {
     fn send(&mut self, memory: &Memory, backend: &mut dyn NetBackend, signals: &Signals) -> Fate {
         let mut reader = self.chain.reader(memory);
         let Ok(header) = reader.read_array::<HEADER_LEN>() else { return Fate::Dropped };
-        let Some(header) = to_backend(&header) else { return Fate::Dropped };
         let len = reader.remaining();
+        let Some(header) = to_backend(&header, len, self.may) else { return Fate::Dropped };
         let fits = (MIN_FRAME as u64..=MAX_FRAME as u64).contains(&len);
         if !fits || !self.chain.writable.is_empty() {
             return Fate::Dropped;
@@ -103,6 +105,10 @@ impl Tx {
                 Ok(()) => return Fate::Sent(len),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Fate::NoRoom,
+                // The kernel has found that what the driver left to do cannot be done on that frame.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) && header[0] != 0 => {
+                    return Fate::Dropped;
+                }
                 Err(error) => {
                     *failed = true;
                     report(signals, &error);

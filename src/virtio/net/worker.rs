@@ -219,6 +219,7 @@ mod tests {
 
     use super::*;
     use crate::events::StopLine;
+    use crate::net::Offloads;
     use crate::net::pair::Pair;
     use crate::reactor::{Dispatcher, EventLoop};
     use crate::virtio::net::rx::Overflow;
@@ -228,13 +229,13 @@ mod tests {
     fn a_doorbell_and_the_timer_in_one_turn_do_not_put_the_loop_to_sleep() {
         let memory = Memory::new(1 << 20).unwrap();
         let (near, far) = (Driver::new(&memory, 0x4000, 16), Driver::new(&memory, 0xc000, 16));
-        let rx = Rx::new(near.queue(), false, Overflow::default(), Arc::default());
+        let rx = Rx::new(near.queue(), false, Offloads::empty(), Overflow::default(), Arc::default());
         let (backend, control) = Pair::new();
         control.errno.store(libc::EBADFD, Ordering::SeqCst);
         let timer = TimerFd::new().unwrap();
         let mut worker = Worker::new(
             rx,
-            Tx::new(far.queue(), Arc::default()),
+            Tx::new(far.queue(), Offloads::empty(), Arc::default()),
             memory,
             signals("net0").0,
             Box::new(backend),
