@@ -454,6 +454,28 @@ pub struct NetConfig {
     /// Where on the PCI bus; the first free place when absent.
     #[cfg_attr(feature = "serde", serde(default))]
     pub pci: Option<PciAddress>,
+    /// The largest packet that the guest's driver is to send, 68 to 65,535 bytes, without the Ethernet header; its
+    /// network's. `None`: it takes 1,500.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub mtu: Option<u16>,
+    /// What the guest shows as the card's speed, in Mbit/s, full duplex. It limits nothing.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub speed: Option<u32>,
+    /// Whether the cable is plugged in; [`Vm::set_link`](crate::Vm::set_link) changes it. Default.
+    #[cfg_attr(feature = "serde", serde(default = "plugged_in"))]
+    pub link: bool,
+    /// How much the guest may receive; operations are frames. [`Vm::set_net_rates`](crate::Vm::set_net_rates) changes it. What is beyond it
+    /// waits in the network, and is dropped there when that is full. Default: any amount.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub receive_rate: RateLimit,
+    /// How much it may send; what is beyond it waits in the guest's queue. Default: any amount.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub send_rate: RateLimit,
+}
+
+#[cfg(feature = "serde")]
+fn plugged_in() -> bool {
+    true
 }
 
 impl NetConfig {
@@ -464,7 +486,16 @@ impl NetConfig {
 
     /// A card on what is attached when the VM is built.
     pub fn attached() -> Self {
-        Self { tap: None, mac: None, pci: None }
+        Self {
+            tap: None,
+            mac: None,
+            pci: None,
+            mtu: None,
+            speed: None,
+            link: true,
+            receive_rate: RateLimit::NONE,
+            send_rate: RateLimit::NONE,
+        }
     }
 }
 

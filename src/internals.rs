@@ -179,7 +179,7 @@ impl Board {
                 let (pair, control) = Pair::open().map_err(|e| Error::os("making a socket pair", e))?;
                 self.network = Some(control.far);
                 let mac = MacAddress([2, 0, 0, 0, 0, 1]);
-                Device::Net(Net::new(id, mac, Box::new(pair), Place::Caller))
+                Device::Net(Net::simple(id, mac, Box::new(pair), Place::Caller))
             }
             Part::Rng => Device::Rng(Rng::new(id, Place::Caller)),
             Part::Console => {

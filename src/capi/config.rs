@@ -3,7 +3,7 @@
 use std::ffi::{c_char, c_void};
 use std::sync::{Arc, Mutex};
 
-use super::arguments::{Out, Sized_, fd, invalid, optional, path, slice, structure, text};
+use super::arguments::{Out, fd, invalid, optional, path, slice, text};
 use super::device::{Foreign, UserData, vmbed_destroy_fn, vmbed_device_ops};
 use super::error::vmbed_error;
 use super::events::vmbed_events;
@@ -12,8 +12,7 @@ use super::host::vmbed_host;
 use super::vm::{Machine, vmbed_vm};
 use super::{answer, call};
 use crate::config::{
-    BareBoot, Boot, ConsoleKind, CpuMode, CpuidMask, CpuidRegister, LinuxBoot, NetConfig, Platform, Uuid,
-    VmConfig,
+    BareBoot, Boot, ConsoleKind, CpuMode, CpuidMask, CpuidRegister, LinuxBoot, Platform, Uuid, VmConfig,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::lock;
@@ -321,45 +320,6 @@ pub unsafe extern "C" fn vmbed_config_set_stack(
 
 pub(super) fn reserved(name: &str, value: u32) -> Result<()> {
     if value == 0 { Ok(()) } else { Err(invalid(format!("{name}.reserved is {value}; it must be zero"))) }
-}
-
-/// A virtio-net card.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct vmbed_net {
-    /// sizeof(struct vmbed_net)
-    pub size: usize,
-    /// The name of an existing TAP interface with a single queue. NULL where something is attached with
-    /// vmbed_builder_net_fd() or vmbed_builder_net_backend().
-    pub tap: *const c_char,
-    /// The guest's MAC address, `52:54:00:12:34:56`. NULL: a stable one that follows from the VM's UUID.
-    pub mac: *const c_char,
-    /// Where on the PCI bus, `00:04.0`. NULL: the first free place.
-    pub pci: *const c_char,
-}
-
-// SAFETY: it is repr(C) with its size first, and all zeroes is a value.
-unsafe impl Sized_ for vmbed_net {
-    const FIRST: usize = size_of::<Self>();
-    const NAME: &'static str = "vmbed_net";
-}
-
-/// Adds a card; events call them `net0`, `net1`, ... What it points to is copied.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn vmbed_config_add_net(
-    config: *mut vmbed_config,
-    net: *const vmbed_net,
-    error: *mut *mut vmbed_error,
-) -> i32 {
-    change(config, error, |c| {
-        let given = structure(net)?;
-        let mut net = NetConfig::attached();
-        net.tap = optional(given.tap, "vmbed_net.tap", text)?.map(str::to_owned);
-        net.mac = optional(given.mac, "vmbed_net.mac", text)?.map(str::parse).transpose()?;
-        net.pci = optional(given.pci, "vmbed_net.pci", text)?.map(str::parse).transpose()?;
-        c.nets.push(net);
-        Ok(())
-    })
 }
 
 /// Checks everything that can be checked without opening anything; vmbed_builder_build() does so too. The error names

@@ -34,6 +34,12 @@ impl vmbed_rate {
         let limit = RateLimit::NONE.bytes(self.bytes_per_second, self.bytes_burst);
         limit.ops(self.ops_per_second, self.ops_burst)
     }
+
+    /// What is there, or no limit.
+    pub(super) fn or_none(rate: *const Self) -> RateLimit {
+        // SAFETY: not NULL, so it is valid for a read: the header says so.
+        if rate.is_null() { RateLimit::NONE } else { unsafe { rate.read() }.limit() }
+    }
 }
 
 /// The bytes of the disk, one to one.
@@ -216,11 +222,8 @@ pub unsafe extern "C" fn vmbed_vm_set_disk_rate(
     rate: *const vmbed_rate,
     error: *mut *mut vmbed_error,
 ) -> i32 {
-    call(error, || {
-        // SAFETY: not NULL, so it is valid for a read: the header says so.
-        let limit = if rate.is_null() { RateLimit::NONE } else { unsafe { rate.read() }.limit() };
-        handle::object(vm)?.vm().set_disk_rate(index as usize, limit)
-    })
+    let limit = vmbed_rate::or_none(rate);
+    call(error, || handle::object(vm)?.vm().set_disk_rate(index as usize, limit))
 }
 
 /// Hears how many bytes are behind, and how many there are in all; false ends it.

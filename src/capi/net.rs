@@ -1,20 +1,83 @@
 //! Networks of the embedder's, by descriptor or as code, and what each card has carried.
 
-use std::ffi::c_void;
+use std::ffi::{c_char, c_void};
 use std::io;
+use std::mem::offset_of;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use super::arguments::{Sized_, fd, fill, invalid, structure};
+use super::arguments::{Sized_, fd, fill, invalid, optional, structure, text};
 use super::block::{outcome, vmbed_piece};
 use super::call;
-use super::config::{attach, vmbed_builder};
+use super::config::{attach, change, reserved, vmbed_builder, vmbed_config};
 use super::device::{UserData, vmbed_destroy_fn};
+use super::disk::vmbed_rate;
 use super::error::vmbed_error;
 use super::handle;
 use super::vm::vmbed_vm;
+use crate::config::NetConfig;
 use crate::error::{Error, Result};
 use crate::net::NetBackend;
 use crate::sys::io::IoList;
+
+/// A virtio-net card.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct vmbed_net {
+    /// sizeof(struct vmbed_net)
+    pub size: usize,
+    /// The name of an existing TAP interface with a single queue. NULL where something is attached with
+    /// vmbed_builder_net_fd() or vmbed_builder_net_backend().
+    pub tap: *const c_char,
+    /// The guest's MAC address, `52:54:00:12:34:56`. NULL: a stable one that follows from the VM's UUID.
+    pub mac: *const c_char,
+    /// Where on the PCI bus, `00:04.0`. NULL: the first free place.
+    pub pci: *const c_char,
+    /// The largest packet that the guest's driver is to send, 68 to 65535 bytes, without the Ethernet header; its network's. 0: it
+    /// takes 1500.
+    pub mtu: u32,
+    /// What the guest shows as the card's speed, in Mbit/s, full duplex; it limits nothing. 0: nothing.
+    pub speed: u32,
+    /// Other than 0: the cable is not plugged in; vmbed_vm_set_link() changes it.
+    pub link_down: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// How much the guest may receive; operations are frames. vmbed_vm_set_net_rates() changes it. What is beyond it waits in the
+    /// network, and is dropped there when that is full.
+    pub receive_rate: vmbed_rate,
+    /// How much it may send; what is beyond it waits in the guest's queue.
+    pub send_rate: vmbed_rate,
+}
+
+// SAFETY: it is repr(C) with its size first, and all zeroes is a value.
+unsafe impl Sized_ for vmbed_net {
+    const FIRST: usize = offset_of!(Self, mtu);
+    const NAME: &'static str = "vmbed_net";
+}
+
+/// Adds a card; events call them `net0`, `net1`, ... What it points to is copied.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_config_add_net(
+    config: *mut vmbed_config,
+    net: *const vmbed_net,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    change(config, error, |c| {
+        let given = structure(net)?;
+        let mut net = NetConfig::attached();
+        net.tap = optional(given.tap, "vmbed_net.tap", text)?.map(str::to_owned);
+        net.mac = optional(given.mac, "vmbed_net.mac", text)?.map(str::parse).transpose()?;
+        net.pci = optional(given.pci, "vmbed_net.pci", text)?.map(str::parse).transpose()?;
+        reserved("vmbed_net", given.reserved)?;
+        let field = |number: u32| (number > 0).then_some(number);
+        let mtu = field(given.mtu).map(u16::try_from).transpose();
+        net.mtu = mtu.map_err(|_| invalid(format!("vmbed_net.mtu is {}; 68 to 65535", given.mtu)))?;
+        net.speed = field(given.speed);
+        net.link = given.link_down == 0;
+        (net.receive_rate, net.send_rate) = (given.receive_rate.limit(), given.send_rate.limit());
+        c.nets.push(net);
+        Ok(())
+    })
+}
 
 /// Puts card `index`, added without a TAP interface, on an open descriptor, which is duplicated: one queue of a TAP
 /// interface that somebody attached (TUNSETIFF with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR; it becomes nonblocking), or a
@@ -29,6 +92,34 @@ pub unsafe extern "C" fn vmbed_builder_net_fd(
     error: *mut *mut vmbed_error,
 ) -> i32 {
     attach(builder, error, |builder| builder.set_net_fd(index as usize, self::fd(fd, "fd")?))
+}
+
+/// Plugs the cable of card `index` in or out; its guest is told. What is sent to or by a card without one is dropped, and
+/// counted. In every state; never blocks. VMBED_ERR_INVALID_ARGUMENT where there is no such card.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_vm_set_link(
+    vm: *const vmbed_vm,
+    index: u32,
+    up: bool,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    call(error, || handle::object(vm)?.vm().set_link(index as usize, up))
+}
+
+/// Limits what card `index` may receive and send from now on; NULL for no limit. In every state; never blocks.
+/// VMBED_ERR_INVALID_ARGUMENT where there is no such card.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_vm_set_net_rates(
+    vm: *const vmbed_vm,
+    index: u32,
+    receive: *const vmbed_rate,
+    send: *const vmbed_rate,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    call(error, || {
+        let [receive, send] = [receive, send].map(vmbed_rate::or_none);
+        handle::object(vm)?.vm().set_net_rates(index as usize, receive, send)
+    })
 }
 
 /// A network of your own. A frame is one message: a header of 12 bytes (`struct virtio_net_hdr_v1`) and the frame from its

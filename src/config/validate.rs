@@ -241,6 +241,10 @@ impl Found {
             if net.mac.is_some_and(|mac| mac.0[0] & 1 == 1) {
                 self.add(format!("nets[{i}].mac"), "is a multicast address", "the first byte must be even");
             }
+            if net.mtu.is_some_and(|mtu| mtu < 68) {
+                let problem = format!("is {}", net.mtu.unwrap_or_default());
+                self.add(format!("nets[{i}].mtu"), problem, "68 to 65535 (RFC 791)");
+            }
             if net.mac.is_some_and(|mac| mac.0 == [0; 6]) {
                 self.add(format!("nets[{i}].mac"), "is all zero", "None lets vmbed choose one");
             }

@@ -61,7 +61,7 @@ pub(super) struct Board {
     loops: Vec<Arc<EventLoop>>,
     /// Disks, and what cards count, in the order of the configuration.
     pub disks: Vec<Arc<blk::Control>>,
-    pub nets: Vec<Arc<net::Counters>>,
+    pub nets: Vec<Arc<net::Control>>,
     pub balloon: Option<Arc<balloon::Control>>,
 }
 

@@ -57,7 +57,7 @@ impl Places {
 pub(super) struct Made {
     pub planned: Vec<Planned>,
     pub disks: Vec<Arc<Control>>,
-    pub nets: Vec<Arc<net::Counters>>,
+    pub nets: Vec<Arc<net::Control>>,
     pub balloon: Option<Arc<balloon::Control>>,
 }
 
@@ -95,12 +95,14 @@ pub(super) fn make(
         disks.push(control.clone());
         add(places.take(disk.pci), Box::new(Blk::new(control, &disk.serial, lanes)), signals);
     }
-    for (i, net) in config.nets.iter().enumerate() {
-        let mac = net.mac.unwrap_or_else(|| stable_mac(config.uuid, i));
-        let device = Net::new(&format!("net{i}"), mac, sources.net(i, net)?, place(&main_loop));
-        nets.push(device.counters());
-        let signals = signals(device.id());
-        add(places.take(net.pci), Box::new(device), signals);
+    for (i, card) in config.nets.iter().enumerate() {
+        let mac = card.mac.unwrap_or_else(|| stable_mac(config.uuid, i));
+        let id = format!("net{i}");
+        let signals = signals(&id);
+        let control = Arc::new(net::Control::new(&id, mac, card, Some(signals.clone())));
+        let device = Net::new(control.clone(), sources.net(i, card)?, place(&main_loop));
+        nets.push(control);
+        add(places.take(card.pci), Box::new(device), signals);
     }
     if let Some(wanted) = &config.balloon {
         let id = "balloon0";

@@ -38,6 +38,7 @@ use crate::units::Bytes;
 pub use crate::virtio::balloon::{BalloonStatistics, GivenBack, GuestMemory};
 use crate::virtio::blk::Control;
 pub use crate::virtio::blk::DiskStatistics;
+use crate::virtio::net;
 pub use crate::virtio::net::NetStatistics;
 
 /// A virtual machine in this process.
@@ -329,9 +330,33 @@ impl Vm {
     /// # Errors
     /// `InvalidArgument` when there is no such card.
     pub fn net_statistics(&self, index: usize) -> Result<NetStatistics> {
+        Ok(self.net(index)?.statistics())
+    }
+
+    /// Plugs the cable of the card `nets[index]` of the configuration in or out; its guest is told. What is sent to or by a card without
+    /// one is dropped, and counted. In every state. Never blocks.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when there is no such card.
+    pub fn set_link(&self, index: usize, up: bool) -> Result<()> {
+        self.net(index)?.set_link(up);
+        Ok(())
+    }
+
+    /// Limits what the card `nets[index]` of the configuration may receive and send from now on, as
+    /// [`NetConfig::receive_rate`](crate::NetConfig::receive_rate) and `send_rate` do from the beginning. In every state.
+    /// Never blocks.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when there is no such card.
+    pub fn set_net_rates(&self, index: usize, receive: RateLimit, send: RateLimit) -> Result<()> {
+        self.net(index)?.set_rates(receive, send);
+        Ok(())
+    }
+
+    fn net(&self, index: usize) -> Result<&Arc<net::Control>> {
         let nets = &self.machine.board.nets;
-        let counters = nets.get(index).ok_or_else(|| no_such("net", index, nets.len()))?;
-        Ok(counters.statistics())
+        nets.get(index).ok_or_else(|| no_such("net", index, nets.len()))
     }
 
     /// A vCPU's general registers. Waits for a `pause` or `resume` in progress, for nothing else.

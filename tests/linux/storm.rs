@@ -21,8 +21,11 @@ const SIZE: Bytes = Bytes::mib(48);
 const MIB: u64 = 1 << 20;
 
 pub fn add(trials: &mut Vec<Trial>) {
-    trials.push(trial("storm::twice_the_memory_with_swap", || (0..storms()).for_each(|_| outside("swap"))));
-    trials.push(trial("storm::twice_the_memory_without", || (0..storms()).for_each(|_| outside("none"))));
+    for (name, swap) in
+        [("storm::twice_the_memory_with_swap", "swap"), ("storm::twice_the_memory_without", "none")]
+    {
+        trials.push(trial(name, move || in_time((0..storms()).flat_map(|_| outside(swap)).collect())));
+    }
 }
 
 /// Fifty with `make soak`.
@@ -30,13 +33,14 @@ fn storms() -> u32 {
     std::env::var("VMBED_STORMS").map_or(3, |n| n.parse().expect("VMBED_STORMS is a number"))
 }
 
-/// The storm in a cage with half of what its guests have.
-fn outside(swap: &str) {
+/// The storm in a cage with half of what its guests have. How late each step was.
+fn outside(swap: &str) -> Vec<u32> {
     let all = GUESTS * SIZE.get();
     let cage = Cage::new(all / 2, all / 2 + 24 * MIB, swap == "swap");
     let said = cage.run(&format!("storm {swap}"));
-    said.lines().filter(|l| l.contains("steps:")).for_each(|l| println!("{l}"));
     assert_eq!((cage.event("oom"), cage.event("oom_kill")), (0, 0), "{said}");
+    let late = said.lines().find_map(|line| line.strip_prefix("late:")).unwrap_or_else(|| panic!("{said}"));
+    late.split_whitespace().map(|number| number.parse().unwrap()).collect()
 }
 
 /// Writes to every page from 2 MiB on, over and over, each time another number.
@@ -84,8 +88,7 @@ impl log::Log for Late {
 
 /// Of a hundred steps, 99 began within half a second of what they were for: said always, and wanted of `make soak`, which has the
 /// machine for itself.
-fn in_time() {
-    let mut late = LATE.0.lock().unwrap().clone();
+fn in_time(mut late: Vec<u32>) {
     late.sort_unstable();
     let (count, worst) = (late.len(), late[late.len() - 1]);
     let (median, most) = (late[count / 2], late[(count * 99).div_ceil(100) - 1]);
@@ -141,7 +144,8 @@ pub fn inside(swap: &str) {
             std::thread::sleep(Duration::from_millis(50));
         }
     }
-    in_time();
+    let late: Vec<_> = LATE.0.lock().unwrap().iter().map(u32::to_string).collect();
+    println!("late: {}", late.join(" "));
     if !swap {
         exact(&host, &vms[lost..]);
     }

@@ -3,46 +3,39 @@
 
 use std::sync::Arc;
 
-use virtio_bindings::bindings::virtio_net::{
-    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
-};
+use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::{Activation, Queue, VirtioDevice, read_config_space};
-use crate::config::MacAddress;
 use crate::error::{Error, ErrorKind, Result};
 use crate::net::NetBackend;
 use crate::reactor::{Attached, Place};
 use rx::{Overflow, Rx};
 use tx::Tx;
-use worker::Worker;
+use worker::{Timers, Worker};
 
+mod control;
 mod header;
 mod rx;
 mod statistics;
 mod tx;
 mod worker;
 
-pub(crate) use statistics::Counters;
+pub(crate) use control::Control;
 pub use statistics::NetStatistics;
 
 /// Entries of each queue.
 const QUEUE_SIZE: u16 = 256;
 
-/// `mac` and `status` of `struct virtio_net_config` (5.1.4).
-const CONFIG_LEN: usize = 8;
-
 const FEATURES: u64 = 1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_STATUS | 1 << VIRTIO_NET_F_MRG_RXBUF;
 
 /// A card of a guest.
 pub(crate) struct Net {
-    id: String,
-    config: [u8; CONFIG_LEN],
+    control: Arc<Control>,
     features: u64,
     place: Place,
     state: State,
-    counters: Arc<Counters>,
 }
 
 enum State {
@@ -53,19 +46,22 @@ enum State {
 }
 
 impl Net {
-    /// The card `id` with that address, on `backend`.
-    pub fn new(id: &str, mac: MacAddress, backend: Box<dyn NetBackend>, place: Place) -> Self {
-        let mut config = [0; CONFIG_LEN];
-        config[..6].copy_from_slice(&mac.0);
-        config[6..].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
-        let features = FEATURES | header::offered(backend.offloads());
-        let (state, counters) = (State::Idle(backend, Overflow::default()), Arc::default());
-        Self { id: id.into(), config, features, place, state, counters }
+    /// The card on `backend`.
+    pub fn new(control: Arc<Control>, backend: Box<dyn NetBackend>, place: Place) -> Self {
+        let features = FEATURES | control.features() | header::offered(backend.offloads());
+        Self { control, features, place, state: State::Idle(backend, Overflow::default()) }
     }
 
-    /// What it counts, whoever owns it by then.
-    pub fn counters(&self) -> Arc<Counters> {
-        self.counters.clone()
+    /// One with nothing special.
+    #[cfg(any(test, feature = "internals"))]
+    pub fn simple(
+        id: &str,
+        mac: crate::config::MacAddress,
+        backend: Box<dyn NetBackend>,
+        place: Place,
+    ) -> Self {
+        let config = crate::config::NetConfig::attached();
+        Self::new(Arc::new(Control::new(id, mac, &config, None)), backend, place)
     }
 
     /// Serves both queues on the caller's thread: for drivers in this process ([`Place::Caller`]).
@@ -79,7 +75,7 @@ impl Net {
 
 impl VirtioDevice for Net {
     fn id(&self) -> &str {
-        &self.id
+        self.control.id()
     }
 
     fn device_type(&self) -> u32 {
@@ -95,18 +91,22 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config_space(&self.config, offset, data);
+        read_config_space(&self.control.config(), offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<()> {
-        let refused = |why: &str| Error::new(ErrorKind::InvalidState, format!("{}: {why}", self.id));
+        let refused =
+            |why: &str| Error::new(ErrorKind::InvalidState, format!("{}: {why}", self.control.id()));
         let Activation { features, memory, queues, signals } = activation;
         let mut queues = queues.into_iter();
         let (Some(Some(rx)), Some(Some(tx))) = (queues.next(), queues.next()) else {
             return Err(refused("the driver has not enabled both queues"));
         };
-        let timer = TimerFd::new()
-            .map_err(|e| Error::errno_of(format!("{}: creating a timer (timerfd)", self.id), e))?;
+        let timer = || {
+            let id = self.control.id();
+            TimerFd::new().map_err(|e| Error::errno_of(format!("{id}: creating a timer (timerfd)"), e))
+        };
+        let timers = Timers { retry: timer()?, limit: timer()? };
         let (mut backend, overflow) = match std::mem::replace(&mut self.state, State::Lost) {
             State::Idle(backend, overflow) => (backend, overflow),
             other => {
@@ -117,10 +117,10 @@ impl VirtioDevice for Net {
         let mergeable = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         let (may, takes) = header::accepted(features & self.features);
         backend.set_offloads(takes);
-        let rx = Rx::new(rx, mergeable, takes, overflow, self.counters.clone());
-        let tx = Tx::new(tx, may, self.counters.clone());
-        let worker = Worker::new(rx, tx, memory, signals, backend, timer);
-        self.state = State::Active(self.place.attach(worker, &self.id)?);
+        let rx = Rx::new(rx, mergeable, takes, overflow, self.control.clone());
+        let tx = Tx::new(tx, may, self.control.clone());
+        let worker = Worker::new(rx, tx, memory, signals, backend, timers);
+        self.state = State::Active(self.place.attach(worker, self.control.id())?);
         Ok(())
     }
 
@@ -133,7 +133,7 @@ impl VirtioDevice for Net {
                     queues
                 }
                 Err(error) => {
-                    log::warn!("{}: {error}", self.id);
+                    log::warn!("{}: {error}", self.control.id());
                     vec![None, None]
                 }
             },

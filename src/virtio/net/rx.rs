@@ -6,9 +6,10 @@
 
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
+use std::time::Duration;
 
+use super::control::Control;
 use super::header::{Header, to_driver};
-use super::statistics::Counters;
 use crate::memory::Memory;
 use crate::net::{HEADER_LEN, MAX_FRAME, MIN_FRAME, NetBackend, Offloads};
 use crate::sys::io::Pieces;
@@ -35,7 +36,7 @@ pub(super) struct Rx {
     parts: Vec<(u16, u32)>,
     pieces: Pieces,
     pub overflow: Overflow,
-    counters: Arc<Counters>,
+    control: Arc<Control>,
 }
 
 /// Room for what does not fit into the driver's buffers, and for a frame that waits for more of them.
@@ -61,6 +62,8 @@ pub(super) enum Received {
     NoBuffers,
     /// The backend has nothing, or one wake-up's share is done: again when its fd is readable.
     NoFrames,
+    /// The limit is reached: again after that time.
+    Limited(Duration),
     /// The backend is gone.
     Gone(io::Error),
 }
@@ -76,7 +79,7 @@ impl Rx {
         mergeable: bool,
         takes: Offloads,
         mut overflow: Overflow,
-        counters: Arc<Counters>,
+        control: Arc<Control>,
     ) -> Self {
         // A driver before this one could take it in pieces; this one would not know that they belong together.
         if !mergeable {
@@ -91,7 +94,7 @@ impl Rx {
             parts: Vec::with_capacity(queue.size().into()),
             pieces: Pieces::with_capacity(usize::from(queue.max_size()) + 2),
             overflow,
-            counters,
+            control,
             queue,
         }
     }
@@ -99,6 +102,17 @@ impl Rx {
     /// Delivers frames until buffers or frames run out.
     pub fn run(&mut self, memory: &Memory, backend: &mut dyn NetBackend) -> Result<Received, QueueFault> {
         for _ in 0..SHARE {
+            if !self.control.is_up() {
+                match self.discard(backend) {
+                    Ok(()) => continue,
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Received::NoFrames),
+                    Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                    Err(error) => return Ok(Received::Gone(error)),
+                }
+            }
+            if let Some(wait) = self.control.wait(&self.control.receive) {
+                return Ok(Received::Limited(wait));
+            }
             if self.overflow.kept > 0 {
                 if let Delivery::NoBuffers = self.deliver_kept(memory)? {
                     return Ok(Received::NoBuffers);
@@ -116,6 +130,18 @@ impl Rx {
             }
         }
         Ok(Received::NoFrames)
+    }
+
+    /// A frame for a card whose cable is not plugged in.
+    fn discard(&mut self, backend: &mut dyn NetBackend) -> io::Result<()> {
+        let mut header = [0; HEADER_LEN];
+        let mut list = self.pieces.list();
+        list.push_room(&mut header);
+        self.overflow.kept = 0;
+        list.push_room(&mut self.overflow.room);
+        backend.receive(&list)?;
+        self.control.counters.rx.dropped();
+        Ok(())
     }
 
     /// Gives the buffers that wait for a frame back to the ring.
@@ -209,7 +235,7 @@ impl Rx {
             header = [0; HEADER_LEN];
         }
         if !(MIN_FRAME..=MAX_FRAME).contains(&len) {
-            self.counters.rx.dropped();
+            self.control.counters.rx.dropped();
             return Ok(Ok(()));
         }
         if len > room {
@@ -255,12 +281,13 @@ impl Rx {
         let used = self.parts.len();
         let Some(header) = to_driver(header, len as u64, self.takes, used as u16) else {
             // Nor does anybody else do what is left to do: it is lost, and the buffers wait for the next.
-            self.counters.rx.dropped();
+            self.control.counters.rx.dropped();
             return Ok(());
         };
         // The header's bytes may be outside memory even if the rest is not.
         let sound = sound && self.chains[0].writer(memory).write(&header).is_ok();
-        self.counters.rx.carried_if(sound, len as u64);
+        self.control.counters.rx.carried_if(sound, len as u64);
+        self.control.spend(&self.control.receive, len as u64);
         if !sound {
             // The driver's own doing: the frame is lost, the buffers go back empty.
             self.parts.iter_mut().for_each(|(_, written)| *written = 0);
@@ -286,7 +313,7 @@ impl Rx {
     /// Dropped where the driver cannot take it in several.
     fn keep(&mut self, memory: &Memory, header: &Header, room: usize, len: usize) {
         if !self.mergeable {
-            return self.counters.rx.dropped();
+            return self.control.counters.rx.dropped();
         }
         let overflow = &mut self.overflow;
         overflow.room.copy_within(..len - room, room);
@@ -299,7 +326,7 @@ impl Rx {
             let mut unused = [0; HEADER_LEN];
             let copied = written.read(&mut unused[..skipped]);
             if copied.and_then(|()| written.read(&mut overflow.room[at..at + step])).is_err() {
-                return self.counters.rx.dropped();
+                return self.control.counters.rx.dropped();
             }
             at += step;
         }

@@ -8,6 +8,7 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
+use crate::config::{MacAddress, NetConfig, RateLimit};
 use crate::events::{EventKind, EventStream, StopLine};
 use crate::memory::Memory;
 use crate::net::Offloads;
@@ -37,7 +38,7 @@ fn bench_on(place: Place, features: u64) -> Bench {
     let (rx, tx) = (Driver::new(&memory, 0x4000, 16), Driver::new(&memory, 0xc000, 16));
     let (backend, far) = Pair::new();
     let (signals, events) = signals("net0");
-    let net = Net::new("net0", MAC, Box::new(backend), place);
+    let net = Net::simple("net0", MAC, Box::new(backend), place);
     let mut bench = Bench { rx, tx, net, far, signals, events, features };
     bench.activate();
     bench
@@ -364,6 +365,99 @@ fn a_lost_frame_is_an_event_and_the_next_one_passes() {
     b.is_alive();
 }
 
+/// A bench whose card is `config`'s.
+fn configured(config: &NetConfig, place: Place) -> Bench {
+    let mut b = bench(MRG);
+    let control = Arc::new(super::Control::new("net0", MAC, config, Some(b.signals.clone())));
+    b.net.deactivate();
+    let (backend, far) = Pair::new();
+    (b.net, b.far) = (Net::new(control, Box::new(backend), place), far);
+    b.rx.reset();
+    b.tx.reset();
+    b.activate();
+    b
+}
+
+#[test]
+fn the_cable_and_what_is_known_of_it() {
+    let mut config = NetConfig::attached();
+    (config.mtu, config.speed, config.link) = (Some(9000), Some(10_000), false);
+    let mut b = configured(&config, Place::Caller);
+    assert_eq!(b.net.features() & (1 << 3 | 1 << 63), 1 << 3 | 1 << 63);
+    let seen = |b: &Bench| {
+        let mut bytes = [0; 20];
+        b.net.read_config(6, &mut bytes);
+        bytes
+    };
+    let mut expected = [0; 20];
+    expected[4..11].copy_from_slice(&[0x28, 0x23, 0x10, 0x27, 0, 0, 1]);
+    assert_eq!(seen(&b), expected);
+    b.give(&[1526]);
+    b.far.put(&frame(60));
+    b.transmit(&[(FRAME, 72, 0)]);
+    assert_eq!((b.far.get(), b.rx.take_used()), (None, None), "nothing passes");
+    let counted = b.net.control.statistics();
+    assert_eq!((counted.rx_dropped, counted.tx_dropped, counted.rx_frames), (1, 1, 0));
+    b.net.control.set_link(true);
+    expected[0] = 1;
+    assert_eq!((seen(&b), b.signals.take_isr()), (expected, 2));
+    b.net.control.set_link(true);
+    assert_eq!(b.signals.take_isr(), 0, "no news");
+    b.far.put(&frame(61));
+    b.is_alive();
+    assert_eq!(b.rx.take_used().map(|(_, len)| len), Some(73), "not what came before");
+}
+
+/// Within 3 % over four seconds, each way by itself.
+#[test]
+fn a_limit_holds_frames_back_each_way() {
+    let event_loop = EventLoop::start("test", |f| Ok(std::thread::spawn(f))).unwrap();
+    let place = Place::Loop(event_loop, StopLine::new(|cause| panic!("{cause}")));
+    let mut config = NetConfig::attached();
+    // What a busy machine misses is made up for.
+    config.receive_rate = RateLimit::NONE.ops(2000, 1000);
+    config.send_rate = RateLimit::NONE.bytes(300_000, 150_000);
+    let mut b = configured(&config, place);
+    let (mut counts, mut begun) = ([0u32; 2], std::time::Instant::now());
+    let mut warm = false;
+    for slot in 0..8 {
+        b.rx.send(&[(BUFFERS + 0x1000 * slot, 1526, WRITE)]);
+        b.tx.send(&[(FRAME, 12 + 100, 0)]);
+    }
+    b.rx.ring_doorbell();
+    b.tx.ring_doorbell();
+    while begun.elapsed() < Duration::from_secs(if warm { 4 } else { 1 }) {
+        while b.far.far.send(&[0; 72]).is_ok() {}
+        while let Some((head, len)) = b.rx.take_used() {
+            assert_eq!(len, 72);
+            counts[0] += 1;
+            b.rx.send(&[(BUFFERS + 0x1000 * u64::from(head % 8), 1526, WRITE)]);
+            b.rx.ring_doorbell();
+        }
+        while b.tx.take_used().is_some() {
+            counts[1] += 1;
+            b.tx.send(&[(FRAME, 12 + 100, 0)]);
+            b.tx.ring_doorbell();
+        }
+        while b.far.get().is_some() {}
+        std::thread::sleep(Duration::from_micros(300));
+        if !warm && begun.elapsed() >= Duration::from_secs(1) {
+            // The bursts are over.
+            (warm, counts, begun) = (true, [0; 2], std::time::Instant::now());
+        }
+    }
+    let time = begun.elapsed().as_secs_f64();
+    let [received, sent] = counts.map(|count| f64::from(count) / time);
+    assert!((1940.0..2060.0).contains(&received), "{received} frames a second");
+    assert!((2910.0..3090.0).contains(&sent), "{sent} frames of 100 bytes a second");
+    b.net.control.set_rates(RateLimit::NONE, RateLimit::NONE.ops(1, 1));
+    let before = b.net.control.statistics();
+    std::thread::sleep(Duration::from_millis(500));
+    let after = b.net.control.statistics();
+    assert!(after.tx_frames - before.tx_frames <= 10, "{before:?} {after:?}");
+    b.net.deactivate();
+}
+
 /// The header of a frame of TCP segments.
 const SEGMENTS: [u8; 12] = [1, 1, 54, 0, 0xb4, 5, 34, 0, 16, 0, 0, 0];
 
@@ -400,7 +494,7 @@ fn what_both_sides_know_is_left_to_do_both_ways() {
             assert!(got[12..] == frame(60_000));
         } else {
             assert_eq!(used, [(0, 112)], "what it does not take is dropped");
-            assert_eq!(b.net.counters().statistics().rx_dropped, 1);
+            assert_eq!(b.net.control.statistics().rx_dropped, 1);
         }
     }
 }
@@ -460,7 +554,7 @@ fn every_frame_finds_its_way_into_whatever_buffers_there_are() {
                 arrived += 1;
             }
         }
-        assert_eq!(b.net.counters().statistics().rx_dropped, dropped);
+        assert_eq!(b.net.control.statistics().rx_dropped, dropped);
         assert!(arrived > 1000 && dropped < arrived / 10, "{arrived} {dropped}");
         assert!(!b.broken());
     }

@@ -3,9 +3,10 @@
 
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
+use std::time::Duration;
 
+use super::control::Control;
 use super::header::to_backend;
-use super::statistics::Counters;
 use crate::memory::Memory;
 use crate::net::{HEADER_LEN, MAX_FRAME, MIN_FRAME, NetBackend, Offloads};
 use crate::sys::io::Pieces;
@@ -21,7 +22,7 @@ pub(super) struct Tx {
     may: Offloads,
     chain: Chain,
     pieces: Pieces,
-    counters: Arc<Counters>,
+    control: Arc<Control>,
 }
 
 /// Why a run ended.
@@ -33,6 +34,8 @@ pub(super) enum Sent {
     Share,
     /// The backend has no room: again when its fd is writable.
     NoRoom,
+    /// The limit is reached: again after that time.
+    Limited(Duration),
 }
 
 enum Fate {
@@ -43,10 +46,10 @@ enum Fate {
 }
 
 impl Tx {
-    pub fn new(queue: Queue, may: Offloads, counters: Arc<Counters>) -> Self {
+    pub fn new(queue: Queue, may: Offloads, control: Arc<Control>) -> Self {
         let chain = Chain::with_capacity(queue.max_size());
         let pieces = Pieces::with_capacity(usize::from(queue.max_size()) + 1);
-        Self { queue, failed: false, may, chain, pieces, counters }
+        Self { queue, failed: false, may, chain, pieces, control }
     }
 
     /// Sends what waits. Without a backend frames are dropped, as on a cable that is not plugged in.
@@ -59,15 +62,25 @@ impl Tx {
         let mut budget = self.queue.size();
         loop {
             self.queue.disable_notification(memory)?;
-            while budget > 0 && self.queue.pop(memory, &mut self.chain)? {
+            while budget > 0 {
+                // What is beyond it stays where it is.
+                if let Some(wait) = self.control.wait(&self.control.send) {
+                    return Ok(Sent::Limited(wait));
+                }
+                if !self.queue.pop(memory, &mut self.chain)? {
+                    break;
+                }
                 budget -= 1;
                 let fate = match backend.as_deref_mut() {
-                    Some(backend) => self.send(memory, backend, signals),
-                    None => Fate::Dropped,
+                    Some(backend) if self.control.is_up() => self.send(memory, backend, signals),
+                    _ => Fate::Dropped,
                 };
                 match fate {
-                    Fate::Sent(bytes) => self.counters.tx.carried(bytes),
-                    Fate::Dropped => self.counters.tx.dropped(),
+                    Fate::Sent(bytes) => {
+                        self.control.counters.tx.carried(bytes);
+                        self.control.spend(&self.control.send, bytes);
+                    }
+                    Fate::Dropped => self.control.counters.tx.dropped(),
                     Fate::NoRoom => {
                         self.queue.give_back(self.chain.head);
                         return Ok(Sent::NoRoom);

@@ -29,9 +29,22 @@ pub(super) struct Worker {
     wants: EventSet,
     /// What it is registered for.
     watched: Option<(RawFd, EventSet)>,
-    timer: TimerFd,
+    timers: Timers,
+    /// How long until a limit lets a frame pass.
+    limited: Option<Duration>,
     broken: bool,
 }
+
+/// What wakes it besides its descriptors.
+pub(super) struct Timers {
+    /// To look for a backend that is gone.
+    pub retry: TimerFd,
+    /// When a limit lets the next frame pass.
+    pub limit: TimerFd,
+}
+
+/// How long a limit is waited for at most: it may be changed.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// Whether there is anybody at the other side.
 enum Link {
@@ -46,7 +59,7 @@ impl Worker {
         memory: Memory,
         signals: Signals,
         backend: Box<dyn NetBackend>,
-        timer: TimerFd,
+        timers: Timers,
     ) -> Self {
         Self {
             rx,
@@ -57,7 +70,8 @@ impl Worker {
             link: Link::Up,
             wants: EventSet::empty(),
             watched: None,
-            timer,
+            timers,
+            limited: None,
             broken: false,
         }
     }
@@ -70,6 +84,7 @@ impl Worker {
         let served = self.receive().and_then(|()| self.send());
         self.rx.queue.notify(&self.memory);
         self.tx.queue.notify(&self.memory);
+        self.set_limit_timer();
         if let Err(fault) = served {
             self.broken = true;
             self.wants = EventSet::empty();
@@ -91,6 +106,7 @@ impl Worker {
         match self.rx.run(&self.memory, &mut *self.backend)? {
             Received::NoBuffers => {}
             Received::NoFrames => self.wants |= EventSet::IN,
+            Received::Limited(wait) => self.wait(wait),
             Received::Gone(error) => self.gone(&error),
         }
         Ok(())
@@ -105,6 +121,7 @@ impl Worker {
             Sent::All => {}
             Sent::Share => self.tx.queue.rearm(),
             Sent::NoRoom => self.wants |= EventSet::OUT,
+            Sent::Limited(wait) => self.wait(wait),
         }
         if std::mem::take(&mut self.tx.failed) && self.backend.is_gone() {
             self.wants = EventSet::empty();
@@ -138,10 +155,22 @@ impl Worker {
         self.look_later();
     }
 
+    /// A limit lets the next frame pass after that time.
+    fn wait(&mut self, wait: Duration) {
+        self.limited = Some(self.limited.map_or(wait, |other| other.min(wait)));
+    }
+
+    fn set_limit_timer(&mut self) {
+        let Some(wait) = self.limited.take() else { return };
+        if let Err(error) = self.timers.limit.reset(wait.clamp(Duration::from_micros(1), LOOK), None) {
+            log::error!("setting a timer: {error}");
+        }
+    }
+
     fn look_later(&mut self) {
         self.link = Link::Gone { look: Instant::now() + RETRY };
         // Fails for invalid times only. A little later than the instant, so that it has passed.
-        let _ = self.timer.reset(RETRY + Duration::from_millis(1), None);
+        let _ = self.timers.retry.reset(RETRY + Duration::from_millis(1), None);
     }
 
     /// Brings the loop's registration in line with what is wanted. What wants nothing is not registered
@@ -179,7 +208,8 @@ impl reactor::Worker for Worker {
         let fds = [
             self.rx.queue.doorbell().as_raw_fd(),
             self.tx.queue.doorbell().as_raw_fd(),
-            self.timer.as_raw_fd(),
+            self.timers.retry.as_raw_fd(),
+            self.timers.limit.as_raw_fd(),
         ];
         for fd in fds {
             if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
@@ -196,11 +226,13 @@ impl reactor::Worker for Worker {
             self.rx.queue.silence();
         } else if fd == self.tx.queue.doorbell().as_raw_fd() {
             self.tx.queue.silence();
-        } else if fd == self.timer.as_raw_fd() {
+        } else if fd == self.timers.limit.as_raw_fd() {
+            let _ = self.timers.limit.clear();
+        } else if fd == self.timers.retry.as_raw_fd() {
             // A doorbell of the same turn may have set it anew: then there is nothing to read, and the loop
             // would sleep until there is.
             if !matches!(self.link, Link::Gone { look } if Instant::now() < look) {
-                let _ = self.timer.wait();
+                let _ = self.timers.retry.wait();
             }
         } else if events.event_set().intersects(EventSet::ERROR | EventSet::HANG_UP)
             && matches!(self.link, Link::Up)
@@ -218,10 +250,12 @@ mod tests {
     use std::sync::atomic::Ordering;
 
     use super::*;
+    use crate::config::{MacAddress, NetConfig};
     use crate::events::StopLine;
     use crate::net::Offloads;
     use crate::net::pair::Pair;
     use crate::reactor::{Dispatcher, EventLoop};
+    use crate::virtio::net::control::Control;
     use crate::virtio::net::rx::Overflow;
     use crate::virtio::queue_driver::{Driver, signals};
 
@@ -229,27 +263,29 @@ mod tests {
     fn a_doorbell_and_the_timer_in_one_turn_do_not_put_the_loop_to_sleep() {
         let memory = Memory::new(1 << 20).unwrap();
         let (near, far) = (Driver::new(&memory, 0x4000, 16), Driver::new(&memory, 0xc000, 16));
-        let rx = Rx::new(near.queue(), false, Offloads::empty(), Overflow::default(), Arc::default());
-        let (backend, control) = Pair::new();
-        control.errno.store(libc::EBADFD, Ordering::SeqCst);
-        let timer = TimerFd::new().unwrap();
+        let mac = MacAddress([2, 0, 0, 0, 0, 1]);
+        let control = Arc::new(Control::new("net0", mac, &NetConfig::attached(), None));
+        let rx = Rx::new(near.queue(), false, Offloads::empty(), Overflow::default(), control.clone());
+        let (backend, pair) = Pair::new();
+        pair.errno.store(libc::EBADFD, Ordering::SeqCst);
+        let timers = Timers { retry: TimerFd::new().unwrap(), limit: TimerFd::new().unwrap() };
         let mut worker = Worker::new(
             rx,
-            Tx::new(far.queue(), Offloads::empty(), Arc::default()),
+            Tx::new(far.queue(), Offloads::empty(), control),
             memory,
             signals("net0").0,
             Box::new(backend),
-            timer,
+            timers,
         );
         worker.link = Link::Gone { look: Instant::now() };
         let dispatcher = Dispatcher::new().unwrap();
         let stop = StopLine::new(|cause| panic!("{cause}"));
         let worker = EventLoop::turned_by(&dispatcher).attach(worker, "net0", &stop).unwrap();
         // The doorbell, which activation rings, is first in the turn; then the timer.
-        worker.with(|worker| worker.timer.reset(Duration::from_millis(1), None).unwrap());
+        worker.with(|worker| worker.timers.retry.reset(Duration::from_millis(1), None).unwrap());
         std::thread::sleep(Duration::from_millis(20));
         dispatcher.dispatch().unwrap();
         // Who waited for the timer has slept until it ran out, and looked once more.
-        assert_eq!(control.looks.load(Ordering::SeqCst), 1);
+        assert_eq!(pair.looks.load(Ordering::SeqCst), 1);
     }
 }

@@ -1,0 +1,137 @@
+#![forbid(unsafe_code)]
+//! What may be changed of a card, and what is known of it, on any thread while it is served.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use virtio_bindings::bindings::virtio_net::{
+    VIRTIO_NET_F_MTU, VIRTIO_NET_F_SPEED_DUPLEX, VIRTIO_NET_S_LINK_UP,
+};
+
+use super::statistics::{Counters, NetStatistics};
+use crate::config::{MacAddress, NetConfig, RateLimit};
+use crate::rate::TokenBucket;
+use crate::sys::lock;
+use crate::virtio::Signals;
+
+/// `struct virtio_net_config` up to `duplex` (5.1.4).
+pub(super) const CONFIG_LEN: usize = 17;
+
+/// `duplex`: full.
+const FULL: u8 = 1;
+
+/// A card, as all who know of it share it.
+pub(crate) struct Control {
+    id: String,
+    mac: MacAddress,
+    mtu: Option<u16>,
+    speed: Option<u32>,
+    up: AtomicBool,
+    /// Tells the driver of a changed link.
+    signals: Option<Signals>,
+    begun: Instant,
+    pub(super) receive: Limit,
+    pub(super) send: Limit,
+    pub(super) counters: Arc<Counters>,
+}
+
+/// How much may pass one way.
+pub(super) struct Limit {
+    is_there: AtomicBool,
+    bucket: Mutex<TokenBucket>,
+}
+
+impl Limit {
+    fn new(limit: RateLimit) -> Self {
+        let bucket = Mutex::new(TokenBucket::new(limit, Duration::ZERO));
+        Self { is_there: AtomicBool::new(!limit.is_none()), bucket }
+    }
+
+    fn set(&self, limit: RateLimit, now: Duration) {
+        lock(&self.bucket).set(limit, now);
+        self.is_there.store(!limit.is_none(), Ordering::SeqCst);
+    }
+}
+
+impl Control {
+    /// Of the card `id` with that address. `signals` tell its driver of a changed link.
+    pub fn new(id: &str, mac: MacAddress, config: &NetConfig, signals: Option<Signals>) -> Self {
+        Self {
+            id: id.to_owned(),
+            mac,
+            mtu: config.mtu,
+            speed: config.speed,
+            up: AtomicBool::new(config.link),
+            signals,
+            begun: Instant::now(),
+            receive: Limit::new(config.receive_rate),
+            send: Limit::new(config.send_rate),
+            counters: Arc::default(),
+        }
+    }
+
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// What it has carried.
+    pub fn statistics(&self) -> NetStatistics {
+        self.counters.statistics()
+    }
+
+    /// Plugs the cable in or out, and tells the driver.
+    pub fn set_link(&self, up: bool) {
+        if self.up.swap(up, Ordering::SeqCst) != up
+            && let Some(signals) = &self.signals
+        {
+            signals.config_changed();
+        }
+    }
+
+    pub(super) fn is_up(&self) -> bool {
+        self.up.load(Ordering::Relaxed)
+    }
+
+    /// Limits it from now on. Who waits already hears of it within a tenth of a second.
+    pub fn set_rates(&self, receive: RateLimit, send: RateLimit) {
+        let now = self.begun.elapsed();
+        self.receive.set(receive, now);
+        self.send.set(send, now);
+    }
+
+    /// How long until another frame may pass; `None` where it may at once.
+    pub(super) fn wait(&self, limit: &Limit) -> Option<Duration> {
+        if !limit.is_there.load(Ordering::Relaxed) {
+            return None;
+        }
+        lock(&limit.bucket).ready(self.begun.elapsed()).err()
+    }
+
+    /// A frame of so many bytes has passed.
+    pub(super) fn spend(&self, limit: &Limit, bytes: u64) {
+        if limit.is_there.load(Ordering::Relaxed) {
+            lock(&limit.bucket).spend(bytes, self.begun.elapsed());
+        }
+    }
+
+    /// The features that say what is in the configuration.
+    pub(super) fn features(&self) -> u64 {
+        u64::from(self.mtu.is_some()) << VIRTIO_NET_F_MTU
+            | u64::from(self.speed.is_some()) << VIRTIO_NET_F_SPEED_DUPLEX
+    }
+
+    pub(super) fn config(&self) -> [u8; CONFIG_LEN] {
+        let mut config = [0; CONFIG_LEN];
+        let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, &self.mac.0);
+        let status = if self.is_up() { VIRTIO_NET_S_LINK_UP as u16 } else { 0 };
+        put(6, &status.to_le_bytes());
+        put(10, &self.mtu.unwrap_or(0).to_le_bytes());
+        if let Some(speed) = self.speed {
+            put(12, &speed.to_le_bytes());
+            put(16, &[FULL]);
+        }
+        config
+    }
+}
