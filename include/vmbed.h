@@ -501,21 +501,6 @@ void vmbed_host_free(vmbed_host *host);
 /** The thread waits for the end of a VM whose vCPUs run on threads of yours. */
 #define VMBED_THREAD_CONTROL 2
 
-/** A virtio-net card. */
-typedef struct {
-    /** sizeof(struct vmbed_net) */
-    size_t size;
-    /**
-     * The name of an existing TAP interface with a single queue. NULL where something is attached with
-     * vmbed_builder_net_fd() or vmbed_builder_net_backend().
-     */
-    const char *tap;
-    /** The guest's MAC address, `52:54:00:12:34:56`. NULL: a stable one that follows from the VM's UUID. */
-    const char *mac;
-    /** Where on the PCI bus, `00:04.0`. NULL: the first free place. */
-    const char *pci;
-} vmbed_net;
-
 /**
  * Takes a piece of a guest's console output, in order, on a device thread of that VM. The bytes are gone when it
  * returns. It must not wait for this VM.
@@ -615,9 +600,6 @@ int32_t vmbed_config_add_image(vmbed_config *config,
 
 /** Sets a bare guest's stack pointer at the entry; 0 for none. vCPU n starts n * 4096 bytes below it. */
 int32_t vmbed_config_set_stack(vmbed_config *config, uint64_t stack, vmbed_error **error);
-
-/** Adds a card; events call them `net0`, `net1`, ... What it points to is copied. */
-int32_t vmbed_config_add_net(vmbed_config *config, const vmbed_net *net, vmbed_error **error);
 
 /**
  * Checks everything that can be checked without opening anything; vmbed_builder_build() does so too. The error names
@@ -1097,7 +1079,40 @@ int32_t vmbed_block_complete(vmbed_block *disk,
                              int32_t error_number,
                              vmbed_error **error);
 
-/* Networks of your own ------------------------------------------------------------------------------------- */
+/* Network cards, and networks of your own ------------------------------------------------------------------ */
+
+/** A virtio-net card. */
+typedef struct {
+    /** sizeof(struct vmbed_net) */
+    size_t size;
+    /**
+     * The name of an existing TAP interface with a single queue. NULL where something is attached with
+     * vmbed_builder_net_fd() or vmbed_builder_net_backend().
+     */
+    const char *tap;
+    /** The guest's MAC address, `52:54:00:12:34:56`. NULL: a stable one that follows from the VM's UUID. */
+    const char *mac;
+    /** Where on the PCI bus, `00:04.0`. NULL: the first free place. */
+    const char *pci;
+    /**
+     * The largest packet that the guest's driver is to send, 68 to 65535 bytes, without the Ethernet header; its network's. 0: it
+     * takes 1500.
+     */
+    uint32_t mtu;
+    /** What the guest shows as the card's speed, in Mbit/s, full duplex; it limits nothing. 0: nothing. */
+    uint32_t speed;
+    /** Other than 0: the cable is not plugged in; vmbed_vm_set_link() changes it. */
+    uint32_t link_down;
+    /** Zero. */
+    uint32_t reserved;
+    /**
+     * How much the guest may receive; operations are frames. vmbed_vm_set_net_rates() changes it. What is beyond it waits in the
+     * network, and is dropped there when that is full.
+     */
+    vmbed_rate receive_rate;
+    /** How much it may send; what is beyond it waits in the guest's queue. */
+    vmbed_rate send_rate;
+} vmbed_net;
 
 /**
  * A network of your own. A frame is one message: a header of 12 bytes (`struct virtio_net_hdr_v1`) and the frame from its
@@ -1147,6 +1162,9 @@ typedef struct {
     uint64_t tx_dropped;
 } vmbed_net_statistics;
 
+/** Adds a card; events call them `net0`, `net1`, ... What it points to is copied. */
+int32_t vmbed_config_add_net(vmbed_config *config, const vmbed_net *net, vmbed_error **error);
+
 /**
  * Puts card `index`, added without a TAP interface, on an open descriptor, which is duplicated: one queue of a TAP
  * interface that somebody attached (TUNSETIFF with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR; it becomes nonblocking), or a
@@ -1158,6 +1176,25 @@ int32_t vmbed_builder_net_fd(vmbed_builder *builder,
                              uint32_t index,
                              int32_t fd,
                              vmbed_error **error);
+
+/**
+ * Plugs the cable of card `index` in or out; its guest is told. What is sent to or by a card without one is dropped, and
+ * counted. In every state; never blocks. VMBED_ERR_INVALID_ARGUMENT where there is no such card.
+ */
+int32_t vmbed_vm_set_link(const vmbed_vm *vm,
+                          uint32_t index,
+                          bool up,
+                          vmbed_error **error);
+
+/**
+ * Limits what card `index` may receive and send from now on; NULL for no limit. In every state; never blocks.
+ * VMBED_ERR_INVALID_ARGUMENT where there is no such card.
+ */
+int32_t vmbed_vm_set_net_rates(const vmbed_vm *vm,
+                               uint32_t index,
+                               const vmbed_rate *receive,
+                               const vmbed_rate *send,
+                               vmbed_error **error);
 
 /**
  * Puts card `index`, added without a TAP interface, on a network of yours. `fd`, which is duplicated, polls readable while

@@ -18,7 +18,7 @@ const SECTIONS: [(&str, &str); 18] = [
     ("memory", "What memory is made of"),
     ("disk", "Disks"),
     ("block", "Disks of your own"),
-    ("net", "Networks of your own"),
+    ("net", "Network cards, and networks of your own"),
     ("switch", "A switch in your process"),
     ("traffic", "What its ports carry"),
     ("vm", "A VM's life"),

@@ -627,8 +627,8 @@ def test_disks_and_what_is_changed_of_them(tmp_path: Path) -> None:
     made.disks = [vmbed.Disk(layer, format=qcow2)]
     with pytest.raises(vmbed.InvalidArgument, match="backing"):
         host.builder(made).build()
-    made.disks = [vmbed.Disk(layer, format=qcow2, backing=[(image, raw)], data_file=image)]
-    with pytest.raises(vmbed.InvalidArgument, match="in itself"):
+    made.disks = [vmbed.Disk(layer, format=qcow2, data_file=tmp_path / "nothing")]
+    with pytest.raises(vmbed.NotFound, match="data_file: .*/nothing"):
         host.builder(made).build()
     made.disks = [vmbed.Disk(layer, format=qcow2, backing=[(image, raw)])]
     steps = [(READ, 4, 1, 0), (WRITE, 4, 1, 9), (FLUSH, 0, 0, 0), (READ, 4, 1, 0)]
@@ -647,6 +647,23 @@ def test_a_network_of_ones_own() -> None:
             vm.net_statistics(1)
         assert not vm.exceptions
     os.close(echo.bell)
+    rate = vmbed.Rate(bytes_per_second=1 << 20)
+    unplugged = driver()
+    unplugged.nets = [vmbed.Net(mtu=9000, speed=1000, link=False, receive_rate=rate, send_rate=rate)]
+    other = Echo()
+    with start(vmbed.Host().builder(unplugged).net_backend(0, other), [(SEND, 0, 60, 5), (SEND, 0, 99, 5)]) as vm:
+        finish(vm, 2)
+        assert vm.net_statistics() == (0, 0, 0, 0, 0, 2)
+        vm.set_link(True)
+        vm.set_net_rates(None, rate)
+        with pytest.raises(vmbed.InvalidArgument, match="net1"):
+            vm.set_link(True, 1)
+        with pytest.raises(vmbed.InvalidArgument, match="net1"):
+            vm.set_net_rates(None, None, 1)
+    os.close(other.bell)
+    unplugged.nets[0].mtu = 67
+    with pytest.raises(vmbed.InvalidArgument, match="mtu"):
+        unplugged.validate()
     ended = weakref.ref(echo)
     del echo
     gc.collect()

@@ -124,6 +124,15 @@ class Net:
     #: Follows from the VM's UUID otherwise.
     mac: str | None = None
     pci: str | None = None
+    #: The largest packet that the guest's driver is to send; its network's. It takes 1500 otherwise.
+    mtu: int | None = None
+    #: What the guest shows, in Mbit/s. It limits nothing.
+    speed: int | None = None
+    #: Whether the cable is plugged in; :meth:`Vm.set_link` changes it.
+    link: bool = True
+    #: How much the guest may receive and send; operations are frames. :meth:`Vm.set_net_rates` changes it.
+    receive_rate: Rate = Rate()
+    send_rate: Rate = Rate()
 
 
 @dataclass
@@ -284,7 +293,11 @@ class _Common:
             call(lib.vmbed_config_add_disk, config, made)
         for net in self.nets:
             keep = [optional(net.tap), optional(net.mac), optional(net.pci)]
-            call(lib.vmbed_config_add_net, config, structure("vmbed_net", tap=keep[0], mac=keep[1], pci=keep[2]))
+            made = structure(
+                "vmbed_net", tap=keep[0], mac=keep[1], pci=keep[2], mtu=net.mtu or 0, speed=net.speed or 0,
+                link_down=int(not net.link), receive_rate=tuple(net.receive_rate), send_rate=tuple(net.send_rate),
+            )  # fmt: skip
+            call(lib.vmbed_config_add_net, config, made)
         if self.balloon is not None:
             pci, given = optional(self.balloon.pci), self.balloon
             flags = {"keep_on_oom": not given.deflate_on_oom, "no_reporting": not given.reporting, "hinting": given.hinting}

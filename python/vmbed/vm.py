@@ -154,6 +154,10 @@ _memory = filled("vmbed_memory", Memory, lib.vmbed_vm_get_memory)
 _vcpu_statistics = filled("vmbed_vcpu_statistics", VcpuStatistics, lib.vmbed_vm_get_vcpu_statistics)
 
 
+def _rate(rate: Rate | None) -> Any:
+    return ffi.NULL if rate is None else ffi.new("vmbed_rate *", tuple(rate))
+
+
 def _milliseconds(timeout: float | None) -> int:
     return -1 if timeout is None else max(0, round(timeout * 1000))
 
@@ -348,8 +352,15 @@ class Vm:
 
     def set_disk_rate(self, rate: Rate | None, index: int = 0) -> None:
         """Limits the disk from now on; None for no limit."""
-        given = ffi.NULL if rate is None else ffi.new("vmbed_rate *", tuple(rate))
-        call(lib.vmbed_vm_set_disk_rate, self._pointer, index, given)
+        call(lib.vmbed_vm_set_disk_rate, self._pointer, index, _rate(rate))
+
+    def set_link(self, up: bool, index: int = 0) -> None:
+        """Plugs the card's cable in or out; what is sent to or by a card without one is dropped."""
+        call(lib.vmbed_vm_set_link, self._pointer, index, up)
+
+    def set_net_rates(self, receive: Rate | None, send: Rate | None, index: int = 0) -> None:
+        """Limits what the card may receive and send from now on; None for no limit."""
+        call(lib.vmbed_vm_set_net_rates, self._pointer, index, _rate(receive), _rate(send))
 
     def net_statistics(self, index: int = 0) -> NetStatistics:
         """What the card has carried so far. In every state."""

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use vmbed::{
     BareBoot, BlockBackend, BlockOp, BlockRequest, Bytes, CpuMode, DiskConfig, ErrorKind, EventKind, IoList,
-    NetBackend, NetConfig, Platform, StopCause, Vm, VmBuilder, VmConfig,
+    NetBackend, NetConfig, Platform, RateLimit, StopCause, Vm, VmBuilder, VmConfig,
 };
 
 use crate::guest::{Port, ends, host, wait_until};
@@ -268,6 +268,24 @@ pub fn a_network_of_ones_own() {
     assert_eq!(guest.vm.net_statistics(1).unwrap_err().kind(), ErrorKind::InvalidArgument);
     drop(guest);
     assert_eq!(dropped.load(Ordering::SeqCst), 1);
+
+    let mut unplugged = config(0, 1);
+    let rate = RateLimit::NONE.bytes(1 << 20, 0);
+    let card = &mut unplugged.nets[0];
+    (card.mtu, card.speed, card.link) = (Some(9000), Some(1000), false);
+    (card.receive_rate, card.send_rate) = (rate, rate);
+    let steps = [(Op::Send, 0, 60, 5), (Op::Send, 0, 99, 5)];
+    let guest = Guest::start(host().builder(unplugged).net_backend(0, Echo::new(&dropped)), &steps);
+    guest.results(steps.len());
+    let carried = guest.vm.net_statistics(0).unwrap();
+    assert_eq!((carried.tx_frames, carried.tx_dropped), (0, 2), "there is no cable");
+    guest.vm.set_link(0, true).unwrap();
+    guest.vm.set_net_rates(0, RateLimit::NONE, rate).unwrap();
+    assert!(guest.vm.set_link(1, true).unwrap_err().to_string().contains("net1"));
+    assert!(guest.vm.set_net_rates(1, rate, rate).unwrap_err().to_string().contains("net1"));
+    let mut wrong = config(0, 1);
+    wrong.nets[0].mtu = Some(67);
+    assert!(wrong.validate().unwrap_err().to_string().contains("nets[0].mtu"));
 }
 
 pub fn disks_and_cards_by_descriptor() {

@@ -273,6 +273,27 @@ void a_network_of_ones_own(void)
     drop(&g);
     CHECK(echo.destroyed == 1);
 
+    static const struct step sends[] = {{SEND, 0, 60, 5}, {SEND, 0, 99, 5}, {END, 0, 0, 0}};
+    const vmbed_rate rate = {.bytes_per_second = 1 << 20};
+    vmbed_net card = {.size = sizeof card, .mtu = 9000, .speed = 1000, .link_down = 1, .receive_rate = rate, .send_rate = rate};
+    g = prepare(0, 0, NULL);
+    vmbed_builder_free(g.builder);
+    OK(vmbed_config_add_net(g.config, &card, &error));
+    card.mtu = 65536;
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "mtu is 65536", vmbed_config_add_net(g.config, &card, &error));
+    OK(vmbed_builder_new(g.host, g.config, &g.builder, &error));
+    echo = (struct echo){.bell = echo.bell};
+    OK(vmbed_builder_net_backend(g.builder, 0, &echo_ops, echo.bell, &echo, &error));
+    start(&g, sends, sizeof sends);
+    finish(&g, results, sizeof *results * 2);
+    OK(vmbed_vm_get_net_statistics(g.vm, 0, &carried, &error));
+    CHECK(carried.tx_frames == 0 && carried.tx_dropped == 2);
+    OK(vmbed_vm_set_link(g.vm, 0, true, &error));
+    OK(vmbed_vm_set_net_rates(g.vm, 0, NULL, &rate, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "net1", vmbed_vm_set_link(g.vm, 1, true, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "net1", vmbed_vm_set_net_rates(g.vm, 1, &rate, NULL, &error));
+    drop(&g);
+
     g = prepare(0, 1, NULL);
     vmbed_net_ops bad = echo_ops;
     bad.send = NULL;

@@ -114,9 +114,9 @@ void disks_and_what_is_changed_of_them(void)
     FAILS(VMBED_ERR_INVALID_ARGUMENT, "format is 7", vmbed_disk_create(layer, 7, 0, &below, &error));
     vmbed_disk top = {.size = sizeof top, .path = layer, .format = VMBED_DISK_QCOW2};
     FAILS(VMBED_ERR_INVALID_ARGUMENT, "backing", build(host, &top, &vm, &error));
-    top.backing = &below, top.backing_count = 1, top.data_file = image;
-    FAILS(VMBED_ERR_INVALID_ARGUMENT, "in itself", build(host, &top, &vm, &error));
-    top.data_file = NULL;
+    top.data_file = "/nonexistent/data";
+    FAILS(VMBED_ERR_NOT_FOUND, "data_file: /nonexistent/data", build(host, &top, &vm, &error));
+    top.backing = &below, top.backing_count = 1, top.data_file = NULL;
     struct guest g = prepare(0, 0, &said);
     vmbed_builder_free(g.builder);
     OK(vmbed_config_add_disk(g.config, &top, &error));

@@ -50,22 +50,23 @@ const STRUCTURES: [&str; 22] = [
 ];
 
 /// Where the header says that NULL is good, for every function that has the parameter.
-const NULL_IS_GOOD: [&str; 18] = [
+const NULL_IS_GOOD: [&str; 20] = [
     "error", "user", "destroy", "options", "kvm", "initrd", "uuid", "cause", "taken", "monitor", "ports",
-    "written", "missed", "parent", "rate", "backing", "progress", "complete",
+    "written", "missed", "parent", "rate", "backing", "progress", "complete", "receive", "send",
 ];
 
 /// What the numbers of an enumeration are called.
 const ENUMERATIONS: [&str; 5] = ["mode", "register_", "platform", "console", "level"];
 
 /// Structures that have grown since the baseline, and their first new field.
-const GROWN: [(&str, &str); 6] = [
+const GROWN: [(&str, &str); 7] = [
     ("vmbed_block_ops", "discard"),
     ("vmbed_disk", "format"),
     ("vmbed_disk_statistics", "discards"),
     ("vmbed_host_options", "memory_min_unit"),
     ("vmbed_usage", "dedicated_vcpus"),
     ("vmbed_memory", "loaned"),
+    ("vmbed_net", "mtu"),
 ];
 
 /// What the program needs before `main`.

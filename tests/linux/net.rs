@@ -121,6 +121,10 @@ fn checksums() {
     assert_eq!(guest.value("ping"), "ok");
     assert_eq!(guest.value("got"), sha256(&content));
     assert_eq!(guest.value("sent"), sha256(&received));
+    // Nobody cut what TCP sent, either way.
+    let carried = guest.vm.net_statistics(0).unwrap();
+    assert!(carried.rx_bytes / carried.rx_frames > 4000, "{carried:?}");
+    assert!(carried.tx_bytes > 8 << 20 && carried.tx_frames < 4000, "{carried:?}");
 }
 
 /// `ping`, which no one here wrote, checks every byte of what comes back.
