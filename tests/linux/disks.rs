@@ -193,11 +193,16 @@ impl Case {
 
 /// A guest with the programs as `/dev/vda`, and `disks` behind it.
 fn exercised(disks: Vec<DiskConfig>, words: &str) -> VmConfig {
+    let mut config =
+        with_tools(&format!("set -e; mkdir -p /mnt; mount -t ext4 -o ro /dev/vda /mnt; {words}"));
+    config.disks.extend(disks);
+    config
+}
+
+/// A guest with programs as `/dev/vda`.
+pub fn with_tools(script: &str) -> VmConfig {
     let tools = assets::directory().join("test-disks.img");
-    let mut config = config(
-        assets::KERNELS[0],
-        &format!("set -e; mkdir -p /mnt; mount -t ext4 -o ro /dev/vda /mnt; {words}"),
-    );
+    let mut config = config(assets::KERNELS[0], script);
     config.boot = {
         let vmbed::Boot::Linux(boot) = config.boot else { unreachable!("a Linux guest") };
         vmbed::Boot::Linux(boot.initrd(tools.with_extension("cpio")))
@@ -205,7 +210,6 @@ fn exercised(disks: Vec<DiskConfig>, words: &str) -> VmConfig {
     config.memory = Bytes::mib(256);
     config.cpus.count = 2;
     config.disks.push(DiskConfig::new(tools).readonly());
-    config.disks.extend(disks);
     config
 }
 
