@@ -27,6 +27,8 @@ use crate::irq::Routes;
 use crate::legacy::{Cmos, I8042, Power, PvPanic, Serial, ports};
 use crate::memory::{Memory, layout};
 use crate::net::pair::Pair;
+use crate::net::switch::SwitchPort;
+use crate::net::{NetBackend, Tap};
 use crate::pci::{ConfigPorts, Ecam, Function, Root, Window};
 use crate::reactor::{EventLoop, Place};
 use crate::sys::lock;
@@ -45,7 +47,7 @@ mod kernel;
 mod ledger;
 mod served;
 
-pub use bench::{BenchBus, BenchQueue};
+pub use bench::{BenchBus, BenchQueue, BenchSwitch};
 pub use kernel::{Loaded, load_kernel};
 pub use ledger::{PlacementInventory, PlacementLedger};
 use served::{Device, Handle};
@@ -73,6 +75,10 @@ pub enum Part {
     Threaded(DiskConfig),
     /// A network card; [`Board::network`] is the other end of its cable. One for each board.
     Net,
+    /// A card on that TAP interface.
+    Tap(String),
+    /// A card on that port of a switch.
+    Port(SwitchPort),
     /// A source of random numbers.
     Rng,
     /// A console port; [`Board::output`] and [`Board::input`] are its other end, and without it the
@@ -86,7 +92,7 @@ impl Part {
     fn id(&self) -> &'static str {
         match self {
             Self::Disk { .. } | Self::Configured(_) | Self::Threaded(_) => "disk",
-            Self::Net => "net",
+            Self::Net | Self::Tap(_) | Self::Port(_) => "net",
             Self::Rng => "rng",
             Self::Console => "console",
             Self::Balloon => "balloon",
@@ -109,6 +115,10 @@ pub struct Board {
     network: Option<Arc<UnixDatagram>>,
     balloon: Option<Arc<balloon::Control>>,
     stops: Arc<Mutex<Vec<String>>>,
+}
+
+fn card(id: &str, backend: Box<dyn NetBackend>) -> Net {
+    Net::simple(id, MacAddress([2, 0, 0, 0, 0, 1]), backend, Place::Caller)
 }
 
 fn opened(id: &str, config: &DiskConfig) -> Result<Box<dyn Backend>> {
@@ -178,9 +188,10 @@ impl Board {
             Part::Net => {
                 let (pair, control) = Pair::open().map_err(|e| Error::os("making a socket pair", e))?;
                 self.network = Some(control.far);
-                let mac = MacAddress([2, 0, 0, 0, 0, 1]);
-                Device::Net(Net::simple(id, mac, Box::new(pair), Place::Caller))
+                Device::Net(card(id, Box::new(pair)))
             }
+            Part::Tap(name) => Device::Net(card(id, Box::new(Tap::open(id, &name)?))),
+            Part::Port(port) => Device::Net(card(id, Box::new(port.plug()?))),
             Part::Rng => Device::Rng(Rng::new(id, Place::Caller)),
             Part::Console => {
                 self.port = true;

@@ -107,9 +107,17 @@ fn a_page_of_an_anonymous_huge_page_is_given_back() {
     let huge = memory.huge(8 << 20);
     assert!(huge == 8 << 20 || huge == 0, "{huge}: all, or the kernel has none");
     touch(&memory, 0..2048);
-    assert_eq!(memory.discard((2 << 20) + 4096, 4096).unwrap(), 4096);
-    assert_eq!(memory.backing(), (8 << 20) - 4096);
-    assert_eq!(memory.huge(8 << 20), huge.saturating_sub(2 << 20), "its huge page was split, no other");
+    let mut left = (0, 0);
+    for _ in 0..5 {
+        assert_eq!(memory.discard((2 << 20) + 4096, 4096).unwrap(), 4096);
+        left = (memory.backing(), memory.huge(8 << 20));
+        if memory.backing() < 8 << 20 {
+            break;
+        }
+        // The kernel's khugepaged came by just then, and made it whole again.
+    }
+    let expected = ((8 << 20) - 4096, huge.saturating_sub(2 << 20));
+    assert_eq!(left, expected, "its huge page was split, no other");
     assert_eq!(memory.read_obj::<u8>(GuestAddress((2 << 20) + 4096)).unwrap(), 0);
     assert_eq!(
         memory.read_obj::<u8>(GuestAddress((2 << 20) + 8192)).unwrap(),
