@@ -20,9 +20,6 @@ pub(crate) const IPV6: u16 = 0x86dd;
 /// The VLANs that there are; 0 says "none", 4095 is reserved.
 pub(crate) const VLANS: std::ops::RangeInclusive<u16> = 1..=4094;
 
-/// Tags of providers' VLANs (802.1ad), and what was used for them before.
-const OTHER_TAGS: [u16; 3] = [0x88a8, 0x9100, 0x9200];
-
 /// The front of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Ethernet {
@@ -68,7 +65,8 @@ impl Ethernet {
 
     /// Whether another tag follows, or one of a type that VLANs here do not have comes first.
     pub fn has_further_tag(&self) -> bool {
-        self.ethertype == DOT1Q || OTHER_TAGS.contains(&self.ethertype)
+        // Tags of providers' VLANs (802.1ad), and what was used for them before.
+        matches!(self.ethertype, DOT1Q | 0x88a8 | 0x9100 | 0x9200)
     }
 }
 

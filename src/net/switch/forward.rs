@@ -87,8 +87,9 @@ fn reaches(to: &Entry, vlan: u16) -> bool {
 /// A frame that is being forwarded.
 struct Frame<'l> {
     ether: Ethernet,
-    head: [u8; HEAD],
-    /// Bytes of `head` that are the frame's.
+    /// Its header and its beginning.
+    front: [u8; HEADER_LEN + HEAD],
+    /// Bytes of its beginning that there are.
     seen: usize,
     length: usize,
     /// What comes behind them.
@@ -102,13 +103,17 @@ impl<'l> Frame<'l> {
             return Err(TooLong);
         }
         let mut rest = list.reader();
-        let mut header = [0; HEADER_LEN];
-        rest.read(&mut header);
-        let mut head = [0; HEAD];
-        let seen = rest.read(&mut head[..length.min(HEAD)]);
+        let mut front = [0; HEADER_LEN + HEAD];
+        let seen = rest.read(&mut front[..HEADER_LEN + length.min(HEAD)]).saturating_sub(HEADER_LEN);
+        let (header, head) = front.split_first_chunk::<HEADER_LEN>().ok_or(Runt)?;
         let ether = Ethernet::parse(&head[..seen]).ok_or(Runt)?;
-        let work = Work::parse(&header, &ether, &head[..seen], length).map_err(|()| BadOffload)?;
-        Ok(Self { ether, head, seen, length, rest, work })
+        let work = Work::parse(header, &ether, &head[..seen], length).map_err(|()| BadOffload)?;
+        Ok(Self { ether, front, seen, length, rest, work })
+    }
+
+    /// What was looked at.
+    fn head(&self) -> &[u8] {
+        &self.front[HEADER_LEN..HEADER_LEN + self.seen]
     }
 
     /// Whether it may come in from there, and its VLAN.
@@ -121,7 +126,7 @@ impl<'l> Frame<'l> {
         }
         let vlan = from.rules.vlan(&self.ether)?;
         let whole = self.seen == self.length;
-        from.rules.guard().look(&self.ether, &self.head[..self.seen], whole)?;
+        from.rules.guard().look(&self.ether, self.head(), whole)?;
         Ok(vlan)
     }
 
@@ -171,7 +176,15 @@ impl<'l> Frame<'l> {
     }
 
     /// To those who watch a port: as it was seen there.
+    #[inline]
     fn show(&self, at: &Entry, tag: Option<Tag>, inbound: bool) {
+        if at.mirror.is_some() || !at.captures.is_empty() {
+            self.show_all(at, tag, inbound);
+        }
+    }
+
+    #[cold]
+    fn show_all(&self, at: &Entry, tag: Option<Tag>, inbound: bool) {
         if let Some(mirror) = &at.mirror {
             let counters = &mirror.counters;
             if let Err(reason) = self.put(mirror, tag, |length| counters.mirrored.add(length)) {
@@ -241,7 +254,7 @@ impl<'l> Frame<'l> {
         // What each of them carries begins in the head and goes on behind it.
         let carried = length - headers;
         let own_headers = self.length - carried;
-        let (mut early, mut rest) = (&self.head[own_headers..self.seen], self.rest.clone());
+        let (mut early, mut rest) = (&self.head()[own_headers..], self.rest.clone());
         let parts = carried.div_ceil(segments.size);
         for index in 0..parts {
             let last = index + 1 == parts;
@@ -263,19 +276,28 @@ impl<'l> Frame<'l> {
 
     /// Writes its beginning, with that tag or none, as far as there is room.
     fn write(&self, out: &mut [u8], tag: Option<Tag>) {
+        if tag == self.ether.tag {
+            // As it came.
+            let now = self.seen.min(out.len());
+            out[..now].copy_from_slice(&self.head()[..now]);
+            if now < out.len() {
+                self.rest.clone().read(&mut out[now..]);
+            }
+            return;
+        }
         let mut filled = 0;
         let mut put = |bytes: &[u8]| {
             let now = bytes.len().min(out.len() - filled);
             out[filled..filled + now].copy_from_slice(&bytes[..now]);
             filled += now;
         };
-        put(&self.head[..TYPE_AT]);
+        put(&self.head()[..TYPE_AT]);
         if let Some(tag) = tag {
             put(&DOT1Q.to_be_bytes());
             put(&tag.to_bytes());
         }
         // From the type behind the tag on.
-        put(&self.head[self.ether.len() - 2..self.seen]);
+        put(&self.head()[self.ether.len() - 2..]);
         self.rest.clone().read(&mut out[filled..]);
     }
 }
