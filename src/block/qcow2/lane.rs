@@ -116,10 +116,10 @@ impl Lane {
         (layer, place): (usize, u64),
         request: &IoRequest<'_>,
     ) -> io::Result<bool> {
-        shared.flying.fetch_add(1, Ordering::SeqCst);
+        shared.flying.fetch_add(places(work), Ordering::SeqCst);
         let pushed = self.ring.push((layer, work), place, &request.buffers, request.memory, request.tag);
         if pushed.is_err() {
-            shared.flying.fetch_sub(1, Ordering::SeqCst);
+            shared.flying.fetch_sub(places(work), Ordering::SeqCst);
         }
         match pushed {
             Ok(()) => Ok(true),
@@ -143,7 +143,7 @@ impl Lane {
         let Self { ring, held } = self;
         ring.reap(|mut ended| {
             let outcome = finish(shared, &mut ended);
-            shared.flying.fetch_sub(1, Ordering::SeqCst);
+            shared.flying.fetch_sub(places(ended.work), Ordering::SeqCst);
             done(ended.tag, outcome);
         });
         held.retain(|wish| {
@@ -166,6 +166,11 @@ impl Lane {
         shared.waiting.fetch_sub(self.held.len(), Ordering::SeqCst);
         self.held.clear();
     }
+}
+
+/// How many places in a file it is on its way to or from: a flush may take long, and no discard needs to wait for it.
+fn places(work: Work) -> usize {
+    usize::from(work != Work::Sync)
 }
 
 /// What a transfer came to, gone on with where it came short.
