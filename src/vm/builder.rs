@@ -20,7 +20,7 @@ use crate::boot::{self, Entry, Identity, Protocol};
 use crate::budget::{Claim, Claimed, Headroom, Ledger, Shape, overhead};
 use crate::bus::{Bus, Device};
 use crate::config::topology::Topology;
-use crate::config::{Boot, CpuMode, DiskConfig, DiskEngine, DiskFormat, Platform, Uuid, VmConfig};
+use crate::config::{Boot, CpuMode, DiskConfig, DiskEngine, Platform, Uuid, VmConfig};
 use crate::console::Output;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, Reporter, VmId};
@@ -63,7 +63,7 @@ impl HostParts {
 
     /// How many rings of io_uring its disks will have.
     fn rings(&self, config: &VmConfig) -> u64 {
-        let by_rings = |d: &&DiskConfig| d.format == DiskFormat::Raw && d.engine != DiskEngine::Sync;
+        let by_rings = |d: &&DiskConfig| d.engine != DiskEngine::Sync;
         let rings = config.disks.iter().filter(by_rings).map(|d| u64::from(d.queues)).sum();
         if rings > 0 && *self.io_uring.get_or_init(uring::is_there) { rings } else { 0 }
     }
