@@ -5,7 +5,6 @@
 //! `now=freed`. Prints the nanoseconds from asking to the guest's answer that it is done, the idle ones among them, and how much
 //! less memory the VM (vmbed) or the process (QEMU) then has.
 
-use std::error::Error;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -17,14 +16,9 @@ const GIVEN: u64 = 768 << 20;
 const ALL: u64 = 1 << 30;
 const READY: &str = "now=freed";
 
-type Done<T> = Result<T, Box<dyn Error>>;
-
-/// How long the machine's one CPU was idle.
-fn idle() -> Done<u64> {
-    let text = std::fs::read_to_string("/proc/stat")?;
-    let ticks = text.split_whitespace().nth(4).ok_or("no idle time in /proc/stat")?.parse::<u64>()?;
-    Ok(ticks * 10_000_000)
-}
+#[path = "idle.rs"]
+mod idle;
+use idle::{Done, idle};
 
 /// Does `f`, and says what it took.
 fn measured(before: u64, f: impl FnOnce() -> Done<()>, after: impl FnOnce() -> Done<u64>) -> Done<()> {

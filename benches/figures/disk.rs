@@ -21,9 +21,12 @@ use vmbed::internals::driver::{NEXT, WRITE};
 use vmbed::{Bytes, DiskConfig, DiskEngine, DiskFormat, create_disk};
 use vmm_sys_util::eventfd::EventFd;
 
+#[path = "ratio.rs"]
+mod ratio;
+use ratio::{Done, ratio};
 #[path = "disk_rig.rs"]
 mod rig;
-use rig::{DATA, Done, HEADERS, Load, RINGS, Rig, SIZE};
+use rig::{DATA, HEADERS, Load, RINGS, Rig, SIZE};
 
 fn preads(file: &File, load: Load) -> Done<u128> {
     let (mut buffer, mut offsets) = (vec![0; load.block as usize], load.offsets());
@@ -87,19 +90,6 @@ fn ring(file: &File, load: Load, buffers: *mut u8) -> Done<u128> {
         }
     }
     Ok(begin.elapsed().as_nanos())
-}
-
-/// The median of `turns` ratios of two times, taken in turn; the first pair finds everything cold.
-fn ratio(turns: usize, mut a: impl FnMut() -> Done<u128>, mut b: impl FnMut() -> Done<u128>) -> Done<f64> {
-    let mut ratios = Vec::new();
-    for turn in 0..=turns {
-        let (one, other) = (a()?, b()?);
-        if turn > 0 {
-            ratios.push(one as f64 / other as f64);
-        }
-    }
-    ratios.sort_by(f64::total_cmp);
-    Ok(ratios[ratios.len() / 2])
 }
 
 fn on(path: &Path, engine: DiskEngine) -> Part {

@@ -5,7 +5,6 @@
 //! guest prints `mark=DEPTH,COUNT` when so many reads at that depth have ended. Prints for each its nanoseconds since the one before, and
 //! the idle ones among them.
 
-use std::error::Error;
 use std::io::Read;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -15,17 +14,9 @@ use vmbed::{CacheMode, DiskConfig, DiskEngine, Host, LinuxBoot, VmConfig};
 
 const LONG: Duration = Duration::from_secs(900);
 
-type Done<T> = Result<T, Box<dyn Error>>;
-
-/// How long the machine's one CPU was idle.
-fn idle() -> Done<u64> {
-    // In nanoseconds; /proc/stat has hundredths of a second.
-    let text = std::fs::read_to_string("/proc/timer_list")?;
-    let line = text.lines().find_map(|line| line.trim().strip_prefix(".idle_sleeptime"));
-    let number =
-        line.and_then(|line| line.split_whitespace().nth(1)).ok_or("no idle time in /proc/timer_list")?;
-    Ok(number.parse()?)
-}
+#[path = "idle.rs"]
+mod idle;
+use idle::{Done, idle};
 
 /// Finds whole lines in what comes in pieces, and hands on those that are marks, with their time.
 struct Marks {

@@ -9,7 +9,6 @@
 //! copy. `figure-net hops COUNT`: carries so many frames of 60 bytes over a switch of 64 ports, and nothing else.
 #![expect(unsafe_code, reason = "a driver's rings are accessed as a guest does, and taps by ioctl")]
 
-use std::error::Error;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
@@ -19,7 +18,9 @@ use vmbed::internals::driver::{NEXT, Registers, Rings, VERSION_1, WRITE};
 use vmbed::internals::{BenchSwitch, Board, Part};
 use vmbed::{PortOptions, Switch, SwitchOptions};
 
-type Done<T> = Result<T, Box<dyn Error>>;
+#[path = "ratio.rs"]
+mod ratio;
+use ratio::{Done, ratio};
 
 const ENTRIES: u16 = 128;
 /// Frames of a batch.
@@ -206,19 +207,6 @@ fn read_all(tap: &mut File, length: usize) -> Done<()> {
         }
     }
     Ok(())
-}
-
-/// The median of `turns` ratios of two times, taken in turn; the first pair finds everything cold.
-fn ratio(turns: usize, mut a: impl FnMut() -> Done<u128>, mut b: impl FnMut() -> Done<u128>) -> Done<f64> {
-    let mut ratios = Vec::new();
-    for turn in 0..=turns {
-        let (one, other) = (a()?, b()?);
-        if turn > 0 {
-            ratios.push(one as f64 / other as f64);
-        }
-    }
-    ratios.sort_by(f64::total_cmp);
-    Ok(ratios[ratios.len() / 2])
 }
 
 fn taps(turns: usize) -> Done<()> {

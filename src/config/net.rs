@@ -1,0 +1,119 @@
+#![forbid(unsafe_code)]
+//! What a network card is to be.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::{PciAddress, RateLimit};
+use crate::error::{Error, ErrorKind, Result};
+
+/// A virtio-net card, on a TAP interface or on what is attached to it when the VM is built.
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
+#[non_exhaustive]
+pub struct NetConfig {
+    /// The name of an existing TAP interface with a single queue, 1 to 15 bytes. One that belongs to the
+    /// user (`ip tuntap add tap0 mode tap user $USER`) needs no capability. `None` where something is attached
+    /// with [`VmBuilder::net_fd`](crate::VmBuilder::net_fd),
+    /// [`net_port`](crate::VmBuilder::net_port) or [`net_backend`](crate::VmBuilder::net_backend).
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub tap: Option<String>,
+    /// The guest's MAC address; a stable locally administered one is made from the VM's UUID when absent.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub mac: Option<MacAddress>,
+    /// Where on the PCI bus; the first free place when absent.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub pci: Option<PciAddress>,
+    /// The largest packet that the guest's driver is to send, 68 to 65,535 bytes, without the Ethernet header; its
+    /// network's. `None`: it takes 1,500.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub mtu: Option<u16>,
+    /// What the guest shows as the card's speed, in Mbit/s, full duplex. It limits nothing.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub speed: Option<u32>,
+    /// Whether the cable is plugged in; [`Vm::set_link`](crate::Vm::set_link) changes it. Default.
+    #[cfg_attr(feature = "serde", serde(default = "plugged_in"))]
+    pub link: bool,
+    /// How much the guest may receive; operations are frames. [`Vm::set_net_rates`](crate::Vm::set_net_rates) changes it. What is beyond it
+    /// waits in the network, and is dropped there when that is full. Default: any amount.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub receive_rate: RateLimit,
+    /// How much it may send; what is beyond it waits in the guest's queue. Default: any amount.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub send_rate: RateLimit,
+}
+
+#[cfg(feature = "serde")]
+fn plugged_in() -> bool {
+    true
+}
+
+impl NetConfig {
+    /// A card on the TAP interface `tap`.
+    pub fn tap(tap: impl Into<String>) -> Self {
+        Self { tap: Some(tap.into()), ..Self::attached() }
+    }
+
+    /// A card on what is attached when the VM is built.
+    pub fn attached() -> Self {
+        Self {
+            tap: None,
+            mac: None,
+            pci: None,
+            mtu: None,
+            speed: None,
+            link: true,
+            receive_rate: RateLimit::NONE,
+            send_rate: RateLimit::NONE,
+        }
+    }
+}
+
+/// An Ethernet address, written `52:54:00:12:34:56`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(try_from = "String", into = "String")
+)]
+pub struct MacAddress(pub [u8; 6]);
+
+impl fmt::Display for MacAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl FromStr for MacAddress {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let parse = || -> Option<[u8; 6]> {
+            let bytes: Option<Vec<u8>> = text
+                .split(':')
+                .map(|p| (p.len() == 2).then(|| u8::from_str_radix(p, 16).ok()).flatten())
+                .collect();
+            bytes?.try_into().ok()
+        };
+        parse().map(Self).ok_or_else(|| {
+            let what =
+                format!("'{text}' is not a MAC address: write six hexadecimal bytes, 52:54:00:12:34:56");
+            Error::new(ErrorKind::InvalidArgument, what)
+        })
+    }
+}
+
+impl TryFrom<String> for MacAddress {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self> {
+        text.parse()
+    }
+}
+
+impl From<MacAddress> for String {
+    fn from(mac: MacAddress) -> Self {
+        mac.to_string()
+    }
+}
