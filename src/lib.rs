@@ -81,6 +81,9 @@ mod vm;
 pub use budget::{Constraint, Slack, Verdict};
 pub use host::{ChargedBy, Finding, Host, HostConfig, Probe, ReclaimConfig, Usage};
 
+// What it has in the process that is not of one host: its handler for lost memory.
+pub use memory::handle_sigbus;
+
 // What a VM is to be: plain data.
 pub use config::{
     BackingConfig, BackingKind, BalloonConfig, BareBoot, Boot, CacheMode, CgroupConfig, ConsoleKind,

@@ -7,8 +7,8 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -19,14 +19,17 @@ use crate::config::{BackingConfig, HugePages};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::memory::{Advice, advise, discard_anonymous, punch_hole};
 use crate::sys::residency::{self as pages, Pages};
-use crate::sys::thread;
+use crate::sys::{sigbus, thread};
 
 pub(crate) use backing::HUGE;
+pub use lost::handle_sigbus;
+pub(crate) use lost::lost;
 pub(crate) use residency::{Enrolled, Roll};
 
 mod access;
 mod backing;
 pub(crate) mod layout;
+mod lost;
 mod residency;
 pub(crate) mod slots;
 
@@ -50,6 +53,9 @@ pub(crate) struct PagedOut {
 
 /// Field order is drop order: the regions lie within the address space.
 struct Mapped {
+    watched: Vec<sigbus::Watched>,
+    /// Who is told that some of it is lost, once.
+    tell: Mutex<Option<lost::Tell>>,
     guest: GuestMemoryMmap,
     _space: Vec<MmapRegion>,
     /// Where only page tables know what is there: of anonymous memory.
@@ -79,7 +85,11 @@ impl Memory {
         })?;
         let pooled = config.kind.pool_page().is_some();
         let leave_pages = pooled || config.huge == HugePages::Never;
-        let memory = Self(Arc::new(Mapped { guest, _space: space, pagemap, pooled, leave_pages }));
+        let watched = lost::watch(&guest, config);
+        let tell = Mutex::default();
+        let memory =
+            Self(Arc::new(Mapped { watched, tell, guest, _space: space, pagemap, pooled, leave_pages }));
+        memory.enter();
         if config.prefault {
             memory.prefault(config.huge == HugePages::Always)?;
         }

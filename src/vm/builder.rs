@@ -18,13 +18,13 @@ use super::machine::{Control, End, Machine, VmState};
 use super::threads::{self, Hook, ThreadInfo, Threads};
 use crate::boot::{self, Entry, Identity, Protocol};
 use crate::budget::{Claim, Claimed, Headroom, Ledger, Shape, overhead};
-use crate::bus::{Bus, Device};
+use crate::bus::{Access, Bus, Device};
 use crate::config::topology::Topology;
 use crate::config::{Boot, CpuMode, DiskConfig, DiskEngine, Platform, Uuid, VmConfig};
 use crate::console::Output;
 use crate::error::{Error, ErrorKind, Result};
-use crate::events::{EventStream, Reporter, VmId};
-use crate::memory::{Memory, Roll, layout, slots};
+use crate::events::{EventStream, Reporter, StopCause, VmId};
+use crate::memory::{Memory, Roll, layout, lost, slots};
 use crate::reactor::{Dispatcher, EventLoop};
 use crate::sys;
 use crate::sys::uring;
@@ -379,6 +379,10 @@ impl VmBuilder {
 
         let mut buses = Buses::default();
         let stop = end.line(id);
+        memory.on_loss({
+            let stop = stop.clone();
+            move |at| stop.pull(StopCause::DeviceFault { device: "memory".to_owned(), why: lost(at) })
+        });
         let plan = Plan {
             config: &config,
             vm: &vm,
@@ -392,6 +396,7 @@ impl VmBuilder {
 
         let vcpus = create_vcpus(&host, &vm, &config)?;
         place_vcpus(&vcpus, &config, &entry)?;
+        memory.intact()?;
 
         let around = Surroundings {
             pio: Arc::new(buses.pio),
@@ -443,6 +448,9 @@ pub(super) struct Buses {
 impl Buses {
     /// The embedder's devices come last, so that they find vmbed's in place and hear of an overlap.
     fn attach(&mut self, pio: Vec<Attached>, mmio: Vec<Attached>, memory: &Memory) -> Result<()> {
+        for ram in layout::ram(memory.size()) {
+            self.mmio.insert("memory", ram.start, ram.end - ram.start, Arc::new(Lost(ram.start)))?;
+        }
         for d in pio {
             if d.len > 0 && d.base + d.len > 1 << 16 {
                 let why = format!("device '{}': ports {:#x}+{} go past 0xffff", d.name, d.base, d.len);
@@ -451,17 +459,23 @@ impl Buses {
             self.pio.insert(&d.name, d.base, d.len, d.device)?;
         }
         for d in mmio {
-            let end = d.base.saturating_add(d.len);
-            if let Some(ram) = layout::ram(memory.size()).iter().find(|r| d.base < r.end && r.start < end) {
-                let why = format!(
-                    "device '{}' at {:#x}-{:#x} lies in the guest's memory at {:#x}-{:#x}",
-                    d.name, d.base, end, ram.start, ram.end
-                );
-                return Err(Error::new(ErrorKind::InvalidArgument, why));
-            }
             self.mmio.insert(&d.name, d.base, d.len, d.device)?;
         }
         Ok(())
+    }
+}
+
+/// What answers where memory should: KVM asks for an access to memory that it cannot get at while it emulates the
+/// instruction.
+struct Lost(u64);
+
+impl Device for Lost {
+    fn read(&self, access: Access, _: &mut [u8]) -> Result<()> {
+        Err(Error::new(ErrorKind::Exhausted, lost(self.0 + access.offset)))
+    }
+
+    fn write(&self, access: Access, _: &[u8]) -> Result<()> {
+        self.read(access, &mut [])
     }
 }
 

@@ -380,7 +380,8 @@ impl Vm {
     /// Works in every state, and waits for nothing but the host's paging.
     ///
     /// # Errors
-    /// `InvalidArgument` when the range is not all guest memory.
+    /// `InvalidArgument` when the range is not all guest memory; `Exhausted` when some of the guest's memory is lost
+    /// ([`handle_sigbus`](crate::handle_sigbus)).
     pub fn read_memory(&self, address: u64, data: &mut [u8]) -> Result<()> {
         registers::read_memory(&self.machine.memory, address, data)
     }
@@ -389,7 +390,8 @@ impl Vm {
     /// [`Vm::read_memory`] does.
     ///
     /// # Errors
-    /// `InvalidArgument` when the range is not all guest memory; then none of it is written.
+    /// `InvalidArgument` when the range is not all guest memory; then none of it is written. `Exhausted` as
+    /// [`Vm::read_memory`].
     pub fn write_memory(&self, address: u64, data: &[u8]) -> Result<()> {
         registers::write_memory(&self.machine.memory, address, data)
     }

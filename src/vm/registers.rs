@@ -72,7 +72,8 @@ pub(super) fn set(vcpu: &Vcpu, registers: &Registers) -> Result<()> {
 }
 
 pub(super) fn read_memory(memory: &Memory, address: u64, data: &mut [u8]) -> Result<()> {
-    memory.read_slice(data, GuestAddress(address)).map_err(|e| outside(address, data.len(), e))
+    memory.read_slice(data, GuestAddress(address)).map_err(|e| outside(address, data.len(), e))?;
+    memory.intact()
 }
 
 pub(super) fn write_memory(memory: &Memory, address: u64, data: &[u8]) -> Result<()> {
@@ -83,7 +84,8 @@ pub(super) fn write_memory(memory: &Memory, address: u64, data: &[u8]) -> Result
             vm_memory::GuestMemoryError::InvalidGuestAddress(GuestAddress(address)),
         ));
     }
-    memory.write_slice(data, GuestAddress(address)).map_err(|e| outside(address, data.len(), e))
+    memory.write_slice(data, GuestAddress(address)).map_err(|e| outside(address, data.len(), e))?;
+    memory.intact()
 }
 
 fn outside(address: u64, length: usize, source: vm_memory::GuestMemoryError) -> Error {

@@ -35,7 +35,7 @@ cases! {
     backends: a_disk_of_ones_own a_disk_that_does_not_answer a_network_of_ones_own disks_and_cards_by_descriptor;
     balloon: memory_given_back;
     disks: disks_and_what_is_changed_of_them;
-    memory: a_share_of_the_processors memory_of_every_kind;
+    memory: a_share_of_the_processors memory_of_every_kind memory_that_is_lost;
     reclaim: what_is_done_when_memory_gets_short;
     switch: cards_on_a_switch a_switch_drops_and_says_why;
     drive: vcpus_on_the_callers_threads devices_on_the_callers_loop;

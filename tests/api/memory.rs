@@ -1,10 +1,20 @@
 //! Memory of every kind, below the same guest; its share of the processors.
 
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use vmbed::{BackingConfig, BackingKind, Bytes, CgroupConfig, ErrorKind, HugePages, VmConfig};
+use vmbed::{
+    BackingConfig, BackingKind, BlockBackend, BlockRequest, Bytes, CgroupConfig, ErrorKind, HugePages,
+    StopCause, Vm, VmBuilder, VmConfig, VmState,
+};
 
-use crate::guest::{SPINS, host, real};
+use crate::backends;
+use crate::guest::{SPINS, ends, host, real, run};
+use crate::guests::{self, Op, script};
 
 fn config(memory: Bytes, kind: BackingKind, change: impl FnOnce(&mut BackingConfig)) -> VmConfig {
     let mut config = real(&SPINS);
@@ -81,4 +91,96 @@ pub fn a_share_of_the_processors() {
         Err(error) => assert!(error.to_string().contains("cgroup"), "{error}"),
     }
     assert_eq!(host.usage().vms, 0);
+}
+
+/// Where guest memory is mapped in this process.
+fn mapped() -> BTreeSet<usize> {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let guests = maps.lines().filter(|line| line.contains("vmbed-guest"));
+    guests.map(|line| usize::from_str_radix(line.split('-').next().unwrap(), 16).unwrap()).collect()
+}
+
+/// A VM, and where its memory is mapped.
+fn built(builder: VmBuilder) -> (Vm, usize) {
+    let before = mapped();
+    let vm = builder.build().unwrap();
+    let own: Vec<_> = mapped().difference(&before).copied().collect();
+    assert_eq!(own.len(), 1, "{own:?}");
+    (vm, own[0])
+}
+
+/// Takes 64 KiB of a guest's memory away: nothing stands behind them any more, whoever touches them.
+fn take_away(at: usize) {
+    let path = format!("{}/nothing-{at:x}", env!("CARGO_TARGET_TMPDIR"));
+    let nothing = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+    std::fs::remove_file(path).unwrap();
+    let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
+    let place = std::ptr::without_provenance_mut::<libc::c_void>(at);
+    #[expect(unsafe_code, reason = "takes memory away as failing hardware does")]
+    // SAFETY: the guest's own memory, which is accessed as volatile bytes only.
+    let made = unsafe { libc::mmap(place, 0x1_0000, prot, flags, nothing.as_raw_fd(), 0) };
+    assert_eq!(made, place);
+}
+
+/// A disk that reads into memory which has just been lost, and never answers.
+struct Silent(Arc<AtomicUsize>, Vec<BlockRequest>);
+
+impl BlockBackend for Silent {
+    fn size(&self) -> u64 {
+        1 << 20
+    }
+
+    fn submit(&mut self, mut request: BlockRequest) {
+        take_away(self.0.load(Ordering::SeqCst));
+        request.copy_from(0, &[7; 512]);
+        self.1.push(request);
+    }
+}
+
+pub fn memory_that_is_lost() {
+    (0..2).for_each(|_| vmbed::handle_sigbus().unwrap());
+    let host = host();
+    let spins = || config(Bytes::mib(4), BackingKind::Memfd, |_| {});
+    let other = host.build(spins()).unwrap();
+    other.start().unwrap();
+    let lost = |at: &str| StopCause::DeviceFault {
+        device: "memory".to_owned(),
+        why: format!("guest memory at {at} is lost, or the host has no page for it (SIGBUS)"),
+    };
+
+    // By the embedder.
+    let (vm, at) = built(host.builder(spins()));
+    take_away(at + 0x20_0000);
+    vm.start().unwrap();
+    vm.read_memory(0x1f_f000, &mut [0; 4096]).unwrap();
+    for _ in 0..2 {
+        let error = vm.read_memory(0x1f_fff0, &mut [0; 32]).unwrap_err();
+        assert!(error.kind() == ErrorKind::Exhausted && error.to_string().contains("at 0x200000"), "{error}");
+    }
+    assert_eq!(ends(&vm), lost("0x200000"));
+
+    // By a device's thread: what the guest wants to read from its disk has no place to go.
+    let reads = || {
+        let place = Arc::default();
+        let silent = Silent(Arc::clone(&place), Vec::new());
+        let (vm, at) = built(host.builder(backends::config(1, 0)).disk_backend(0, silent));
+        place.store(at + 0x10_0000, Ordering::SeqCst);
+        vm.write_memory(guests::SCRIPT, &script(&[(Op::Read, 3, 1, 0)])).unwrap();
+        (vm, at + 0x10_0000)
+    };
+    assert_eq!(run(&reads().0), lost("0x100000"));
+
+    // By a vCPU, which fills the buffer before.
+    let (vm, buffer) = reads();
+    take_away(buffer);
+    match run(&vm) {
+        // What KVM says depends on how it runs the guest.
+        StopCause::VcpuFault { vcpu: 0, why } => assert!(why.contains("EFAULT"), "{why}"),
+        cause => assert_eq!(cause, lost("0x100000")),
+    }
+
+    // Nobody else has noticed.
+    other.write_memory(0x20_0000, &[1; 4096]).unwrap();
+    assert_eq!(other.state(), VmState::Running);
+    assert_eq!(other.stop().unwrap(), StopCause::HostStop);
 }
