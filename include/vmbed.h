@@ -162,6 +162,21 @@ const char *vmbed_feature(size_t index);
 /** Whether vmbed_feature() lists `name`. Not for NULL. */
 bool vmbed_has_feature(const char *name);
 
+/**
+ * Has the process survive SIGBUS on guest memory: a page of failing hardware, one that swap cannot give back, a huge page
+ * that is gone from the administrator's pool after the guest gave it to the host. Whoever touched it finds zeroes there, and
+ * the VM that it belongs to stops with VMBED_CAUSE_DEVICE_FAULT of the device `memory`. Without it, the kernel ends the
+ * process.
+ *
+ * It installs a handler for the signal, since nothing does that unasked, and starts one thread that sleeps. Any other
+ * SIGBUS goes to the handler that was there before, or ends the process as before. So install your own first; one that
+ * comes later must pass on what is not its own, with all three arguments. Threads of yours that touch guest memory must
+ * not block SIGBUS. To call it again does nothing; in a child of a fork, it begins anew.
+ *
+ * VMBED_ERR_EXHAUSTED where the process is out of threads or file descriptors.
+ */
+int32_t vmbed_handle_sigbus(vmbed_error **error);
+
 /* Errors --------------------------------------------------------------------------------------------------- */
 
 /** It worked. */

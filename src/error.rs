@@ -212,9 +212,15 @@ impl std::error::Error for Error {
 fn kind_of(error: &io::Error) -> ErrorKind {
     match error.raw_os_error() {
         Some(libc::EBUSY | libc::ETXTBSY | libc::EADDRINUSE) => ErrorKind::Busy,
-        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOSPC | libc::EAGAIN) => {
-            ErrorKind::Exhausted
-        }
+        Some(
+            libc::EMFILE
+            | libc::ENFILE
+            | libc::ENOMEM
+            | libc::ENOSPC
+            | libc::EAGAIN
+            | libc::EFBIG
+            | libc::EDQUOT,
+        ) => ErrorKind::Exhausted,
         Some(libc::ENOSYS | libc::EOPNOTSUPP | libc::ENOTTY) => ErrorKind::Unsupported,
         _ => match error.kind() {
             io::ErrorKind::NotFound => ErrorKind::NotFound,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import itertools
 import logging
@@ -750,6 +751,31 @@ def test_memory_of_every_kind() -> None:
         assert "nr_hugepages" in str(error)
     with pytest.raises(vmbed.Error, match=r"numa_nodes is \[1000\]"):
         host.build(config(numa_nodes=[1000]))
+
+
+def test_memory_that_is_lost() -> None:
+    vmbed.handle_sigbus()
+    vmbed.handle_sigbus()
+    assert vmbed.has_feature("sigbus")
+
+    def mapped() -> set[int]:
+        return {int(line.split("-")[0], 16) for line in Path("/proc/self/maps").read_text().splitlines() if "vmbed-guest" in line}
+
+    host, before = vmbed.Host(), mapped()
+    with host.build(vmbed.BareConfig(SPINS, memory=4 << 20)) as vm:
+        (at,) = mapped() - before
+        with host.build(vmbed.BareConfig(SPINS, memory=4 << 20)) as other, tempfile.TemporaryFile() as nothing:
+            other.start()
+            # Nothing stands behind a page of it any more.
+            mmap = ctypes.CDLL(None).mmap
+            mmap.restype, mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+            assert mmap(at + 0x200000, 4096, 3, 0x11, nothing.fileno(), 0) == at + 0x200000
+            vm.start()
+            with pytest.raises(vmbed.Exhausted, match="guest memory at 0x200000 is lost"):
+                vm.read_memory(0x1FFFF0, 32)
+            assert vm.wait(60) is vmbed.Cause.DEVICE_FAULT
+            other.write_memory(0x200000, b"still there")
+            assert other.state is vmbed.State.RUNNING
 
 
 def test_cards_on_a_switch() -> None:

@@ -84,6 +84,14 @@ def log_to(logger: logging.Logger | None, level: int = logging.INFO) -> None:
     call(lib.vmbed_log_set, wanted, log_line, hold(logger), let_go)
 
 
+def handle_sigbus() -> None:
+    """Has the process survive SIGBUS on guest memory (failing hardware, a huge page that the pool has no more): the VM that
+    the memory belongs to stops, with a device fault of ``memory``. Any other SIGBUS goes where it went before: enable the
+    faulthandler first, if you want both.
+    """
+    call(lib.vmbed_handle_sigbus)
+
+
 __all__ = [
     "Backing", "BackingKind", "BadImage", "Balloon", "BalloonStatistics", "BareConfig", "BlockBackend", "BlockOp", "BlockRequest", "Cgroup",
     "Builder", "Busy", "CacheMode", "Capture", "CaptureSummary", "Cause", "Config", "Console", "Constraint", "CpuidMask",
@@ -93,5 +101,5 @@ __all__ = [
     "Platform", "PortOptions", "PortStatistics", "Pressure", "Probe", "Rate", "Reclaim", "Refused", "Registers",
     "Shares", "Slack", "Stage", "State", "Switch", "SwitchPort", "ThreadRole", "TimedOut", "Traffic",
     "UNLIMITED", "UNLIMITED_RATE", "Unsupported", "Usage", "VcpuReturn", "VcpuStatistics", "Verdict", "Vm",
-    "create_disk", "features", "has_feature", "log_to",
+    "create_disk", "features", "handle_sigbus", "has_feature", "log_to",
 ]  # fmt: skip

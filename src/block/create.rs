@@ -6,6 +6,7 @@ use std::path::Path;
 
 use crate::config::{DiskBacking, DiskFormat};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::signal::Shield;
 use crate::units::{Bytes, Sectors};
 
 /// Makes an image for a disk of `size` bytes, a multiple of 512: sparse, all zeroes, or, in qcow2, a layer on `backing`, of which it
@@ -34,7 +35,7 @@ pub fn create_disk(
     size: Bytes,
     backing: Option<&DiskBacking>,
 ) -> Result<()> {
-    let path = path.as_ref();
+    let (path, _shield) = (path.as_ref(), Shield::raise());
     let invalid =
         |why: String| Err(Error::new(ErrorKind::InvalidArgument, format!("{}: {why}", path.display())));
     if backing.is_some() && format == DiskFormat::Raw {

@@ -2,8 +2,9 @@
 
 use std::ffi::{CStr, c_char};
 
-use super::answer;
 use super::arguments::bytes;
+use super::error::vmbed_error;
+use super::{answer, call};
 
 /// The header's version: major, minor and patch. A library of the same major (while that is 0: minor) version
 /// does all that it says.
@@ -18,6 +19,7 @@ const FEATURES: &[&CStr] = &[
     c"linux",
     c"bare",
     c"doorbell",
+    c"sigbus",
     c"blk-raw",
     c"blk-backend",
     c"net-tap",
@@ -47,6 +49,22 @@ pub extern "C" fn vmbed_feature(index: usize) -> *const c_char {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_has_feature(name: *const c_char) -> bool {
     answer(false, || bytes(name, "name").is_ok_and(|name| FEATURES.iter().any(|f| f.to_bytes() == name)))
+}
+
+/// Has the process survive SIGBUS on guest memory: a page of failing hardware, one that swap cannot give back, a huge page
+/// that is gone from the administrator's pool after the guest gave it to the host. Whoever touched it finds zeroes there, and
+/// the VM that it belongs to stops with VMBED_CAUSE_DEVICE_FAULT of the device `memory`. Without it, the kernel ends the
+/// process.
+///
+/// It installs a handler for the signal, since nothing does that unasked, and starts one thread that sleeps. Any other
+/// SIGBUS goes to the handler that was there before, or ends the process as before. So install your own first; one that
+/// comes later must pass on what is not its own, with all three arguments. Threads of yours that touch guest memory must
+/// not block SIGBUS. To call it again does nothing; in a child of a fork, it begins anew.
+///
+/// VMBED_ERR_EXHAUSTED where the process is out of threads or file descriptors.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_handle_sigbus(error: *mut *mut vmbed_error) -> i32 {
+    call(error, crate::memory::handle_sigbus)
 }
 
 #[cfg(test)]

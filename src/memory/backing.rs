@@ -32,6 +32,10 @@ pub(super) fn region(range: &Range<u64>, config: &BackingConfig) -> Result<(Gues
     };
     let source = made.map_err(|e| match pool_page {
         Some(page) => no_pool(&context("making"), page, e),
+        None if e.raw_os_error() == Some(libc::EFBIG) => {
+            let why = "RLIMIT_FSIZE of this process, or a limit of the kernel's, is lower: raise it";
+            Error::os(format!("{}: {why}", context("creating a memfd for")), e)
+        }
         None => Error::os(context("creating a memfd for"), e),
     })?;
     // The kernel maps huge pages only where addresses and offsets agree, and aligns for that only where

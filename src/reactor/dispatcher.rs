@@ -10,6 +10,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 
 use super::{Manager, own, to_io};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::signal::Shield;
 use crate::sys::{self, fork, lock};
 
 /// Serves the devices of VMs on the embedder's event loop, instead of on a thread for each VM.
@@ -81,6 +82,7 @@ impl Dispatcher {
             return Err(Error::new(ErrorKind::InvalidState, why));
         }
         let mut manager = lock(&self.0.manager);
+        let _shield = Shield::raise();
         TURNING.set(self.0.address());
         let turned = manager.run_with_timeout(0);
         TURNING.set(0);

@@ -48,12 +48,14 @@ impl SignalSet {
         unsafe { libc::sigdelset(&mut self.0, signal) };
     }
 
+    fn has(&self, signal: libc::c_int) -> bool {
+        // SAFETY: the set is initialized; sigismember answers -1 for numbers it does not know.
+        unsafe { libc::sigismember(&self.0, signal) == 1 }
+    }
+
     /// As the kernel writes it: bit n - 1 for signal n.
     pub fn kernel_bits(&self) -> u64 {
-        (1..=64)
-            // SAFETY: the set is initialized; sigismember answers -1 for numbers it does not know.
-            .filter(|signal| unsafe { libc::sigismember(&self.0, *signal) } == 1)
-            .fold(0, |bits, signal| bits | 1 << (signal - 1))
+        (1..=64).filter(|signal| self.has(*signal)).fold(0, |bits, signal| bits | 1 << (signal - 1))
     }
 
     /// Blocks the kick on the calling thread besides what it blocks; returns what was blocked before.
@@ -77,12 +79,57 @@ impl SignalSet {
     }
 }
 
+/// While it lives, the signals that a write of the calling thread's can raise (SIGXFSZ past RLIMIT_FSIZE, SIGPIPE to nobody)
+/// end nothing: the call fails with EFBIG or EPIPE. For threads of the embedder's, which keep their mask otherwise.
+pub(crate) struct Shield {
+    before: SignalSet,
+    /// Those that were pending before, and stay so.
+    pending: SignalSet,
+}
+
+const WRITES_RAISE: [libc::c_int; 2] = [libc::SIGXFSZ, libc::SIGPIPE];
+
+impl Shield {
+    pub fn raise() -> Self {
+        let (mut wanted, mut before) = (SignalSet::only(libc::SIGXFSZ), MaybeUninit::uninit());
+        // SAFETY: initialized sets, a valid signal, and a place for the set before; SIG_BLOCK cannot fail then.
+        unsafe {
+            libc::sigaddset(&mut wanted.0, libc::SIGPIPE);
+            libc::pthread_sigmask(libc::SIG_BLOCK, &wanted.0, before.as_mut_ptr());
+            Self { before: SignalSet(before.assume_init()), pending: pending() }
+        }
+    }
+}
+
+impl Drop for Shield {
+    fn drop(&mut self) {
+        for signal in WRITES_RAISE.into_iter().filter(|signal| !self.pending.has(*signal)) {
+            consume(signal);
+        }
+        self.before.block();
+    }
+}
+
+/// What waits for the calling thread to take.
+fn pending() -> SignalSet {
+    let mut set = MaybeUninit::uninit();
+    // SAFETY: sigpending writes the whole set, and cannot fail with a valid pointer.
+    unsafe {
+        libc::sigpending(set.as_mut_ptr());
+        SignalSet(set.assume_init())
+    }
+}
+
 /// Consumes a pending kick of the calling thread; whether there was one.
 pub(crate) fn consume_kick() -> bool {
-    let set = SignalSet::only(KICK);
+    consume(KICK)
+}
+
+fn consume(signal: libc::c_int) -> bool {
+    let set = SignalSet::only(signal);
     let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: valid set and timeout; the kernel may write no siginfo where the pointer is NULL.
-    unsafe { libc::sigtimedwait(&set.0, std::ptr::null_mut(), &now) == KICK }
+    unsafe { libc::sigtimedwait(&set.0, std::ptr::null_mut(), &now) == signal }
 }
 
 /// The calling thread's kernel id.
@@ -114,6 +161,33 @@ mod tests {
             let pending = |s: &str| s.lines().find(|l| l.starts_with("SigPnd")).unwrap().to_owned();
             assert_ne!(pending(&before), pending(&after));
             assert!(pending(&after).ends_with("0000000000000000"));
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    fn a_shield_takes_what_came_behind_it_and_nothing_else() {
+        std::thread::spawn(|| {
+            let raise = |signal| {
+                // SAFETY: an integer; pthread_kill of oneself is what a write does.
+                assert_eq!(unsafe { libc::pthread_kill(libc::pthread_self(), signal) }, 0);
+            };
+            let before = SignalSet::only(libc::SIGHUP).block();
+            for signal in WRITES_RAISE {
+                let shield = Shield::raise();
+                raise(signal);
+                drop(shield);
+                assert!(!pending().has(signal));
+            }
+            SignalSet::library_thread().block();
+            raise(libc::SIGXFSZ);
+            let shield = Shield::raise();
+            raise(libc::SIGPIPE);
+            drop(shield);
+            assert!(pending().has(libc::SIGXFSZ) && !pending().has(libc::SIGPIPE));
+            assert!(consume(libc::SIGXFSZ));
+            before.block();
         })
         .join()
         .unwrap();

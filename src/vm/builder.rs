@@ -27,6 +27,7 @@ use crate::events::{EventStream, Reporter, StopCause, VmId};
 use crate::memory::{Memory, Roll, layout, lost, slots};
 use crate::reactor::{Dispatcher, EventLoop};
 use crate::sys;
+use crate::sys::signal::Shield;
 use crate::sys::uring;
 use crate::units::Bytes;
 use crate::vcpu::cpuid::{self, HostCpu};
@@ -337,6 +338,7 @@ impl VmBuilder {
 
     fn build_valid(self) -> Result<Vm> {
         let Self { host, mut config, pio, mmio, doorbells, events, wiring, hook, caller_vcpus } = self;
+        let _shield = Shield::raise();
         let id = next_id();
         config.uuid.get_or_insert_with(random_uuid);
         let claimed = host.claim(&config)?;

@@ -34,6 +34,7 @@ pub use threads::{ThreadInfo, ThreadRole};
 use crate::config::{DiskFormat, RateLimit};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, StopCause, VmId};
+use crate::sys::signal::Shield;
 use crate::units::Bytes;
 pub use crate::virtio::balloon::{BalloonStatistics, GivenBack, GuestMemory};
 use crate::virtio::blk::Control;
@@ -261,6 +262,7 @@ impl Vm {
     /// # Errors
     /// `InvalidArgument` when there is no such disk, or the size is none; what the host answers where its file cannot grow.
     pub fn resize_disk(&self, index: usize, size: Bytes) -> Result<()> {
+        let _shield = Shield::raise();
         self.disk(index)?.resize(size)
     }
 
@@ -292,6 +294,7 @@ impl Vm {
         format: DiskFormat,
         mut progress: impl FnMut(Bytes, Bytes) -> bool,
     ) -> Result<bool> {
+        let _shield = Shield::raise();
         let disk = self.disk(index)?;
         let (copy, size) = (disk.copy_to(path.as_ref(), format)?, disk.size());
         let mut paused = false;
@@ -429,6 +432,7 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
+        let _shield = Shield::raise();
         self.end();
     }
 }

@@ -20,6 +20,7 @@ void a_disk_that_does_not_answer(void);
 void a_network_of_ones_own(void);
 void memory_given_back(void);
 void memory_of_every_kind(void);
+void memory_that_is_lost(void);
 void a_share_of_the_processors(void);
 void disks_and_what_is_changed_of_them(void);
 void cards_on_a_switch(void);
@@ -535,6 +536,7 @@ static const struct {
     CASE(a_network_of_ones_own),
     CASE(memory_given_back),
     CASE(memory_of_every_kind),
+    CASE(memory_that_is_lost),
     CASE(a_share_of_the_processors),
     CASE(disks_and_what_is_changed_of_them),
     CASE(cards_on_a_switch),

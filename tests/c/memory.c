@@ -1,17 +1,23 @@
 /* Memory of every kind, below the same guest. */
 #include "guest.h"
 
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+
 void memory_of_every_kind(void);
 void a_share_of_the_processors(void);
+void memory_that_is_lost(void);
 
-static const uint8_t halts[] = {0xf4};
+static const uint8_t halts[] = {0xf4}, spins[] = {0xeb, 0xfe};
 static const uint64_t size = 4 << 20;
 
 static int32_t build(vmbed_host *host, uint64_t memory, const vmbed_backing *backing, vmbed_vm **vm, vmbed_error **error)
 {
     vmbed_config *config;
     vmbed_builder *builder;
-    OK(vmbed_config_new_bare(VMBED_MODE_REAL, 0x1000, halts, sizeof halts, &config, &error));
+    OK(vmbed_config_new_bare(VMBED_MODE_REAL, 0x1000, spins, sizeof spins, &config, &error));
     OK(vmbed_config_set_memory(config, memory, &error));
     OK(vmbed_config_set_backing(config, backing, &error));
     OK(vmbed_builder_new(host, config, &builder, &error));
@@ -117,4 +123,69 @@ void a_share_of_the_processors(void)
     vmbed_builder_free(builder);
     vmbed_config_free(config);
     vmbed_host_free(host);
+}
+
+/* Where the guest's memory that was mapped last begins. */
+static uintptr_t mapped(uintptr_t before)
+{
+    char line[512];
+    uintptr_t found = 0, at;
+    FILE *maps = fopen("/proc/self/maps", "r");
+    CHECK(maps);
+    while (fgets(line, sizeof line, maps))
+        if (strstr(line, "vmbed-guest") && sscanf(line, "%lx-", &at) == 1 && at != before)
+            found = at;
+    fclose(maps);
+    return found;
+}
+
+/* Takes a page away: no file stands behind it any more. */
+static void take_away(void *page)
+{
+    int file = open(".", O_TMPFILE | O_RDWR, 0600);
+    CHECK(file >= 0 && mmap(page, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0) == page);
+    close(file);
+}
+
+static void leave(int number)
+{
+    _exit(number == SIGBUS ? 42 : 1);
+}
+
+void memory_that_is_lost(void)
+{
+    static const vmbed_backing backing = {.size = sizeof backing};
+    uint8_t bytes[32];
+    vmbed_host *host;
+    vmbed_vm *vm, *other;
+    struct sigaction own = {.sa_handler = leave}, before;
+
+    CHECK(vmbed_has_feature("sigbus") && !sigaction(SIGBUS, &own, &before));
+    OK(vmbed_handle_sigbus(&error));
+    OK(vmbed_handle_sigbus(&error));
+    OK(vmbed_host_open(NULL, &host, &error));
+    OK(build(host, size, &backing, &other, &error));
+    uintptr_t others = mapped(0);
+    OK(build(host, size, &backing, &vm, &error));
+    take_away((char *)mapped(others) + 0x200000);
+    OK(vmbed_vm_start(vm, &error));
+    OK(vmbed_vm_write_memory(vm, 0x1ff000, bytes, sizeof bytes, &error));
+    FAILS(VMBED_ERR_EXHAUSTED, "guest memory at 0x200000 is lost", vmbed_vm_read_memory(vm, 0x1ffff0, bytes, sizeof bytes, &error));
+    int32_t cause;
+    OK(vmbed_vm_wait(vm, -1, &cause, &error));
+    CHECK(cause == VMBED_CAUSE_DEVICE_FAULT);
+    OK(vmbed_vm_write_memory(other, 0x200000, bytes, sizeof bytes, &error));
+    vmbed_vm_free(vm);
+    vmbed_vm_free(other);
+    vmbed_host_free(host);
+
+    /* Any other fault is the program's own. */
+    int status;
+    void *page = mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    take_away(page);
+    pid_t child = fork();
+    if (!child)
+        _exit(*(volatile char *)page);
+    CHECK(child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 42);
+    munmap(page, 4096);
 }
