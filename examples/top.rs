@@ -6,6 +6,8 @@
 //! ```
 //! `q` or Ctrl-C ends it. With `--seconds N` and no terminal it prints the table as it goes along, and a summary.
 
+#[path = "top/looks.rs"]
+mod looks;
 #[path = "top/plot.rs"]
 mod plot;
 
@@ -25,12 +27,13 @@ use vmbed::{
     VmConfig, VmMemory, VmState,
 };
 
-const USAGE: &str = "usage: top --kernel FILE --initrd FILE [--guests N] [--memory MIB] [--seconds N] [--plot FILE]
+const USAGE: &str = "usage: top --kernel FILE --initrd FILE [--guests N] [--memory MIB] [--seconds N] [--plot FILE] [--looks FILE]
   --kernel, --initrd   a Debian kernel, and an initrd that runs what `vmbed.run=` says (tests/assets/busybox-initrd)
   --guests N           how many guests (default 6)
   --memory MIB         what each may have (default 320)
   --seconds N          how long; without it until `q`
-  --plot FILE          at the end, an SVG of what was promised, what existed, and the pressure, over time";
+  --plot FILE          at the end, an SVG of what was promised, what existed, and the pressure, over time
+  --looks FILE         every look that the policy takes at the host, with what it does then";
 
 /// What a guest does: fills much of its memory, frees it, rests; others do so at other times.
 const SCRIPT: &str = "mkdir -p /mnt; mount -t tmpfs -o size=90% none /mnt; sleep REST; turns=0
@@ -44,11 +47,12 @@ struct Arguments {
     memory: u64,
     seconds: Option<u64>,
     plot: Option<PathBuf>,
+    looks: Option<PathBuf>,
 }
 
 fn arguments() -> Result<Arguments, String> {
     let (mut kernel, mut initrd) = (None, None);
-    let (mut guests, mut memory, mut seconds, mut plot) = (6, 320, None, None);
+    let (mut guests, mut memory, mut seconds, mut plot, mut looks) = (6, 320, None, None, None);
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         if word == "--help" {
@@ -64,11 +68,12 @@ fn arguments() -> Result<Arguments, String> {
             "--memory" => memory = number()?,
             "--seconds" => seconds = Some(number()?),
             "--plot" => plot = Some(value.into()),
+            "--looks" => looks = Some(value.into()),
             _ => return Err(format!("{word} is not known\n{USAGE}")),
         }
     }
     let (Some(kernel), Some(initrd)) = (kernel, initrd) else { return Err(USAGE.to_owned()) };
-    Ok(Arguments { kernel, initrd, guests, memory, seconds, plot })
+    Ok(Arguments { kernel, initrd, guests, memory, seconds, plot, looks })
 }
 
 fn main() -> ExitCode {
@@ -158,6 +163,7 @@ const TITLES: [&str; 10] = [
 const WIDTHS: [u16; 10] = [8, 18, 5, 8, 10, 7, 7, 6, 12, 10];
 
 fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
+    arguments.looks.as_deref().map_or(Ok(()), looks::write_to)?;
     let mut shares = HostConfig::default();
     (shares.memory_ratio, shares.memory_reserved) = (8.0, Bytes::mib(64));
     let host = Host::open_with(shares)?;

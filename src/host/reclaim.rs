@@ -15,7 +15,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::samples::{Samples, own_pressure_file};
-use crate::budget::reclaim::{Sample, Step, Thresholds, plan};
+use crate::budget::reclaim::{Look, Sample, Step, Thresholds, plan};
 use crate::error::{Error, FieldError, Result};
 use crate::reactor::own;
 use crate::sys::{fork, lock, residency, thread};
@@ -247,6 +247,7 @@ impl Worker {
         let there: BTreeSet<u64> = sample.vms.iter().map(|vm| vm.id).collect();
         self.paused.retain(|vm, _| there.contains(vm));
         let steps = plan(limits, &sample);
+        log::trace!("look: {}", Look { limits, sample: &sample, steps: &steps });
         let near = free < limits.balloon.saturating_mul(2);
         // What takes longest comes last, and a part at a time: somebody may need to be stopped meanwhile.
         let is_long = |step: &&Step| matches!(step, Step::PageOut { .. });

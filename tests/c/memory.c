@@ -10,7 +10,7 @@ void memory_of_every_kind(void);
 void a_share_of_the_processors(void);
 void memory_that_is_lost(void);
 
-static const uint8_t halts[] = {0xf4}, spins[] = {0xeb, 0xfe};
+static const uint8_t halts[] = {0xf4};
 static const uint64_t size = 4 << 20;
 
 static int32_t build(vmbed_host *host, uint64_t memory, const vmbed_backing *backing, vmbed_vm **vm, vmbed_error **error)

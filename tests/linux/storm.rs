@@ -39,6 +39,10 @@ fn outside(swap: &str) -> Vec<u32> {
     let cage = Cage::new(all / 2, all / 2 + 24 * MIB, swap == "swap");
     let said = cage.run(&format!("storm {swap}"));
     assert_eq!((cage.event("oom"), cage.event("oom_kill")), (0, 0), "{said}");
+    if let Some(path) = std::env::var_os("VMBED_RECORD") {
+        let looks: Vec<_> = said.lines().filter_map(|line| line.strip_prefix("look: ")).collect();
+        std::fs::write(path, looks.join("\n") + "\n").unwrap();
+    }
     let late = said.lines().find_map(|line| line.strip_prefix("late:")).unwrap_or_else(|| panic!("{said}"));
     late.split_whitespace().map(|number| number.parse().unwrap()).collect()
 }
@@ -77,6 +81,9 @@ impl log::Log for Late {
 
     fn log(&self, record: &log::Record<'_>) {
         let line = record.args().to_string();
+        if let Some(look) = line.strip_prefix("look: ") {
+            println!("look: {look}");
+        }
         let number = line.split_once("at most ").and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
         if let Some(late) = number.filter(|_| self.enabled(record.metadata())) {
             self.0.lock().unwrap().push(late);
@@ -84,6 +91,11 @@ impl log::Log for Late {
     }
 
     fn flush(&self) {}
+}
+
+/// With VMBED_RECORD set, every look at the host goes to a file of that name: a scenario for `tests/recorded`.
+fn level() -> log::LevelFilter {
+    if std::env::var_os("VMBED_RECORD").is_some() { log::LevelFilter::Trace } else { log::LevelFilter::Debug }
 }
 
 /// Of a hundred steps, 99 began within half a second of what they were for: said always, and wanted of `make soak`, which has the
@@ -99,7 +111,7 @@ fn in_time(mut late: Vec<u32>) {
 /// The storm itself. Says what happened on stdout.
 pub fn inside(swap: &str) {
     let swap = swap == "swap";
-    log::set_logger(&LATE).map(|()| log::set_max_level(log::LevelFilter::Debug)).unwrap();
+    log::set_logger(&LATE).map(|()| log::set_max_level(level())).unwrap();
     let mut shares = HostConfig::default();
     (shares.memory_ratio, shares.memory_reserved) = (4.0, Bytes::mib(16));
     shares.swap = Bytes::mib(if swap { 512 } else { 0 });

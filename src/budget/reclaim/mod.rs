@@ -15,6 +15,10 @@
 
 use std::time::Duration;
 
+pub(crate) use record::Look;
+
+mod record;
+
 /// When each stage begins, in bytes that are free, and how far it goes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Thresholds {
