@@ -1,18 +1,21 @@
 #![forbid(unsafe_code)]
 //! An image's layers, and how data moves to and from them: where it lies is the library's business.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use imago::Mapping;
 
+use super::reader::Reader;
 use super::{Access, Qcow2Disk};
 use crate::block::engine::sync;
 use crate::block::target::Target;
 use crate::block::{Backend, BlockOp, IoRequest, Resize};
 use crate::config::DiskConfig;
 use crate::error::{Error, Result};
+use crate::sys::image::Content;
 use crate::sys::io::{IoList, Pieces};
 use crate::sys::lock;
 
@@ -27,6 +30,8 @@ pub(super) struct Shared {
     pub allocating: Mutex<()>,
     /// The files of the chain, by their layers; behind them, where the top one keeps its data if not in itself.
     pub targets: Vec<Target>,
+    /// The images of the chain that the library cannot read, by the layers of their stores, which are none of files.
+    pub readers: BTreeMap<usize, Arc<Reader>>,
     /// Transfers that a kernel works on: begun under `access`, which nobody holds until they end.
     pub flying: AtomicUsize,
     /// Discards that wait until there are none: nobody begins another one meanwhile.
@@ -81,6 +86,12 @@ impl Shared {
 
     /// From a file of the chain; behind its end lie zeroes, since its last cluster may be cut off there.
     pub fn fill(&self, layer: usize, offset: u64, mut part: IoList<'_>) -> io::Result<()> {
+        if let Some(reader) = self.readers.get(&layer) {
+            let mut bytes = vec![0; part.len()];
+            reader.read(&mut bytes, offset)?;
+            part.copy_from(0, &bytes)?;
+            return Ok(());
+        }
         let target = self.targets.get(layer).ok_or_else(|| io::Error::from_raw_os_error(libc::EIO))?;
         let mut done = 0;
         let wanted = part.len();

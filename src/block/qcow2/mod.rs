@@ -22,6 +22,7 @@ use crate::sys::io::Pieces;
 mod lane;
 mod layers;
 mod open;
+mod reader;
 
 pub(super) use open::{format_qcow2, qcow2_size};
 

@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! Opening an image with what it is based on, and making one.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -13,6 +14,7 @@ use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDrive
 
 use super::lane::Lane;
 use super::layers::Shared;
+use super::reader::{Header, Reader};
 use super::{Access, Image, Qcow2Disk};
 use crate::block::raw::{self, lock_file};
 use crate::block::target::Target;
@@ -41,6 +43,9 @@ pub(in crate::block) fn format_qcow2(
 pub(in crate::block) fn qcow2_size(path: &Path) -> Result<u64> {
     let name = path.display().to_string();
     let file = open(&name, path, true, false)?;
+    if let Some(header) = Header::of_special(&file).map_err(|e| bad(&name, e))? {
+        return Ok(header.size);
+    }
     let image = Image::open_image(store(&name, &file, 0)?, false).map_err(|e| bad(&name, e))?;
     Ok(FormatAccess::new(image).size())
 }
@@ -53,21 +58,20 @@ impl Qcow2Disk {
     /// another file, and the configuration does not say so.
     pub fn open(id: &str, path: &Path, config: &DiskConfig) -> Result<Self> {
         let name = format!("{id}: {}", path.display());
-        let mut targets = Vec::new();
+        let (mut targets, mut readers) = (Vec::new(), BTreeMap::new());
         let mut backing = None;
         // From the bottom up.
         for (layer, below) in config.backing.iter().enumerate().rev() {
             let name = format!("{id}: backing[{layer}]: {}", below.path.display());
             let file = open(&name, &below.path, true, config.lock)?;
-            let store = store(&name, &file, layer + 1)?;
-            targets.push(Target::new(&name, file, config.cache, true)?);
             let image: Access = match below.format {
-                DiskFormat::Raw => {
-                    let raw = Raw::<Store>::builder(store).open(DenyImplicitOpenGate::default());
-                    FormatAccess::new(raw.map_err(|e| bad(&name, e))?)
+                DiskFormat::Raw => plain(&name, store(&name, &file, layer + 1)?)?,
+                DiskFormat::Qcow2 => {
+                    let files = (&file, None);
+                    qcow2(&name, files, (layer + 1, false), backing.take(), &mut readers)?
                 }
-                DiskFormat::Qcow2 => FormatAccess::new(layered(&name, (store, None), false, backing.take())?),
             };
+            targets.push(Target::new(&name, file, config.cache, true)?);
             if let Some(unused) = backing.replace(image) {
                 drop::<Access>(unused);
                 let why = format!("{name}: is raw, and based on nothing: backing[{}] is too much", layer + 1);
@@ -76,13 +80,11 @@ impl Qcow2Disk {
         }
         let file = open(&name, path, config.readonly, config.lock)?;
         let data = config.data_file.as_deref().map(|path| data_file(id, path, config)).transpose()?;
-        let (data_store, data_target) = data.unzip();
-        let stores = (store(&name, &file, 0)?, data_store);
-        let image = layered(&name, stores, !config.readonly, backing)?;
+        let files = (&file, data.as_ref().map(|target| (target.cached(), config.backing.len() + 1)));
+        let access = qcow2(&name, files, (0, !config.readonly), backing, &mut readers)?;
         targets.push(Target::new(&name, file, config.cache, config.readonly)?);
         targets.reverse();
-        targets.extend(data_target);
-        let access = FormatAccess::new(image);
+        targets.extend(data);
         let size = access.size() / Sectors::SIZE * Sectors::SIZE;
         let shared = Shared {
             name,
@@ -91,6 +93,7 @@ impl Qcow2Disk {
             access: RwLock::new(access),
             allocating: Mutex::new(()),
             targets,
+            readers,
             flying: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),
         };
@@ -101,11 +104,16 @@ impl Qcow2Disk {
 }
 
 /// Where the image keeps its data; among the targets it is the last.
-fn data_file(id: &str, path: &Path, config: &DiskConfig) -> Result<(Store, Target)> {
+fn data_file(id: &str, path: &Path, config: &DiskConfig) -> Result<Target> {
     let name = format!("{id}: data_file: {}", path.display());
     let file = open(&name, path, config.readonly, config.lock)?;
-    let store = store(&name, &file, config.backing.len() + 1)?;
-    Ok((store, Target::new(&name, file, config.cache, config.readonly)?))
+    Target::new(&name, file, config.cache, config.readonly)
+}
+
+/// The raw image, or what looks like one.
+fn plain(name: &str, store: Store) -> Result<Access> {
+    let raw = Raw::<Store>::builder(store).open(DenyImplicitOpenGate::default());
+    Ok(FormatAccess::new(raw.map_err(|e| bad(name, e))?))
 }
 
 fn open(name: &str, path: &Path, readonly: bool, locked: bool) -> Result<File> {
@@ -128,44 +136,73 @@ fn bad(name: &str, error: io::Error) -> Error {
         return Error::os(format!("{name}: reading it"), error);
     }
     // The library has no kind for it.
-    let remedy = if error.to_string().contains("incompatible feature") {
-        "; qemu-img convert -O qcow2 -o compression_type=zlib makes one of it"
-    } else {
-        ""
-    };
+    let encrypted = error.to_string().contains("encrypted");
+    let remedy = if encrypted { "; qemu-img convert takes the encryption out" } else { "" };
     let why = format!("{name}: is no qcow2 image that can be used{remedy}");
     Error::new(ErrorKind::InvalidArgument, why).with_source(error)
 }
 
-/// A qcow2 image on `backing`, which must be there exactly if the image names one; as must be where its data is if not in itself.
-fn layered(
+/// A qcow2 image at that place of the chain, to be written to or not, on `backing`, which must be there exactly if the image names one;
+/// as must be where its data is if not in itself.
+fn qcow2(
     name: &str,
-    (store, data): (Store, Option<Store>),
-    write: bool,
+    (file, data): (&File, Option<(&File, usize)>),
+    (layer, write): (usize, bool),
     backing: Option<Access>,
-) -> Result<Image> {
+    readers: &mut BTreeMap<usize, Arc<Reader>>,
+) -> Result<Access> {
+    if let Some(header) = Header::of_special(file).map_err(|e| bad(name, e))? {
+        let named = (header.backing.clone(), header.needs_data_file().then(String::new));
+        is_as_said(name, named, (backing.is_some(), data.is_some()))?;
+        if write {
+            let why = format!(
+                "{name}: has extended L2 entries or zstd clusters, and so can only be read: make an image that is based on it, or \
+                 one without them (qemu-img convert -O qcow2 -o compression_type=zlib,extended_l2=off), or set readonly"
+            );
+            return Err(Error::new(ErrorKind::Unsupported, why));
+        }
+        let again = |file: &File| {
+            file.try_clone().map_err(|e| Error::os(format!("{name}: duplicating its descriptor"), e))
+        };
+        let data = data.map(|(file, _)| again(file)).transpose()?;
+        let reader = Reader::new(header, again(file)?, data, backing).map_err(|e| bad(name, e))?;
+        let (reader, own) = (Arc::new(reader), usize::MAX - layer);
+        readers.insert(own, reader.clone());
+        return plain(name, Store::of(reader, own));
+    }
+    let mut image = Image::open_image(store(name, file, layer)?, write).map_err(|e| bad(name, e))?;
+    let elsewhere = image.requires_external_data_file();
+    let data_name = elsewhere.then(|| image.implicit_external_data_file().cloned().unwrap_or_default());
+    let named = (image.implicit_backing_file().cloned(), data_name);
+    is_as_said(name, named, (backing.is_some(), data.is_some()))?;
+    image.set_backing(backing);
+    image.set_data_file(data.map(|(file, layer)| store(name, file, layer)).transpose()?);
+    Ok(FormatAccess::new(image))
+}
+
+/// What the image names must be given, and nothing else: a backing file, and one for its data.
+fn is_as_said(
+    name: &str,
+    (backing, data): (Option<String>, Option<String>),
+    given: (bool, bool),
+) -> Result<()> {
     let invalid = |why: String| Err(Error::new(ErrorKind::InvalidArgument, format!("{name}: {why}")));
-    let mut image = Image::open_image(store, write).map_err(|e| bad(name, e))?;
-    if image.requires_external_data_file() && data.is_none() {
-        let where_ = image.implicit_external_data_file().map_or(String::new(), |file| format!(" {file:?}"));
-        return invalid(format!(
-            "keeps its data in another file{where_}, which is opened only if you say so, and only for the image on top: name it \
-             in data_file"
-        ));
-    }
-    if data.is_some() && !image.requires_external_data_file() {
-        return invalid("keeps its data in itself: there is a data_file too many".into());
-    }
-    match (image.implicit_backing_file(), &backing) {
-        (Some(file), None) => {
+    match (data, given.1) {
+        (Some(file), false) => {
+            let named = if file.is_empty() { file } else { format!(" {file:?}") };
             return invalid(format!(
-                "is based on {file:?}, which is opened only if you say so: name the file and its format in backing"
+                "keeps its data in another file{named}, which is opened only if you say so, and only for the image on top: name it \
+                 in data_file"
             ));
         }
-        (None, Some(_)) => return invalid("is based on nothing: there is a file too many in backing".into()),
+        (None, true) => return invalid("keeps its data in itself: there is a data_file too many".into()),
         _ => {}
     }
-    image.set_backing(backing);
-    image.set_data_file(data);
-    Ok(image)
+    match (backing, given.0) {
+        (Some(file), false) => invalid(format!(
+            "is based on {file:?}, which is opened only if you say so: name the file and its format in backing"
+        )),
+        (None, true) => invalid("is based on nothing: there is a file too many in backing".into()),
+        _ => Ok(()),
+    }
 }

@@ -6,6 +6,8 @@ use std::process::Command;
 use super::*;
 use crate::config::DiskFormat;
 
+mod special;
+
 type Disk = Rig<Box<dyn Backend>>;
 
 /// A directory of images, gone with the test.
@@ -310,32 +312,6 @@ fn an_image_keeps_its_data_in_the_file_that_was_named() {
             images.run(&["qemu-img", "compare", "-f", "raw", "-F", "raw", &data, "raw"]);
         }
         assert!(std::fs::metadata(images.path(&name)).unwrap().len() < 1 << 20, "the data is elsewhere");
-    }
-}
-
-#[test]
-fn what_the_library_does_not_know_is_refused_with_a_remedy() {
-    let images = Images::new("unknown");
-    for (options, feature) in [
-        ("compression_type=zstd", "compression type"),
-        ("extended_l2=on,cluster_size=128k", "extended L2 entries"),
-    ] {
-        images.create(&["-o", options, feature, "4M"]);
-        let path = images.path(feature);
-        let error = super::super::open("disk3", &path, &DiskConfig::qcow2(&path)).err().unwrap().to_string();
-        assert!(error.contains("disk3") && error.contains("qemu-img convert"), "{error}");
-        assert_eq!(error.matches(feature).count(), 2, "its name, and what it has: {error}");
-        images.run(&[
-            "qemu-img",
-            "convert",
-            "-O",
-            "qcow2",
-            "-o",
-            "compression_type=zlib",
-            feature,
-            "converted",
-        ]);
-        drop(images.open(&DiskConfig::qcow2(images.path("converted"))));
     }
 }
 
