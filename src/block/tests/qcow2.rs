@@ -76,6 +76,14 @@ fn all(rig: &mut Disk) -> Vec<u8> {
     bytes
 }
 
+/// Xorshift (Marsaglia, "Xorshift RNGs", 2003).
+fn throw(dice: &mut u64) -> u64 {
+    *dice ^= *dice << 13;
+    *dice ^= *dice >> 7;
+    *dice ^= *dice << 17;
+    *dice
+}
+
 fn write(rig: &mut Disk, offset: u64, len: usize, byte: u8) {
     rig.memory.write_slice(&vec![byte; len], GuestAddress(0)).unwrap();
     assert_eq!(rig.one(WRITE, offset, len as u64, &[(0, 512), (512, len - 512)]), None);
@@ -354,12 +362,10 @@ fn a_damaged_image_is_an_error_and_nothing_else() {
     for _ in 0..300 {
         let mut bad = good.clone();
         for _ in 0..4 {
-            dice ^= dice << 13;
-            dice ^= dice >> 7;
-            dice ^= dice << 17;
+            let thrown = throw(&mut dice);
             // Header, tables and refcounts lie at the beginning.
-            let at = (dice % 0x6000) as usize % bad.len();
-            bad[at] ^= (dice >> 32) as u8;
+            let at = (thrown % 0x6000) as usize % bad.len();
+            bad[at] ^= (thrown >> 32) as u8;
         }
         std::fs::write(images.path("bad"), &bad).unwrap();
         let config = DiskConfig { lock: false, ..DiskConfig::qcow2(images.path("bad")) };
