@@ -324,6 +324,11 @@ impl<W: Worker> Attached<W> {
         Ok(mutex.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner))
     }
 
+    /// The worker, for another one that has something to tell it between its turns. Given up before it is detached.
+    pub fn handle(&self) -> Arc<Mutex<W>> {
+        self.worker.clone()
+    }
+
     #[cfg(test)]
     pub fn leaving(&self) -> Option<Leaving> {
         self.home.as_ref().map(|(_, _, leaving)| leaving.clone())

@@ -656,6 +656,7 @@ def test_a_network_of_ones_own() -> None:
         finish(vm, 2)
         assert vm.net_statistics() == (0, 0, 0, 0, 0, 2)
         vm.set_link(True)
+        vm.announce_net()
         vm.set_net_rates(None, rate)
         with pytest.raises(vmbed.InvalidArgument, match="net1"):
             vm.set_link(True, 1)

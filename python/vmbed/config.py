@@ -128,6 +128,8 @@ class Net:
     mtu: int | None = None
     #: What the guest shows, in Mbit/s. It limits nothing.
     speed: int | None = None
+    #: Pairs of queues, 1 to 16: more than one for a TAP interface that was made so, by name or a descriptor for each.
+    queues: int = 1
     #: Whether the cable is plugged in; :meth:`Vm.set_link` changes it.
     link: bool = True
     #: How much the guest may receive and send; operations are frames. :meth:`Vm.set_net_rates` changes it.
@@ -295,7 +297,7 @@ class _Common:
             keep = [optional(net.tap), optional(net.mac), optional(net.pci)]
             made = structure(
                 "vmbed_net", tap=keep[0], mac=keep[1], pci=keep[2], mtu=net.mtu or 0, speed=net.speed or 0,
-                link_down=int(not net.link), receive_rate=tuple(net.receive_rate), send_rate=tuple(net.send_rate),
+                link_down=int(not net.link), queues=net.queues, receive_rate=tuple(net.receive_rate), send_rate=tuple(net.send_rate),
             )  # fmt: skip
             call(lib.vmbed_config_add_net, config, made)
         if self.balloon is not None:

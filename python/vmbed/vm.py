@@ -110,6 +110,8 @@ class NetStatistics(NamedTuple):
     tx_frames: int
     tx_bytes: int
     tx_dropped: int
+    #: What the guest's driver has said that it does not want.
+    rx_filtered: int
 
 
 class BalloonStatistics(NamedTuple):
@@ -357,6 +359,10 @@ class Vm:
     def set_link(self, up: bool, index: int = 0) -> None:
         """Plugs the card's cable in or out; what is sent to or by a card without one is dropped."""
         call(lib.vmbed_vm_set_link, self._pointer, index, up)
+
+    def announce_net(self, index: int = 0) -> None:
+        """Has the guest tell the card's network where it is, as after a move: where its driver knows how."""
+        call(lib.vmbed_vm_announce_net, self._pointer, index)
 
     def set_net_rates(self, receive: Rate | None, send: Rate | None, index: int = 0) -> None:
         """Limits what the card may receive and send from now on; None for no limit."""

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use super::arguments::{Sized_, fd, fill, invalid, optional, structure, text};
 use super::block::{outcome, vmbed_piece};
 use super::call;
-use super::config::{attach, change, reserved, vmbed_builder, vmbed_config};
+use super::config::{attach, change, vmbed_builder, vmbed_config};
 use super::device::{UserData, vmbed_destroy_fn};
 use super::disk::vmbed_rate;
 use super::error::vmbed_error;
@@ -25,7 +25,7 @@ use crate::sys::io::IoList;
 pub struct vmbed_net {
     /// sizeof(struct vmbed_net)
     pub size: usize,
-    /// The name of an existing TAP interface with a single queue. NULL where something is attached with
+    /// The name of an existing TAP interface, with a single queue or with several (see `queues`). NULL where something is attached with
     /// vmbed_builder_net_fd() or vmbed_builder_net_backend().
     pub tap: *const c_char,
     /// The guest's MAC address, `52:54:00:12:34:56`. NULL: a stable one that follows from the VM's UUID.
@@ -39,8 +39,9 @@ pub struct vmbed_net {
     pub speed: u32,
     /// Other than 0: the cable is not plugged in; vmbed_vm_set_link() changes it.
     pub link_down: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Pairs of queues, each with a thread of its own, 1 to 16: more than one for a TAP interface that was made so (`ip tuntap add ...
+    /// multi_queue`), or for as many descriptors of one, vmbed_builder_net_fd() for each. How many its guest uses is up to it. 0: 1.
+    pub queues: u32,
     /// How much the guest may receive; operations are frames. vmbed_vm_set_net_rates() changes it. What is beyond it waits in the
     /// network, and is dropped there when that is full.
     pub receive_rate: vmbed_rate,
@@ -67,8 +68,9 @@ pub unsafe extern "C" fn vmbed_config_add_net(
         net.tap = optional(given.tap, "vmbed_net.tap", text)?.map(str::to_owned);
         net.mac = optional(given.mac, "vmbed_net.mac", text)?.map(str::parse).transpose()?;
         net.pci = optional(given.pci, "vmbed_net.pci", text)?.map(str::parse).transpose()?;
-        reserved("vmbed_net", given.reserved)?;
         let field = |number: u32| (number > 0).then_some(number);
+        let queues = u16::try_from(given.queues.max(1));
+        net.queues = queues.map_err(|_| invalid(format!("vmbed_net.queues is {}; 1 to 16", given.queues)))?;
         let mtu = field(given.mtu).map(u16::try_from).transpose();
         net.mtu = mtu.map_err(|_| invalid(format!("vmbed_net.mtu is {}; 68 to 65535", given.mtu)))?;
         net.speed = field(given.speed);
@@ -82,8 +84,8 @@ pub unsafe extern "C" fn vmbed_config_add_net(
 /// Puts card `index`, added without a TAP interface, on an open descriptor, which is duplicated: one queue of a TAP
 /// interface that somebody attached (TUNSETIFF with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR; it becomes nonblocking), or a
 /// connected Unix socket of the kind SOCK_SEQPACKET or SOCK_DGRAM, on which each message is a frame as vmbed_net_ops
-/// describes it. When the other end of a SOCK_SEQPACKET is closed, the network is gone. vmbed_builder_build() says
-/// whether it is one of these, and whether there is such a card.
+/// describes it. When the other end of a SOCK_SEQPACKET is closed, the network is gone. Called once for each of the card's
+/// `queues`, with as many queues of one TAP interface. vmbed_builder_build() says whether it is one of these, and whether there is such a card.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_builder_net_fd(
     builder: *mut vmbed_builder,
@@ -104,6 +106,18 @@ pub unsafe extern "C" fn vmbed_vm_set_link(
     error: *mut *mut vmbed_error,
 ) -> i32 {
     call(error, || handle::object(vm)?.vm().set_link(index as usize, up))
+}
+
+/// Has the guest tell the network of card `index` where it is (gratuitous ARP and the like), as after a move to another port or
+/// host: where its driver knows how (VIRTIO_NET_F_GUEST_ANNOUNCE). In every state; never blocks. VMBED_ERR_INVALID_ARGUMENT where there
+/// is no such card.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_vm_announce_net(
+    vm: *const vmbed_vm,
+    index: u32,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    call(error, || handle::object(vm)?.vm().announce_net(index as usize))
 }
 
 /// Limits what card `index` may receive and send from now on; NULL for no limit. In every state; never blocks.
@@ -239,11 +253,13 @@ pub struct vmbed_net_statistics {
     pub tx_bytes: u64,
     /// Frames of the guest's that did not go out: malformed, or the network failed or was gone.
     pub tx_dropped: u64,
+    /// Frames that the guest's driver has said that it does not want: for other addresses or VLANs.
+    pub rx_filtered: u64,
 }
 
 // SAFETY: it is repr(C) with its size first, and all zeroes is a value.
 unsafe impl Sized_ for vmbed_net_statistics {
-    const FIRST: usize = size_of::<Self>();
+    const FIRST: usize = offset_of!(Self, rx_filtered);
     const NAME: &'static str = "vmbed_net_statistics";
 }
 
@@ -266,6 +282,7 @@ pub unsafe extern "C" fn vmbed_vm_get_net_statistics(
             tx_frames: now.tx_frames,
             tx_bytes: now.tx_bytes,
             tx_dropped: now.tx_dropped,
+            rx_filtered: now.rx_filtered,
         };
         fill(statistics, &value)
     })

@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[non_exhaustive]
 pub struct NetConfig {
-    /// The name of an existing TAP interface with a single queue, 1 to 15 bytes. One that belongs to the
+    /// The name of an existing TAP interface, 1 to 15 bytes; with a single queue, or with several ([`queues`](Self::queues)). One that belongs to the
     /// user (`ip tuntap add tap0 mode tap user $USER`) needs no capability. `None` where something is attached
     /// with [`VmBuilder::net_fd`](crate::VmBuilder::net_fd),
     /// [`net_port`](crate::VmBuilder::net_port) or [`net_backend`](crate::VmBuilder::net_backend).
@@ -31,6 +31,11 @@ pub struct NetConfig {
     /// What the guest shows as the card's speed, in Mbit/s, full duplex. It limits nothing.
     #[cfg_attr(feature = "serde", serde(default))]
     pub speed: Option<u32>,
+    /// Pairs of queues, each with a thread of its own, 1 to 16: more than one for a TAP interface that was made so
+    /// (`ip tuntap add … multi_queue`), or for as many descriptors of one ([`VmBuilder::net_fd`](crate::VmBuilder::net_fd), once for
+    /// each). How many its guest uses is up to it. Default 1.
+    #[cfg_attr(feature = "serde", serde(default = "one"))]
+    pub queues: u16,
     /// Whether the cable is plugged in; [`Vm::set_link`](crate::Vm::set_link) changes it. Default.
     #[cfg_attr(feature = "serde", serde(default = "plugged_in"))]
     pub link: bool,
@@ -41,6 +46,11 @@ pub struct NetConfig {
     /// How much it may send; what is beyond it waits in the guest's queue. Default: any amount.
     #[cfg_attr(feature = "serde", serde(default))]
     pub send_rate: RateLimit,
+}
+
+#[cfg(feature = "serde")]
+fn one() -> u16 {
+    1
 }
 
 #[cfg(feature = "serde")]
@@ -62,6 +72,7 @@ impl NetConfig {
             pci: None,
             mtu: None,
             speed: None,
+            queues: 1,
             link: true,
             receive_rate: RateLimit::NONE,
             send_rate: RateLimit::NONE,

@@ -241,6 +241,9 @@ impl Found {
             if net.mac.is_some_and(|mac| mac.0[0] & 1 == 1) {
                 self.add(format!("nets[{i}].mac"), "is a multicast address", "the first byte must be even");
             }
+            if !(1..=16).contains(&net.queues) {
+                self.add(format!("nets[{i}].queues"), format!("is {}", net.queues), "1 to 16");
+            }
             if net.mtu.is_some_and(|mtu| mtu < 68) {
                 let problem = format!("is {}", net.mtu.unwrap_or_default());
                 self.add(format!("nets[{i}].mtu"), problem, "68 to 65535 (RFC 791)");

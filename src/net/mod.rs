@@ -68,6 +68,10 @@ pub trait NetBackend: Send + 'static {
     /// anything else.
     fn set_offloads(&mut self, _taken: Offloads) {}
 
+    /// Whether frames for the guest are to come through here from now on: of a TAP interface with several queues, of which the guest
+    /// uses some.
+    fn set_active(&mut self, _active: bool) {}
+
     /// Polls readable while a frame waits, writable while there is room, and with an error when the
     /// other side is gone. The same one all the time; another one after `reopen`.
     fn fd(&self) -> BorrowedFd<'_>;

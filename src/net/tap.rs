@@ -17,6 +17,9 @@ const FLAGS: i32 = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 /// One queue of a TAP interface that exists already.
 pub(crate) struct Tap {
     file: File,
+    /// The interface has several.
+    several: bool,
+    active: bool,
     /// `net0: tap 'tap0'`, for errors.
     who: String,
     name: String,
@@ -27,19 +30,33 @@ pub(crate) struct Tap {
 }
 
 impl Tap {
-    /// Attaches to the interface `name` for the card `id`.
+    /// Attaches to the interface `name` for the card `id`, as many times as it has pairs of queues.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_all(id: &str, name: &str, count: u16) -> Result<Vec<Self>> {
+        (0..count).map(|_| Self::queue(id, name, count > 1)).collect()
+    }
+
+    /// Attaches to the only queue of the interface `name` for the card `id`.
     ///
     /// # Errors
     /// No /dev/net/tun, no such interface (none is made), in use by someone else, or not ours.
     pub fn open(id: &str, name: &str) -> Result<Self> {
+        Self::queue(id, name, false)
+    }
+
+    /// Attaches to its only queue, or to a new one of several.
+    fn queue(id: &str, name: &str, several: bool) -> Result<Self> {
         let who = format!("{id}: tap '{name}'");
         if !tap::interface_exists(name) {
             return Err(missing(&who, name));
         }
         let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(TUN);
         let file = opened.map_err(|e| no_tun(&who, e))?;
-        tap::attach(file.as_fd(), name, FLAGS).map_err(|e| not_attached(&who, name, e))?;
-        Self::set_up(who, name.to_owned(), file)
+        let flags = if several { FLAGS | libc::IFF_MULTI_QUEUE } else { FLAGS };
+        tap::attach(file.as_fd(), name, flags).map_err(|e| not_attached(&who, name, several, e))?;
+        Self::set_up(who, name.to_owned(), file, several)
     }
 
     /// Takes over a descriptor that someone with more rights has attached to an interface. It becomes nonblocking.
@@ -58,10 +75,10 @@ impl Tap {
         let file = File::from(fd);
         crate::sys::fd::set_nonblocking(file.as_fd())
             .map_err(|e| Error::os(format!("{who}: making it nonblocking"), e))?;
-        Self::set_up(who, attached.name, file)
+        Self::set_up(who, attached.name, file, attached.flags & libc::IFF_MULTI_QUEUE != 0)
     }
 
-    fn set_up(who: String, name: String, file: File) -> Result<Self> {
+    fn set_up(who: String, name: String, file: File, several: bool) -> Result<Self> {
         tap::set_header_size(file.as_fd(), HEADER_LEN as i32)
             .map_err(|e| Error::os(format!("{who}: setting the header's size (TUNSETVNETHDRSZ)"), e))?;
         // UDP segments came with Linux 6.2.
@@ -71,7 +88,7 @@ impl Tap {
         let taken = Offloads::empty();
         tap::set_offload(file.as_fd(), flags(taken))
             .map_err(|e| Error::os(format!("{who}: turning offloads off (TUNSETOFFLOAD)"), e))?;
-        Ok(Self { file, who, name, known: known.unwrap_or(taken), taken })
+        Ok(Self { file, several, active: true, who, name, known: known.unwrap_or(taken), taken })
     }
 }
 
@@ -104,13 +121,17 @@ fn no_tun(who: &str, error: io::Error) -> Error {
     Error::os(format!("{who}: {TUN} {what}"), error)
 }
 
-fn not_attached(who: &str, name: &str, error: io::Error) -> Error {
+fn not_attached(who: &str, name: &str, several: bool, error: io::Error) -> Error {
     let what = match error.raw_os_error() {
         Some(libc::EBUSY) => "is in use by another program or another VM".to_owned(),
         Some(libc::EPERM | libc::EACCES) => format!(
             "belongs to someone else; give it to this user (ip tuntap add {name} mode tap user $USER) or \
              run with CAP_NET_ADMIN"
         ),
+        Some(libc::EINVAL) if several => format!(
+            "is no TAP interface with several queues (ip tuntap add {name} mode tap multi_queue), as nets[].queues wants it"
+        ),
+        Some(libc::E2BIG) => "has no queue left for it: other programs have them".to_owned(),
         Some(libc::EINVAL) => {
             "is no TAP interface with a single queue (ip tuntap add … mode tap, without multi_queue)".into()
         }
@@ -146,6 +167,18 @@ impl NetBackend for Tap {
         self.taken = taken;
     }
 
+    /// A queue that is not used is detached, so that the kernel gives its flows to the others. To attach it, the interface must be
+    /// there; else it is found to be gone, and looked for.
+    fn set_active(&mut self, active: bool) {
+        self.active = active;
+        if self.several
+            && let Err(error) = tap::set_queue(self.file.as_fd(), active)
+        {
+            // As it is already, commonly.
+            log::debug!("{}: using one of its queues: {active} (TUNSETQUEUE): {error}", self.who);
+        }
+    }
+
     fn is_gone(&self) -> bool {
         tap::attached(self.file.as_fd()).is_err()
     }
@@ -155,9 +188,10 @@ impl NetBackend for Tap {
             return Ok(());
         }
         let id = self.who.split(':').next().unwrap_or_default().to_owned();
-        let taken = self.taken;
-        *self = Self::open(&id, &self.name)?;
+        let (taken, active) = (self.taken, self.active);
+        *self = Self::queue(&id, &self.name, self.several)?;
         self.set_offloads(taken);
+        self.set_active(active);
         Ok(())
     }
 }
@@ -168,7 +202,7 @@ mod tests {
 
     #[test]
     fn an_interface_that_is_not_there_is_not_made() {
-        let error = Tap::open("net0", "vmbednone0").err().unwrap();
+        let error = Tap::open_all("net0", "vmbednone0", 1).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::NotFound);
         let text = error.to_string();
         assert!(
@@ -177,7 +211,7 @@ mod tests {
         );
         assert!(!tap::interface_exists("vmbednone0"));
         for name in ["", "a name with spaces", "sixteen-bytes-00", "nul\0"] {
-            assert!(Tap::open("net0", name).is_err(), "{name:?}");
+            assert!(Tap::open_all("net0", name, 2).is_err(), "{name:?}");
         }
     }
 
@@ -186,9 +220,9 @@ mod tests {
         let errno = io::Error::from_raw_os_error;
         let tun = no_tun("net0: tap 'tap0'", errno(libc::ENOENT));
         assert!(tun.to_string().contains("modprobe tun"));
-        let busy = not_attached("net0: tap 'tap0'", "tap0", errno(libc::EBUSY));
+        let busy = not_attached("net0: tap 'tap0'", "tap0", false, errno(libc::EBUSY));
         assert_eq!((busy.kind(), busy.to_string().contains("in use")), (ErrorKind::Busy, true));
-        let denied = not_attached("net0: tap 'tap0'", "tap0", errno(libc::EPERM));
+        let denied = not_attached("net0: tap 'tap0'", "tap0", false, errno(libc::EPERM));
         assert_eq!(denied.kind(), ErrorKind::PermissionDenied);
         assert!(denied.to_string().contains("ip tuntap add tap0"));
     }

@@ -157,6 +157,11 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
+    /// Moves on by `count` bytes.
+    pub fn skip(&mut self, count: u64) -> Result<(), BadBuffer> {
+        self.0.skip(count)
+    }
+
     /// The next `N` bytes.
     pub fn read_array<const N: usize>(&mut self) -> Result<[u8; N], BadBuffer>
     where

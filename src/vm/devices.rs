@@ -100,7 +100,18 @@ pub(super) fn make(
         let id = format!("net{i}");
         let signals = signals(&id);
         let control = Arc::new(net::Control::new(&id, mac, card, Some(signals.clone())));
-        let device = Net::new(control.clone(), sources.net(i, card)?, place(&main_loop));
+        let mut lanes = Vec::with_capacity(card.queues.into());
+        for (pair, backend) in sources.net(i, card)?.into_iter().enumerate() {
+            let on = if pair == 0 {
+                main_loop.clone()
+            } else {
+                let own = plan.threads.start_loop(loops.len() as u32)?;
+                loops.push(own.clone());
+                own
+            };
+            lanes.push((backend, place(&on)));
+        }
+        let device = Net::new(control.clone(), lanes);
         nets.push(control);
         add(places.take(card.pci), Box::new(device), signals);
     }

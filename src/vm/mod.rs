@@ -346,6 +346,17 @@ impl Vm {
         Ok(())
     }
 
+    /// Has the guest tell the network of the card `nets[index]` of the configuration where it is (gratuitous ARP and the like), as after a
+    /// move to another port or host: where its driver knows how (VIRTIO_NET_F_GUEST_ANNOUNCE), once it is served. In every state.
+    /// Never blocks.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when there is no such card.
+    pub fn announce_net(&self, index: usize) -> Result<()> {
+        self.net(index)?.announce();
+        Ok(())
+    }
+
     /// Limits what the card `nets[index]` of the configuration may receive and send from now on, as
     /// [`NetConfig::receive_rate`](crate::NetConfig::receive_rate) and `send_rate` do from the beginning. In every state.
     /// Never blocks.

@@ -71,6 +71,7 @@ impl VmBuilder {
     /// of a TAP interface that somebody attached (`TUNSETIFF` with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`; it becomes
     /// nonblocking), or a connected Unix socket of the kind `SOCK_SEQPACKET` or `SOCK_DGRAM`, on which each message is a
     /// frame as [`NetBackend`] describes it. When the other end of a `SOCK_SEQPACKET` is closed, the network is gone.
+    /// Called once for each of [`NetConfig::queues`](crate::NetConfig::queues), with as many queues of one TAP interface.
     ///
     /// [`build`](Self::build) answers `InvalidArgument` where there is no such card, it has a network already, or the
     /// descriptor is of another kind.
@@ -143,13 +144,7 @@ impl Sources {
                 self.disks.iter().map(|(i, _)| *i).collect::<Vec<_>>(),
                 "disk_fd or disk_backend",
             ),
-            (
-                "nets",
-                "tap",
-                nets,
-                self.nets.iter().map(|(i, _)| *i).collect::<Vec<_>>(),
-                "net_fd, net_port or net_backend",
-            ),
+            ("nets", "tap", nets, self.networks(), "net_fd, net_port or net_backend"),
         ];
         for (list, field, named, sources, how) in kinds {
             for (i, named) in named.iter().enumerate() {
@@ -176,6 +171,14 @@ impl Sources {
         if found.is_empty() { Ok(()) } else { Err(Error::invalid_fields(found)) }
     }
 
+    /// The cards that have something attached. Several descriptors of one are its queues.
+    fn networks(&self) -> Vec<usize> {
+        let is_fd = |source: &NetSource| matches!(source, NetSource::Fd(_));
+        let before = |at: usize, index| self.nets[..at].iter().any(|(i, s)| *i == index && is_fd(s));
+        let each = self.nets.iter().enumerate();
+        each.filter(|(at, (i, s))| !(is_fd(s) && before(*at, *i))).map(|(_, (i, _))| *i).collect()
+    }
+
     /// Opens what is behind `disks[index]`.
     pub fn disk(&mut self, index: usize, disk: &DiskConfig) -> Result<Box<dyn block::Backend>> {
         let id = format!("disk{index}");
@@ -188,20 +191,39 @@ impl Sources {
         })
     }
 
-    /// Opens what is behind `nets[index]`.
-    pub fn net(&mut self, index: usize, net: &NetConfig) -> Result<Box<dyn NetBackend>> {
+    /// Opens what is behind `nets[index]`: for each pair of queues.
+    pub fn net(&mut self, index: usize, net: &NetConfig) -> Result<Vec<Box<dyn NetBackend>>> {
         let id = format!("net{index}");
-        let given = self.nets.iter().position(|(i, _)| *i == index).map(|at| self.nets.swap_remove(at).1);
-        Ok(match (given, &net.tap) {
-            (Some(NetSource::Fd(fd)), _) => match Socket::adopt(&id, fd) {
-                Ok(socket) => Box::new(socket),
-                Err(fd) => Box::new(Tap::adopt(&id, fd)?),
-            },
-            (Some(NetSource::Port(port)), _) => Box::new(port.plug().map_err(|e| e.context(id))?),
-            (Some(NetSource::Own(backend)), _) => backend,
-            (None, Some(tap)) => Box::new(Tap::open(&id, tap)?),
-            (None, None) => return Err(nothing(&id)),
-        })
+        let (given, others) = self.nets.drain(..).partition(|(i, _)| *i == index);
+        self.nets = others;
+        let given: Vec<(usize, NetSource)> = given;
+        let mut opened: Vec<Box<dyn NetBackend>> = Vec::new();
+        for (_, source) in given {
+            opened.push(match source {
+                NetSource::Fd(fd) => match Socket::adopt(&id, fd) {
+                    Ok(socket) => Box::new(socket),
+                    Err(fd) => Box::new(Tap::adopt(&id, fd)?),
+                },
+                NetSource::Port(port) => Box::new(port.plug().map_err(|e| e.context(&id))?),
+                NetSource::Own(backend) => backend,
+            });
+        }
+        if let Some(tap) = &net.tap {
+            let queues = Tap::open_all(&id, tap, net.queues)?;
+            opened.extend(queues.into_iter().map(|tap| Box::new(tap) as Box<dyn NetBackend>));
+        }
+        match opened.len() {
+            0 => Err(nothing(&id)),
+            count if count == usize::from(net.queues) => Ok(opened),
+            count => {
+                let why = format!(
+                    "{id}: nets[{index}].queues is {}, and what is attached has {count}: only a TAP interface has several, by name, or by \
+                     a descriptor for each",
+                    net.queues
+                );
+                Err(Error::new(ErrorKind::InvalidArgument, why))
+            }
+        }
     }
 }
 

@@ -280,6 +280,8 @@ pub fn a_network_of_ones_own() {
     let carried = guest.vm.net_statistics(0).unwrap();
     assert_eq!((carried.tx_frames, carried.tx_dropped), (0, 2), "there is no cable");
     guest.vm.set_link(0, true).unwrap();
+    guest.vm.announce_net(0).unwrap();
+    assert!(guest.vm.announce_net(1).unwrap_err().to_string().contains("net1"));
     guest.vm.set_net_rates(0, RateLimit::NONE, rate).unwrap();
     assert!(guest.vm.set_link(1, true).unwrap_err().to_string().contains("net1"));
     assert!(guest.vm.set_net_rates(1, rate, rate).unwrap_err().to_string().contains("net1"));

@@ -289,6 +289,8 @@ void a_network_of_ones_own(void)
     OK(vmbed_vm_get_net_statistics(g.vm, 0, &carried, &error));
     CHECK(carried.tx_frames == 0 && carried.tx_dropped == 2);
     OK(vmbed_vm_set_link(g.vm, 0, true, &error));
+    OK(vmbed_vm_announce_net(g.vm, 0, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "net1", vmbed_vm_announce_net(g.vm, 1, &error));
     OK(vmbed_vm_set_net_rates(g.vm, 0, NULL, &rate, &error));
     FAILS(VMBED_ERR_INVALID_ARGUMENT, "net1", vmbed_vm_set_link(g.vm, 1, true, &error));
     FAILS(VMBED_ERR_INVALID_ARGUMENT, "net1", vmbed_vm_set_net_rates(g.vm, 1, &rate, NULL, &error));

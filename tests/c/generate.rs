@@ -59,7 +59,7 @@ const NULL_IS_GOOD: [&str; 20] = [
 const ENUMERATIONS: [&str; 5] = ["mode", "register_", "platform", "console", "level"];
 
 /// Structures that have grown since the baseline, and their first new field.
-const GROWN: [(&str, &str); 7] = [
+const GROWN: [(&str, &str); 8] = [
     ("vmbed_block_ops", "discard"),
     ("vmbed_disk", "format"),
     ("vmbed_disk_statistics", "discards"),
@@ -67,6 +67,7 @@ const GROWN: [(&str, &str); 7] = [
     ("vmbed_usage", "dedicated_vcpus"),
     ("vmbed_memory", "loaned"),
     ("vmbed_net", "mtu"),
+    ("vmbed_net_statistics", "rx_filtered"),
 ];
 
 /// What the program needs before `main`.

@@ -210,10 +210,7 @@ fn one_half(half: u64, mut rig: Disk) -> Vec<u8> {
         // Each of a round has a place of its own.
         let (mut sent, mut zeroed) = (0, Vec::new());
         for tag in 0..8usize {
-            dice ^= dice << 13;
-            dice ^= dice >> 7;
-            dice ^= dice << 17;
-            let at = (tag * HALF / 8) + (dice >> 8) as usize % (HALF / 8 / STEP) * STEP;
+            let at = (tag * HALF / 8) + (throw(&mut dice) >> 8) as usize % (HALF / 8 / STEP) * STEP;
             let (offset, place) = (half * HALF as u64 + at as u64, (tag * STEP) as u64);
             let byte = (round + tag) as u8;
             sent += 1;

@@ -1,14 +1,15 @@
 #![forbid(unsafe_code)]
 //! What may be changed of a card, and what is known of it, on any thread while it is served.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use virtio_bindings::bindings::virtio_net::{
-    VIRTIO_NET_F_MTU, VIRTIO_NET_F_SPEED_DUPLEX, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_MTU, VIRTIO_NET_F_SPEED_DUPLEX, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
 };
 
+use super::filter::Filter;
 use super::statistics::{Counters, NetStatistics};
 use crate::config::{MacAddress, NetConfig, RateLimit};
 use crate::rate::TokenBucket;
@@ -25,6 +26,13 @@ const FULL: u8 = 1;
 pub(crate) struct Control {
     id: String,
     mac: MacAddress,
+    filter: Mutex<Filter>,
+    /// Changes whenever the filter does: who looks at frames has a copy.
+    filters: AtomicU32,
+    /// Pairs of queues that the driver uses.
+    used: AtomicUsize,
+    /// The driver is to tell its networks where it is.
+    announcing: AtomicBool,
     mtu: Option<u16>,
     speed: Option<u32>,
     up: AtomicBool,
@@ -33,7 +41,8 @@ pub(crate) struct Control {
     begun: Instant,
     pub(super) receive: Limit,
     pub(super) send: Limit,
-    pub(super) counters: Arc<Counters>,
+    /// For each pair of queues.
+    pub(super) counters: Vec<Arc<Counters>>,
 }
 
 /// How much may pass one way.
@@ -67,7 +76,11 @@ impl Control {
             begun: Instant::now(),
             receive: Limit::new(config.receive_rate),
             send: Limit::new(config.send_rate),
-            counters: Arc::default(),
+            counters: (0..config.queues.max(1)).map(|_| Arc::default()).collect(),
+            filter: Mutex::new(Filter::new(mac)),
+            used: AtomicUsize::new(1),
+            filters: AtomicU32::new(0),
+            announcing: AtomicBool::new(false),
         }
     }
 
@@ -77,7 +90,7 @@ impl Control {
 
     /// What it has carried.
     pub fn statistics(&self) -> NetStatistics {
-        self.counters.statistics()
+        self.counters.iter().fold(NetStatistics::default(), |sum, pair| sum.plus(pair))
     }
 
     /// Plugs the cable in or out, and tells the driver.
@@ -87,6 +100,56 @@ impl Control {
         {
             signals.config_changed();
         }
+    }
+
+    /// Has the driver tell the networks that it is on where it can be reached, once it is served. Whether it knows how, nobody is told.
+    pub fn announce(&self) {
+        self.announcing.store(true, Ordering::SeqCst);
+        if let Some(signals) = &self.signals {
+            signals.config_changed();
+        }
+    }
+
+    pub(super) fn announced(&self) {
+        self.announcing.store(false, Ordering::SeqCst);
+    }
+
+    /// A driver begins, or goes on after a pause, that can say which VLANs it wants, or not.
+    pub(super) fn agree(&self, vlans: bool) {
+        self.filter(|filter| filter.agree_on_vlans(vlans));
+    }
+
+    /// Another driver begins: what the one before has said is forgotten.
+    pub(super) fn forget(&self) {
+        self.filter(|filter| *filter = Filter::new(self.mac));
+        self.announced();
+        self.set_used(1);
+    }
+
+    /// Whether the driver uses that pair of queues: the first, until it says more.
+    pub(super) fn uses(&self, pair: usize) -> bool {
+        pair < self.used.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn set_used(&self, pairs: usize) {
+        self.used.store(pairs, Ordering::SeqCst);
+    }
+
+    /// Changes the filter.
+    pub(super) fn filter<R>(&self, change: impl FnOnce(&mut Filter) -> R) -> R {
+        let mut filter = lock(&self.filter);
+        let changed = change(&mut filter);
+        self.filters.fetch_add(1, Ordering::Release);
+        changed
+    }
+
+    /// The filter, where it is another one than that of this number.
+    pub(super) fn newer_filter(&self, than: &mut u32) -> Option<Filter> {
+        let now = self.filters.load(Ordering::Acquire);
+        if std::mem::replace(than, now) == now {
+            return None;
+        }
+        Some(lock(&self.filter).clone())
     }
 
     pub(super) fn is_up(&self) -> bool {
@@ -124,9 +187,15 @@ impl Control {
     pub(super) fn config(&self) -> [u8; CONFIG_LEN] {
         let mut config = [0; CONFIG_LEN];
         let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
-        put(0, &self.mac.0);
-        let status = if self.is_up() { VIRTIO_NET_S_LINK_UP as u16 } else { 0 };
-        put(6, &status.to_le_bytes());
+        put(0, &lock(&self.filter).mac.0);
+        let mut status = if self.is_up() { VIRTIO_NET_S_LINK_UP } else { 0 };
+        if self.announcing.load(Ordering::SeqCst) {
+            status |= VIRTIO_NET_S_ANNOUNCE;
+        }
+        put(6, &(status as u16).to_le_bytes());
+        if self.counters.len() > 1 {
+            put(8, &(self.counters.len() as u16).to_le_bytes());
+        }
         put(10, &self.mtu.unwrap_or(0).to_le_bytes());
         if let Some(speed) = self.speed {
             put(12, &speed.to_le_bytes());

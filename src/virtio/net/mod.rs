@@ -1,21 +1,30 @@
 #![forbid(unsafe_code)]
-//! virtio-net (5.1): a network card with one pair of queues.
+//! virtio-net (5.1): a network card.
 
 use std::sync::Arc;
 
-use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS};
+use virtio_bindings::bindings::virtio_net::{
+    VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VLAN,
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS,
+};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::{Activation, Queue, VirtioDevice, read_config_space};
+use super::queue::Chain;
+use super::{Activation, Queue, Signals, VirtioDevice, read_config_space};
 use crate::error::{Error, ErrorKind, Result};
+use crate::memory::Memory;
 use crate::net::NetBackend;
 use crate::reactor::{Attached, Place};
+use commands::Commander;
 use rx::{Overflow, Rx};
 use tx::Tx;
 use worker::{Timers, Worker};
 
+mod commands;
 mod control;
+mod filter;
 mod header;
 mod rx;
 mod statistics;
@@ -28,12 +37,34 @@ pub use statistics::NetStatistics;
 /// Entries of each queue.
 const QUEUE_SIZE: u16 = 256;
 
-const FEATURES: u64 = 1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_STATUS | 1 << VIRTIO_NET_F_MRG_RXBUF;
+const FEATURES: u64 = 1 << VIRTIO_NET_F_MAC
+    | 1 << VIRTIO_NET_F_STATUS
+    | 1 << VIRTIO_NET_F_MRG_RXBUF
+    | 1 << VIRTIO_NET_F_CTRL_VQ
+    | 1 << VIRTIO_NET_F_CTRL_RX
+    | 1 << VIRTIO_NET_F_CTRL_RX_EXTRA
+    | 1 << VIRTIO_NET_F_CTRL_VLAN
+    | 1 << VIRTIO_NET_F_CTRL_MAC_ADDR
+    | 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
+
+/// Entries of the control queue: a command at a time is the rule.
+const CONTROL_SIZE: u16 = 64;
 
 /// A card of a guest.
 pub(crate) struct Net {
     control: Arc<Control>,
     features: u64,
+    sizes: Vec<u16>,
+    pairs: Vec<Pair>,
+    /// Where commands are served.
+    place: Place,
+    commands: Option<Attached<Commander>>,
+    /// Where the control queue is: behind the pairs that this driver knows of.
+    commands_at: usize,
+}
+
+/// A receive and a transmit queue.
+struct Pair {
     place: Place,
     state: State,
 }
@@ -46,10 +77,22 @@ enum State {
 }
 
 impl Net {
-    /// The card on `backend`.
-    pub fn new(control: Arc<Control>, backend: Box<dyn NetBackend>, place: Place) -> Self {
-        let features = FEATURES | control.features() | header::offered(backend.offloads());
-        Self { control, features, place, state: State::Idle(backend, Overflow::default()) }
+    /// The card on `lanes`: for each pair of queues a way to the network and a place. Commands are served where the first is.
+    pub fn new(control: Arc<Control>, lanes: Vec<(Box<dyn NetBackend>, Place)>) -> Self {
+        let known = lanes.iter().map(|(backend, _)| backend.offloads()).reduce(|all, one| all & one);
+        let mut features = FEATURES | control.features() | header::offered(known.unwrap_or_default());
+        if lanes.len() > 1 {
+            features |= 1 << VIRTIO_NET_F_MQ;
+        }
+        let mut sizes = vec![QUEUE_SIZE; 2 * lanes.len()];
+        sizes.push(CONTROL_SIZE);
+        let place = lanes.first().map_or(Place::Caller, |(_, place)| place.clone());
+        let pair = |(index, (mut backend, place)): (usize, (Box<dyn NetBackend>, Place))| {
+            backend.set_active(index == 0);
+            Pair { place, state: State::Idle(backend, Overflow::default()) }
+        };
+        let pairs = lanes.into_iter().enumerate().map(pair).collect();
+        Self { control, features, sizes, pairs, place, commands: None, commands_at: 2 }
     }
 
     /// One with nothing special.
@@ -61,15 +104,85 @@ impl Net {
         place: Place,
     ) -> Self {
         let config = crate::config::NetConfig::attached();
-        Self::new(Arc::new(Control::new(id, mac, &config, None)), backend, place)
+        Self::new(Arc::new(Control::new(id, mac, &config, None)), vec![(backend, place)])
     }
 
-    /// Serves both queues on the caller's thread: for drivers in this process ([`Place::Caller`]).
+    /// Serves all queues on the caller's thread: for drivers in this process ([`Place::Caller`]).
     #[cfg(any(test, feature = "internals"))]
     pub fn process_queues(&self) {
-        if let State::Active(worker) = &self.state {
-            worker.with(Worker::process_queues);
+        for pair in &self.pairs {
+            if let State::Active(worker) = &pair.state {
+                worker.with(Worker::process_queues);
+            }
         }
+        if let Some(commands) = &self.commands {
+            commands.with(Commander::process_queue);
+        }
+    }
+
+    fn refused(&self, why: &str) -> Error {
+        Error::new(ErrorKind::InvalidState, format!("{}: {why}", self.control.id()))
+    }
+
+    /// Begins to serve a pair, where the driver has both queues of it.
+    fn begin_pair(
+        &mut self,
+        index: usize,
+        features: u64,
+        (memory, signals): (&Memory, &Signals),
+        queues: (Option<Queue>, Option<Queue>),
+    ) -> Result<()> {
+        let (rx, tx) = match queues {
+            (Some(rx), Some(tx)) => (rx, tx),
+            (None, None) if index > 0 => return Ok(()),
+            _ => return Err(self.refused("the driver has not enabled both queues")),
+        };
+        let id = self.control.id();
+        let timer =
+            || TimerFd::new().map_err(|e| Error::errno_of(format!("{id}: creating a timer (timerfd)"), e));
+        let timers = Timers { retry: timer()?, limit: timer()? };
+        let Some(pair) = self.pairs.get_mut(index) else { return Ok(()) };
+        let (mut backend, overflow) = match std::mem::replace(&mut pair.state, State::Lost) {
+            State::Idle(backend, overflow) => (backend, overflow),
+            other => {
+                pair.state = other;
+                return Err(self.refused("is active already, or its event loop has ended"));
+            }
+        };
+        let mergeable = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
+        let (may, takes) = header::accepted(features & self.features);
+        backend.set_offloads(takes);
+        let rx = Rx::new(rx, mergeable, takes, overflow, (self.control.clone(), index));
+        let tx = Tx::new(tx, may, (self.control.clone(), index));
+        let mut worker = Worker::new(rx, tx, memory.clone(), signals.clone(), backend, timers);
+        worker.set_active(self.control.uses(index));
+        pair.state = State::Active(pair.place.attach(worker, self.control.id())?);
+        Ok(())
+    }
+
+    fn begin_commands(
+        &mut self,
+        features: u64,
+        memory: Memory,
+        signals: Signals,
+        queue: Queue,
+    ) -> Result<()> {
+        let handle = |pair: &Pair| match &pair.state {
+            State::Active(worker) => Some(worker.handle()),
+            _ => None,
+        };
+        let commander = Commander {
+            chain: Chain::with_capacity(queue.max_size()),
+            queue,
+            memory,
+            signals,
+            control: self.control.clone(),
+            features,
+            pairs: self.pairs.iter().map_while(handle).collect(),
+            broken: false,
+        };
+        self.commands = Some(self.place.attach(commander, self.control.id())?);
+        Ok(())
     }
 }
 
@@ -87,7 +200,7 @@ impl VirtioDevice for Net {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE, QUEUE_SIZE]
+        &self.sizes
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -95,53 +208,55 @@ impl VirtioDevice for Net {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<()> {
-        let refused =
-            |why: &str| Error::new(ErrorKind::InvalidState, format!("{}: {why}", self.control.id()));
-        let Activation { features, memory, queues, signals } = activation;
-        let mut queues = queues.into_iter();
-        let (Some(Some(rx)), Some(Some(tx))) = (queues.next(), queues.next()) else {
-            return Err(refused("the driver has not enabled both queues"));
-        };
-        let timer = || {
-            let id = self.control.id();
-            TimerFd::new().map_err(|e| Error::errno_of(format!("{id}: creating a timer (timerfd)"), e))
-        };
-        let timers = Timers { retry: timer()?, limit: timer()? };
-        let (mut backend, overflow) = match std::mem::replace(&mut self.state, State::Lost) {
-            State::Idle(backend, overflow) => (backend, overflow),
-            other => {
-                self.state = other;
-                return Err(refused("is active already, or its event loop has ended"));
-            }
-        };
-        let mergeable = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
-        let (may, takes) = header::accepted(features & self.features);
-        backend.set_offloads(takes);
-        let rx = Rx::new(rx, mergeable, takes, overflow, self.control.clone());
-        let tx = Tx::new(tx, may, self.control.clone());
-        let worker = Worker::new(rx, tx, memory, signals, backend, timers);
-        self.state = State::Active(self.place.attach(worker, self.control.id())?);
-        Ok(())
+        let Activation { features, memory, mut queues, signals } = activation;
+        let features = features & self.features;
+        let pairs = if features & 1 << VIRTIO_NET_F_MQ != 0 { self.pairs.len() } else { 1 };
+        self.control.agree(features & 1 << VIRTIO_NET_F_CTRL_VLAN != 0);
+        let mut take = |at: usize| queues.get_mut(at).and_then(Option::take);
+        self.commands_at = 2 * pairs;
+        let commands = take(self.commands_at);
+        for index in 0..pairs {
+            let both = (take(2 * index), take(2 * index + 1));
+            self.begin_pair(index, features, (&memory, &signals), both)?;
+        }
+        match commands {
+            Some(queue) => self.begin_commands(features, memory, signals, queue),
+            None => Ok(()),
+        }
     }
 
     fn deactivate(&mut self) -> Vec<Option<Queue>> {
-        match std::mem::replace(&mut self.state, State::Lost) {
-            State::Active(worker) => match worker.detach() {
-                Ok(worker) => {
-                    let (queues, backend, overflow) = worker.finish();
-                    self.state = State::Idle(backend, overflow);
-                    queues
-                }
-                Err(error) => {
-                    log::warn!("{}: {error}", self.control.id());
-                    vec![None, None]
-                }
-            },
-            other => {
-                self.state = other;
-                Vec::new()
+        let mut queues: Vec<_> = self.sizes.iter().map(|_| None).collect();
+        let Self { control, pairs, commands, commands_at, .. } = self;
+        let lost = |error: Error| log::warn!("{}: {error}", control.id());
+        // It holds what tells the others.
+        if let Some(commander) = commands.take() {
+            match commander.detach() {
+                Ok(commander) => queues[*commands_at] = Some(commander.queue),
+                Err(error) => lost(error),
             }
         }
+        for (pair, places) in pairs.iter_mut().zip(queues.chunks_mut(2)) {
+            match std::mem::replace(&mut pair.state, State::Lost) {
+                State::Active(worker) => match worker.detach() {
+                    Ok(worker) => {
+                        let ([rx, tx], backend, overflow) = worker.finish();
+                        pair.state = State::Idle(backend, overflow);
+                        places[0] = Some(rx);
+                        if let Some(place) = places.get_mut(1) {
+                            *place = Some(tx);
+                        }
+                    }
+                    Err(error) => lost(error),
+                },
+                other => pair.state = other,
+            }
+        }
+        queues
+    }
+
+    fn reset(&mut self) {
+        self.control.forget();
     }
 }
 

@@ -9,7 +9,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::control::Control;
+use super::filter::Filter;
 use super::header::{Header, to_driver};
+use super::statistics::Counters;
 use crate::memory::Memory;
 use crate::net::{HEADER_LEN, MAX_FRAME, MIN_FRAME, NetBackend, Offloads};
 use crate::sys::io::Pieces;
@@ -37,6 +39,10 @@ pub(super) struct Rx {
     pieces: Pieces,
     pub overflow: Overflow,
     control: Arc<Control>,
+    counters: Arc<Counters>,
+    /// Which frames are wanted; a copy, and its number.
+    filter: Option<Filter>,
+    filters: u32,
 }
 
 /// Room for what does not fit into the driver's buffers, and for a frame that waits for more of them.
@@ -79,7 +85,7 @@ impl Rx {
         mergeable: bool,
         takes: Offloads,
         mut overflow: Overflow,
-        control: Arc<Control>,
+        (control, pair): (Arc<Control>, usize),
     ) -> Self {
         // A driver before this one could take it in pieces; this one would not know that they belong together.
         if !mergeable {
@@ -94,13 +100,20 @@ impl Rx {
             parts: Vec::with_capacity(queue.size().into()),
             pieces: Pieces::with_capacity(usize::from(queue.max_size()) + 2),
             overflow,
+            counters: control.counters[pair].clone(),
             control,
+            filter: None,
+            // No filter's: it is looked at before the first frame.
+            filters: u32::MAX,
             queue,
         }
     }
 
     /// Delivers frames until buffers or frames run out.
     pub fn run(&mut self, memory: &Memory, backend: &mut dyn NetBackend) -> Result<Received, QueueFault> {
+        if let Some(filter) = self.control.newer_filter(&mut self.filters) {
+            self.filter = (!filter.is_open()).then_some(filter);
+        }
         for _ in 0..SHARE {
             if !self.control.is_up() {
                 match self.discard(backend) {
@@ -140,7 +153,7 @@ impl Rx {
         self.overflow.kept = 0;
         list.push_room(&mut self.overflow.room);
         backend.receive(&list)?;
-        self.control.counters.rx.dropped();
+        self.counters.rx.dropped();
         Ok(())
     }
 
@@ -235,7 +248,11 @@ impl Rx {
             header = [0; HEADER_LEN];
         }
         if !(MIN_FRAME..=MAX_FRAME).contains(&len) {
-            self.control.counters.rx.dropped();
+            self.counters.rx.dropped();
+            return Ok(Ok(()));
+        }
+        if !self.is_wanted(memory) {
+            self.counters.filtered.add(1);
             return Ok(Ok(()));
         }
         if len > room {
@@ -244,6 +261,15 @@ impl Rx {
         }
         self.share_out(len);
         self.finish(memory, &header, len, true).map(Ok)
+    }
+
+    /// Whether the driver wants the frame that was read. It lies in the driver's own buffers, and only the driver is hurt by what it
+    /// does to it meanwhile. Of a first buffer that is tiny, it is not known.
+    fn is_wanted(&self, memory: &Memory) -> bool {
+        let Some(filter) = &self.filter else { return true };
+        let mut frame = Chain::buffer_reader(memory, &self.chains[0].writable);
+        let found = frame.skip(HEADER_LEN as u64).and_then(|()| frame.read_array());
+        found.map_or(true, |frame| filter.passes(&frame))
     }
 
     /// Hands a buffer back that is none, and gives back those behind it.
@@ -281,12 +307,12 @@ impl Rx {
         let used = self.parts.len();
         let Some(header) = to_driver(header, len as u64, self.takes, used as u16) else {
             // Nor does anybody else do what is left to do: it is lost, and the buffers wait for the next.
-            self.control.counters.rx.dropped();
+            self.counters.rx.dropped();
             return Ok(());
         };
         // The header's bytes may be outside memory even if the rest is not.
         let sound = sound && self.chains[0].writer(memory).write(&header).is_ok();
-        self.control.counters.rx.carried_if(sound, len as u64);
+        self.counters.rx.carried_if(sound, len as u64);
         self.control.spend(&self.control.receive, len as u64);
         if !sound {
             // The driver's own doing: the frame is lost, the buffers go back empty.
@@ -313,7 +339,7 @@ impl Rx {
     /// Dropped where the driver cannot take it in several.
     fn keep(&mut self, memory: &Memory, header: &Header, room: usize, len: usize) {
         if !self.mergeable {
-            return self.control.counters.rx.dropped();
+            return self.counters.rx.dropped();
         }
         let overflow = &mut self.overflow;
         overflow.room.copy_within(..len - room, room);
@@ -326,7 +352,7 @@ impl Rx {
             let mut unused = [0; HEADER_LEN];
             let copied = written.read(&mut unused[..skipped]);
             if copied.and_then(|()| written.read(&mut overflow.room[at..at + step])).is_err() {
-                return self.control.counters.rx.dropped();
+                return self.counters.rx.dropped();
             }
             at += step;
         }

@@ -14,6 +14,8 @@ pub struct NetStatistics {
     /// Frames for the guest that vmbed read and could not deliver: too short, too long for the guest's buffers. What
     /// the guest gives no buffers for is dropped where it waits, and counted there (`ip -s link` for a TAP interface).
     pub rx_dropped: u64,
+    /// Frames that the guest's driver has said that it does not want: for other addresses or VLANs.
+    pub rx_filtered: u64,
     /// Frames that the guest sent.
     pub tx_frames: u64,
     /// Their bytes.
@@ -22,9 +24,10 @@ pub struct NetStatistics {
     pub tx_dropped: u64,
 }
 
-/// The same, while it is being counted: by the card's thread alone, read by anyone.
+/// The same, while it is being counted: for each pair of queues by its thread alone, read by anyone.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
+    pub(super) filtered: Count,
     pub(super) rx: Way,
     pub(super) tx: Way,
 }
@@ -52,16 +55,18 @@ impl Way {
     }
 }
 
-impl Counters {
-    pub fn statistics(&self) -> NetStatistics {
-        let Self { rx, tx } = self;
-        NetStatistics {
-            rx_frames: rx.frames.get(),
-            rx_bytes: rx.bytes.get(),
-            rx_dropped: rx.dropped.get(),
-            tx_frames: tx.frames.get(),
-            tx_bytes: tx.bytes.get(),
-            tx_dropped: tx.dropped.get(),
+impl NetStatistics {
+    /// With what another pair of queues has counted.
+    pub(super) fn plus(self, pair: &Counters) -> Self {
+        let Counters { filtered, rx, tx } = pair;
+        Self {
+            rx_frames: self.rx_frames + rx.frames.get(),
+            rx_bytes: self.rx_bytes + rx.bytes.get(),
+            rx_dropped: self.rx_dropped + rx.dropped.get(),
+            rx_filtered: self.rx_filtered + filtered.get(),
+            tx_frames: self.tx_frames + tx.frames.get(),
+            tx_bytes: self.tx_bytes + tx.bytes.get(),
+            tx_dropped: self.tx_dropped + tx.dropped.get(),
         }
     }
 }

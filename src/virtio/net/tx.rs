@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::control::Control;
 use super::header::to_backend;
+use super::statistics::Counters;
 use crate::memory::Memory;
 use crate::net::{HEADER_LEN, MAX_FRAME, MIN_FRAME, NetBackend, Offloads};
 use crate::sys::io::Pieces;
@@ -23,6 +24,7 @@ pub(super) struct Tx {
     chain: Chain,
     pieces: Pieces,
     control: Arc<Control>,
+    counters: Arc<Counters>,
 }
 
 /// Why a run ended.
@@ -46,10 +48,11 @@ enum Fate {
 }
 
 impl Tx {
-    pub fn new(queue: Queue, may: Offloads, control: Arc<Control>) -> Self {
+    pub fn new(queue: Queue, may: Offloads, (control, pair): (Arc<Control>, usize)) -> Self {
         let chain = Chain::with_capacity(queue.max_size());
         let pieces = Pieces::with_capacity(usize::from(queue.max_size()) + 1);
-        Self { queue, failed: false, may, chain, pieces, control }
+        let counters = control.counters[pair].clone();
+        Self { queue, failed: false, may, chain, pieces, control, counters }
     }
 
     /// Sends what waits. Without a backend frames are dropped, as on a cable that is not plugged in.
@@ -77,10 +80,10 @@ impl Tx {
                 };
                 match fate {
                     Fate::Sent(bytes) => {
-                        self.control.counters.tx.carried(bytes);
+                        self.counters.tx.carried(bytes);
                         self.control.spend(&self.control.send, bytes);
                     }
-                    Fate::Dropped => self.control.counters.tx.dropped(),
+                    Fate::Dropped => self.counters.tx.dropped(),
                     Fate::NoRoom => {
                         self.queue.give_back(self.chain.head);
                         return Ok(Sent::NoRoom);

@@ -24,6 +24,8 @@ pub(super) struct Worker {
     memory: Memory,
     signals: Signals,
     backend: Box<dyn NetBackend>,
+    /// The driver uses this pair.
+    active: bool,
     link: Link,
     /// What the backend's fd is to wake us for.
     wants: EventSet,
@@ -67,6 +69,7 @@ impl Worker {
             memory,
             signals,
             backend,
+            active: true,
             link: Link::Up,
             wants: EventSet::empty(),
             watched: None,
@@ -74,6 +77,14 @@ impl Worker {
             limited: None,
             broken: false,
         }
+    }
+
+    /// The driver begins to use this pair, or ends. What it sends meanwhile is dropped.
+    pub fn set_active(&mut self, active: bool) {
+        self.active = active;
+        self.backend.set_active(active);
+        // Its own loop looks at everything again.
+        self.rx.queue.rearm();
     }
 
     /// One wake-up's work, both ways.
@@ -93,14 +104,14 @@ impl Worker {
     }
 
     /// Gives everything back, in the order of the queues.
-    pub fn finish(mut self) -> (Vec<Option<Queue>>, Box<dyn NetBackend>, Overflow) {
+    pub fn finish(mut self) -> ([Queue; 2], Box<dyn NetBackend>, Overflow) {
         self.rx.let_go();
-        (vec![Some(self.rx.queue), Some(self.tx.queue)], self.backend, self.rx.overflow)
+        ([self.rx.queue, self.tx.queue], self.backend, self.rx.overflow)
     }
 
     fn receive(&mut self) -> Result<(), QueueFault> {
         self.wants = EventSet::empty();
-        if !self.find_backend() {
+        if !self.active || !self.find_backend() {
             return Ok(());
         }
         match self.rx.run(&self.memory, &mut *self.backend)? {
@@ -114,8 +125,8 @@ impl Worker {
 
     fn send(&mut self) -> Result<(), QueueFault> {
         let backend = match self.link {
-            Link::Up => Some(&mut *self.backend),
-            Link::Gone { .. } => None,
+            Link::Up if self.active => Some(&mut *self.backend),
+            _ => None,
         };
         match self.tx.run(&self.memory, backend, &self.signals)? {
             Sent::All => {}
@@ -236,6 +247,7 @@ impl reactor::Worker for Worker {
             }
         } else if events.event_set().intersects(EventSet::ERROR | EventSet::HANG_UP)
             && matches!(self.link, Link::Up)
+            && self.active
         {
             self.gone(&std::io::Error::from_raw_os_error(libc::ENETDOWN));
         }
@@ -265,13 +277,13 @@ mod tests {
         let (near, far) = (Driver::new(&memory, 0x4000, 16), Driver::new(&memory, 0xc000, 16));
         let mac = MacAddress([2, 0, 0, 0, 0, 1]);
         let control = Arc::new(Control::new("net0", mac, &NetConfig::attached(), None));
-        let rx = Rx::new(near.queue(), false, Offloads::empty(), Overflow::default(), control.clone());
+        let rx = Rx::new(near.queue(), false, Offloads::empty(), Overflow::default(), (control.clone(), 0));
         let (backend, pair) = Pair::new();
         pair.errno.store(libc::EBADFD, Ordering::SeqCst);
         let timers = Timers { retry: TimerFd::new().unwrap(), limit: TimerFd::new().unwrap() };
         let mut worker = Worker::new(
             rx,
-            Tx::new(far.queue(), Offloads::empty(), control),
+            Tx::new(far.queue(), Offloads::empty(), (control, 0)),
             memory,
             signals("net0").0,
             Box::new(backend),
