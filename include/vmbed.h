@@ -1101,7 +1101,7 @@ typedef struct {
     /** sizeof(struct vmbed_net) */
     size_t size;
     /**
-     * The name of an existing TAP interface with a single queue. NULL where something is attached with
+     * The name of an existing TAP interface, with a single queue or with several (see `queues`). NULL where something is attached with
      * vmbed_builder_net_fd() or vmbed_builder_net_backend().
      */
     const char *tap;
@@ -1118,8 +1118,11 @@ typedef struct {
     uint32_t speed;
     /** Other than 0: the cable is not plugged in; vmbed_vm_set_link() changes it. */
     uint32_t link_down;
-    /** Zero. */
-    uint32_t reserved;
+    /**
+     * Pairs of queues, each with a thread of its own, 1 to 16: more than one for a TAP interface that was made so (`ip tuntap add ...
+     * multi_queue`), or for as many descriptors of one, vmbed_builder_net_fd() for each. How many its guest uses is up to it. 0: 1.
+     */
+    uint32_t queues;
     /**
      * How much the guest may receive; operations are frames. vmbed_vm_set_net_rates() changes it. What is beyond it waits in the
      * network, and is dropped there when that is full.
@@ -1175,6 +1178,8 @@ typedef struct {
     uint64_t tx_bytes;
     /** Frames of the guest's that did not go out: malformed, or the network failed or was gone. */
     uint64_t tx_dropped;
+    /** Frames that the guest's driver has said that it does not want: for other addresses or VLANs. */
+    uint64_t rx_filtered;
 } vmbed_net_statistics;
 
 /** Adds a card; events call them `net0`, `net1`, ... What it points to is copied. */
@@ -1184,8 +1189,8 @@ int32_t vmbed_config_add_net(vmbed_config *config, const vmbed_net *net, vmbed_e
  * Puts card `index`, added without a TAP interface, on an open descriptor, which is duplicated: one queue of a TAP
  * interface that somebody attached (TUNSETIFF with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR; it becomes nonblocking), or a
  * connected Unix socket of the kind SOCK_SEQPACKET or SOCK_DGRAM, on which each message is a frame as vmbed_net_ops
- * describes it. When the other end of a SOCK_SEQPACKET is closed, the network is gone. vmbed_builder_build() says
- * whether it is one of these, and whether there is such a card.
+ * describes it. When the other end of a SOCK_SEQPACKET is closed, the network is gone. Called once for each of the card's
+ * `queues`, with as many queues of one TAP interface. vmbed_builder_build() says whether it is one of these, and whether there is such a card.
  */
 int32_t vmbed_builder_net_fd(vmbed_builder *builder,
                              uint32_t index,
@@ -1200,6 +1205,15 @@ int32_t vmbed_vm_set_link(const vmbed_vm *vm,
                           uint32_t index,
                           bool up,
                           vmbed_error **error);
+
+/**
+ * Has the guest tell the network of card `index` where it is (gratuitous ARP and the like), as after a move to another port or
+ * host: where its driver knows how (VIRTIO_NET_F_GUEST_ANNOUNCE). In every state; never blocks. VMBED_ERR_INVALID_ARGUMENT where there
+ * is no such card.
+ */
+int32_t vmbed_vm_announce_net(const vmbed_vm *vm,
+                              uint32_t index,
+                              vmbed_error **error);
 
 /**
  * Limits what card `index` may receive and send from now on; NULL for no limit. In every state; never blocks.

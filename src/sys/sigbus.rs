@@ -98,7 +98,7 @@ fn find(at: usize) -> Option<(&'static Place, usize)> {
         let start = place.start.load(Ordering::Acquire);
         // The same as before: the start belongs to this end.
         let whole = place.end.load(Ordering::Acquire) == end;
-        (whole && start <= at && at < end).then_some((place, at - start))
+        (whole && start <= at && at < end).then(|| (place, at - start))
     })
 }
 

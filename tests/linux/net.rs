@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use libtest_mimic::Trial;
-use vmbed::NetConfig;
+use vmbed::{NetConfig, NetStatistics};
 
 use crate::assets::KERNELS;
+use crate::balloon::wait_until;
 use crate::devices::{noise, sha256};
 use crate::guest::{Guest, LONG, config};
 use crate::trial;
@@ -18,6 +19,8 @@ pub fn add(trials: &mut Vec<Trial>) {
     trials.push(trial("net::checksums_both_ways_over_tcp", checksums));
     trials.push(trial("net::frames_of_every_size", sizes));
     trials.push(trial("net::iperf3_with_every_offload_on_and_off", streams));
+    trials.push(trial("net::eight_queues_at_full_traffic", queues));
+    trials.push(trial("net::the_driver_says_what_it_wants", filters));
 }
 
 /// A TAP interface with an address of the host's.
@@ -29,13 +32,28 @@ pub struct Tap {
 
 impl Tap {
     pub fn new() -> Self {
+        Self::made(&[])
+    }
+
+    /// With several queues.
+    fn with_queues() -> Self {
+        Self::made(&["multi_queue"])
+    }
+
+    fn made(how: &[&str]) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         let net = NEXT.fetch_add(1, Ordering::Relaxed);
         let tap = Self { name: format!("vmbt{}", std::process::id() % 10_000 * 100 + net % 100), net };
-        ip(&["tuntap", "add", &tap.name, "mode", "tap"]);
+        tap.plug(how);
+        tap
+    }
+
+    /// Makes the interface, anew where it was deleted.
+    fn plug(&self, how: &[&str]) {
+        let tap = self;
+        ip(&[&["tuntap", "add", &tap.name, "mode", "tap"], how].concat());
         ip(&["addr", "add", &format!("{}/24", tap.host()), "dev", &tap.name]);
         ip(&["link", "set", &tap.name, "up"]);
-        tap
     }
 
     pub fn host(&self) -> String {
@@ -193,6 +211,123 @@ fn streams() {
     }
     let all = guest.vm.net_statistics(0).unwrap();
     assert!(all.tx_bytes > 96 << 20 && all.rx_bytes > 96 << 20 && all.tx_dropped == 0, "{all:?}");
+}
+
+/// Shell lines that mount the tools.
+const TOOLS: &str = "mkdir -p /mnt; mount -t ext4 -o ro /dev/vda /mnt; ln -s /mnt/lib64 /lib64; export LD_LIBRARY_PATH=/mnt/lib\n";
+
+/// Eight pairs of queues for two vCPUs, of which the guest uses more and fewer, while everything that can happen to a card does.
+fn queues() {
+    const STREAMS: &str = "
+        run() {
+            for try in 1 2 3 4 5 6; do
+                /mnt/bin/iperf3 -P 8 --connect-timeout 60000 \"$@\" >/run/said 2>&1 && return
+                sleep 1
+            done
+            echo \"$* failed\"; tail -n 20 /run/said; exit 1
+        }
+        echo most=$(/mnt/bin/ethtool -l eth0 | grep -m 1 Combined | tr -dc 0-9)
+        for count in 8 3 1 2; do
+            /mnt/bin/ethtool -L eth0 combined $count || echo refused
+            run -c HOST -n 16M; run -c HOST -n 16M -R
+            echo with=$count
+        done
+        /mnt/bin/ethtool -L eth0 combined 8
+        /mnt/bin/iperf3 -P 8 -c HOST -t 1000 >/dev/null 2>&1 &
+        /mnt/bin/iperf3 -p 5202 -P 8 -c HOST -t 1000 -R >/dev/null 2>&1 &
+        sleep 2; echo full=traffic
+        read go
+        # The driver goes and comes back while frames fly.
+        device=$(basename $(readlink /sys/class/net/eth0/device))
+        echo $device >/sys/bus/virtio/drivers/virtio_net/unbind
+        echo $device >/sys/bus/virtio/drivers/virtio_net/bind
+        killall iperf3; sleep 1; UP
+        run -c HOST -n 4M; run -c HOST -n 4M -R
+        echo reset=fine
+        read go
+        run -c HOST -n 4M; run -c HOST -n 4M -R
+        echo tap=back; sleep 1000";
+    let tap = Tap::with_queues();
+    let server = |port: &str| {
+        let mut server = Command::new("iperf3");
+        let started = server.args(["-s", "-p", port]).stdout(std::process::Stdio::null()).spawn();
+        Server(started.expect("iperf3 must be installed"))
+    };
+    let _servers = [server("5201"), server("5202")];
+    let script = STREAMS.replace("HOST", &tap.host()).replace("UP", tap.up().trim());
+    // A command line holds 2 KiB.
+    let script = TOOLS.to_owned() + &tap.up() + &script;
+    let lines: Vec<_> = script.lines().map(str::trim).filter(|line| !line.starts_with('#')).collect();
+    let mut config = crate::disks::with_tools(&lines.join("\n"));
+    config.cpus.count = 2;
+    let mut card = NetConfig::tap(&tap.name);
+    card.queues = 8;
+    config.nets.push(card);
+    let guest = Guest::start(config);
+    guest.wait_for("with=2");
+    assert_eq!(guest.value("most"), "8");
+    guest.wait_for("full=traffic");
+    for _ in 0..5 {
+        guest.vm.pause().unwrap();
+        let still = guest.vm.net_statistics(0).unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+        assert_eq!(guest.vm.net_statistics(0).unwrap(), still, "a card stands still with its VM");
+        guest.vm.resume().unwrap();
+        let carried = |way: fn(&NetStatistics) -> u64| way(&guest.vm.net_statistics(0).unwrap());
+        for way in [|s: &NetStatistics| s.rx_frames, |s: &NetStatistics| s.tx_frames] {
+            wait_until(&guest, "traffic to go on", |_| carried(way) > way(&still) + 100);
+        }
+    }
+    guest.vm.console_input(b"go\n");
+    guest.wait_for("reset=fine");
+    ip(&["link", "del", &tap.name]);
+    std::thread::sleep(Duration::from_millis(1500));
+    tap.plug(&["multi_queue"]);
+    // It is looked for once a second.
+    wait_until(&guest, "the card to find its interface", |_| {
+        ping(&tap, &["-c", "1", "-w", "1"]).starts_with("0%")
+    });
+    guest.vm.console_input(b"go\n");
+    guest.wait_for("tap=back");
+    guest.vm.stop().unwrap();
+}
+
+/// What a stock driver says of addresses, and how it announces itself.
+fn filters() {
+    const STEPS: &str = "
+        echo ready; read go
+        ip link set eth0 promisc on; echo promisc; read go
+        ip link set eth0 promisc off; ip link set eth0 address 52:54:00:00:00:99; echo moved; sleep 1000";
+    let tap = Tap::new();
+    let mut config = config(KERNELS[0], &(tap.up() + STEPS));
+    config.nets.push(NetConfig::tap(&tap.name));
+    let guest = Guest::start(config);
+    guest.wait_for("ready");
+    assert_eq!(ping(&tap, &["-c", "2", "-i", "0.2"]), "0% packet loss");
+    let heard = || guest.vm.net_statistics(0).unwrap();
+    // Frames for somebody else, who is said to be the guest.
+    let elsewhere = |mac: &str| ip(&["neigh", "replace", &tap.guest(), "lladdr", mac, "dev", &tap.name]);
+    elsewhere("52:54:00:00:00:77");
+    let before = heard();
+    ping(&tap, &["-c", "5", "-i", "0.2", "-W", "1"]);
+    let after = heard();
+    assert!(after.rx_filtered >= before.rx_filtered + 5, "{before:?} {after:?}");
+    guest.vm.console_input(b"go\n");
+    guest.wait_for("promisc");
+    ping(&tap, &["-c", "5", "-i", "0.2", "-W", "1"]);
+    let all = heard();
+    assert!(
+        all.rx_frames >= after.rx_frames + 5 && all.rx_filtered < after.rx_filtered + 5,
+        "{after:?} {all:?}"
+    );
+    guest.vm.console_input(b"go\n");
+    guest.wait_for("moved");
+    elsewhere("52:54:00:00:00:99");
+    assert_eq!(ping(&tap, &["-c", "2", "-i", "0.2"]), "0% packet loss", "another address is its own");
+    let before = heard();
+    guest.vm.announce_net(0).unwrap();
+    wait_until(&guest, "the guest to announce itself", |_| heard().tx_frames > before.tx_frames);
+    guest.vm.stop().unwrap();
 }
 
 /// Pings the guest; what part was lost. Wrong bytes in an answer are an error.
