@@ -121,6 +121,8 @@ class Net:
 
     #: None where something is attached.
     tap: str | None = None
+    #: The Unix socket of a network in user space, such as ``passt --socket PATH``; instead of ``tap``.
+    stream: str | os.PathLike[str] | None = None
     #: Follows from the VM's UUID otherwise.
     mac: str | None = None
     pci: str | None = None
@@ -294,10 +296,12 @@ class _Common:
             )  # fmt: skip
             call(lib.vmbed_config_add_disk, config, made)
         for net in self.nets:
-            keep = [optional(net.tap), optional(net.mac), optional(net.pci)]
+            stream = None if net.stream is None else os.fsencode(net.stream)
+            keep = [optional(net.tap), optional(net.mac), optional(net.pci), optional(stream)]
             made = structure(
                 "vmbed_net", tap=keep[0], mac=keep[1], pci=keep[2], mtu=net.mtu or 0, speed=net.speed or 0,
                 link_down=int(not net.link), queues=net.queues, receive_rate=tuple(net.receive_rate), send_rate=tuple(net.send_rate),
+                stream=keep[3],
             )  # fmt: skip
             call(lib.vmbed_config_add_net, config, made)
         if self.balloon is not None:

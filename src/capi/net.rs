@@ -4,8 +4,9 @@ use std::ffi::{c_char, c_void};
 use std::io;
 use std::mem::offset_of;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
-use super::arguments::{Sized_, fd, fill, invalid, optional, structure, text};
+use super::arguments::{Sized_, fd, fill, invalid, optional, path, structure, text};
 use super::block::{outcome, vmbed_piece};
 use super::call;
 use super::config::{attach, change, vmbed_builder, vmbed_config};
@@ -47,6 +48,9 @@ pub struct vmbed_net {
     pub receive_rate: vmbed_rate,
     /// How much it may send; what is beyond it waits in the guest's queue.
     pub send_rate: vmbed_rate,
+    /// The path of the Unix socket of a network in user space that speaks the protocol of QEMU's `-netdev stream`, as passt does
+    /// (`passt --socket PATH`): it needs no privilege. It is looked for again when it goes away. Instead of `tap`; NULL: none.
+    pub stream: *const c_char,
 }
 
 // SAFETY: it is repr(C) with its size first, and all zeroes is a value.
@@ -66,6 +70,7 @@ pub unsafe extern "C" fn vmbed_config_add_net(
         let given = structure(net)?;
         let mut net = NetConfig::attached();
         net.tap = optional(given.tap, "vmbed_net.tap", text)?.map(str::to_owned);
+        net.stream = optional(given.stream, "vmbed_net.stream", path)?.map(Path::to_owned);
         net.mac = optional(given.mac, "vmbed_net.mac", text)?.map(str::parse).transpose()?;
         net.pci = optional(given.pci, "vmbed_net.pci", text)?.map(str::parse).transpose()?;
         let field = |number: u32| (number > 0).then_some(number);

@@ -2,6 +2,7 @@
 //! What a network card is to be.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::{PciAddress, RateLimit};
@@ -18,6 +19,11 @@ pub struct NetConfig {
     /// [`net_port`](crate::VmBuilder::net_port) or [`net_backend`](crate::VmBuilder::net_backend).
     #[cfg_attr(feature = "serde", serde(default))]
     pub tap: Option<String>,
+    /// The path of the Unix socket of a network in user space that speaks the protocol of QEMU's `-netdev stream`, as
+    /// [passt](https://passt.top) does (`passt --socket PATH`): it needs no privilege, and no interface of the host's. It is looked for
+    /// again when it goes away. Instead of `tap`.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub stream: Option<PathBuf>,
     /// The guest's MAC address; a stable locally administered one is made from the VM's UUID when absent.
     #[cfg_attr(feature = "serde", serde(default))]
     pub mac: Option<MacAddress>,
@@ -64,10 +70,16 @@ impl NetConfig {
         Self { tap: Some(tap.into()), ..Self::attached() }
     }
 
+    /// A card on the network behind the Unix socket `path`.
+    pub fn stream(path: impl Into<PathBuf>) -> Self {
+        Self { stream: Some(path.into()), ..Self::attached() }
+    }
+
     /// A card on what is attached when the VM is built.
     pub fn attached() -> Self {
         Self {
             tap: None,
+            stream: None,
             mac: None,
             pci: None,
             mtu: None,

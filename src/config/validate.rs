@@ -241,6 +241,9 @@ impl Found {
             if net.mac.is_some_and(|mac| mac.0[0] & 1 == 1) {
                 self.add(format!("nets[{i}].mac"), "is a multicast address", "the first byte must be even");
             }
+            if net.tap.is_some() && net.stream.is_some() {
+                self.add(format!("nets[{i}].stream"), "is set, and so is tap", "one of both");
+            }
             if !(1..=16).contains(&net.queues) {
                 self.add(format!("nets[{i}].queues"), format!("is {}", net.queues), "1 to 16");
             }

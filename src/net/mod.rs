@@ -13,11 +13,13 @@ mod packet;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) mod pair;
 mod socket;
+mod stream;
 pub(crate) mod switch;
 mod tap;
 
 pub use offload::Offloads;
 pub(crate) use socket::Socket;
+pub(crate) use stream::Stream;
 pub(crate) use tap::Tap;
 
 /// The bytes in front of each frame: Linux's `struct virtio_net_hdr_v1`, what a tap interface calls the

@@ -61,17 +61,27 @@ pub(crate) fn appends(fd: BorrowedFd<'_>) -> bool {
     flags >= 0 && flags & libc::O_APPEND != 0
 }
 
-/// Whether it is a connected Unix socket that keeps messages apart.
+/// Whether it is a Unix socket that keeps messages apart.
 pub(crate) fn is_message_socket(fd: BorrowedFd<'_>) -> io::Result<bool> {
-    let option = |name| {
-        let (mut value, mut len): (libc::c_int, libc::socklen_t) = (0, size_of::<libc::c_int>() as _);
-        let at = std::ptr::from_mut(&mut value).cast();
-        // SAFETY: room for one int, and the length says so.
-        let done = unsafe { libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, at, &mut len) };
-        if done < 0 { Err(io::Error::last_os_error()) } else { Ok(value) }
-    };
-    let messages = matches!(option(libc::SO_TYPE)?, libc::SOCK_DGRAM | libc::SOCK_SEQPACKET);
-    Ok(option(libc::SO_DOMAIN)? == libc::AF_UNIX && messages)
+    Ok(is_unix_socket(fd)? && matches!(option(fd, libc::SO_TYPE)?, libc::SOCK_DGRAM | libc::SOCK_SEQPACKET))
+}
+
+/// Whether it is a Unix socket that does not.
+pub(crate) fn is_stream_socket(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(is_unix_socket(fd)? && option(fd, libc::SO_TYPE)? == libc::SOCK_STREAM)
+}
+
+fn is_unix_socket(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(option(fd, libc::SO_DOMAIN)? == libc::AF_UNIX)
+}
+
+/// A number that a socket has of itself.
+fn option(fd: BorrowedFd<'_>, name: libc::c_int) -> io::Result<libc::c_int> {
+    let (mut value, mut len): (libc::c_int, libc::socklen_t) = (0, size_of::<libc::c_int>() as _);
+    let at = std::ptr::from_mut(&mut value).cast();
+    // SAFETY: room for one int, and the length says so.
+    let done = unsafe { libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, at, &mut len) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(value) }
 }
 
 /// Whether the other end has closed, so that nothing will come any more.

@@ -80,6 +80,13 @@ impl<'a> IoList<'a> {
         self.append(bytes.as_ptr().cast_mut(), bytes.len());
     }
 
+    /// Puts memory of ours in front, to be written to a file.
+    pub(crate) fn push_front_bytes(&mut self, bytes: &'a [u8]) {
+        self.readonly = true;
+        let piece = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+        self.pieces.insert(self.done, Piece(piece));
+    }
+
     /// Appends memory of ours to be filled from a file.
     pub(crate) fn push_room(&mut self, bytes: &'a mut [u8]) {
         self.append(bytes.as_mut_ptr(), bytes.len());
@@ -135,7 +142,6 @@ impl<'a> IoList<'a> {
     }
 
     /// The `len` bytes from byte `at` on, in room for them.
-    #[cfg(feature = "qcow2")]
     pub(crate) fn part<'b>(&self, room: &'b mut Pieces, mut at: usize, mut len: usize) -> IoList<'b>
     where
         'a: 'b,

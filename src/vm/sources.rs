@@ -8,7 +8,7 @@ use crate::block::{self, BlockBackend, OwnDisk, RawDisk};
 use crate::config::{DiskConfig, NetConfig, VmConfig};
 use crate::error::{Error, ErrorKind, FieldError, Result};
 use crate::net::switch::SwitchPort;
-use crate::net::{NetBackend, Socket, Tap};
+use crate::net::{NetBackend, Socket, Stream, Tap};
 use crate::sys::fd;
 
 enum DiskSource {
@@ -70,7 +70,9 @@ impl VmBuilder {
     /// Puts the card `nets[index]`, one of [`NetConfig::attached`], on an open descriptor, which is duplicated: one queue
     /// of a TAP interface that somebody attached (`TUNSETIFF` with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`; it becomes
     /// nonblocking), or a connected Unix socket of the kind `SOCK_SEQPACKET` or `SOCK_DGRAM`, on which each message is a
-    /// frame as [`NetBackend`] describes it. When the other end of a `SOCK_SEQPACKET` is closed, the network is gone.
+    /// frame as [`NetBackend`] describes it; or one of the kind `SOCK_STREAM`, with the protocol of
+    /// [`NetConfig::stream`](crate::NetConfig::stream). When the other end of a `SOCK_SEQPACKET` or `SOCK_STREAM` is closed, the network is
+    /// gone.
     /// Called once for each of [`NetConfig::queues`](crate::NetConfig::queues), with as many queues of one TAP interface.
     ///
     /// [`build`](Self::build) answers `InvalidArgument` where there is no such card, it has a network already, or the
@@ -134,7 +136,7 @@ impl Sources {
     pub fn check(&self, config: &VmConfig) -> Result<()> {
         let mut found = Vec::new();
         let disks: Vec<_> = config.disks.iter().map(|d| d.path.is_some()).collect();
-        let nets: Vec<_> = config.nets.iter().map(|n| n.tap.is_some()).collect();
+        let nets: Vec<_> = config.nets.iter().map(|n| n.tap.is_some() || n.stream.is_some()).collect();
         let attached = |sources: &[usize], index| sources.iter().filter(|i| **i == index).count();
         let kinds = [
             (
@@ -202,11 +204,17 @@ impl Sources {
             opened.push(match source {
                 NetSource::Fd(fd) => match Socket::adopt(&id, fd) {
                     Ok(socket) => Box::new(socket),
-                    Err(fd) => Box::new(Tap::adopt(&id, fd)?),
+                    Err(fd) => match Stream::adopt(&id, fd) {
+                        Ok(stream) => Box::new(stream),
+                        Err(fd) => Box::new(Tap::adopt(&id, fd)?),
+                    },
                 },
                 NetSource::Port(port) => Box::new(port.plug().map_err(|e| e.context(&id))?),
                 NetSource::Own(backend) => backend,
             });
+        }
+        if let Some(path) = &net.stream {
+            opened.push(Box::new(Stream::connect(&id, path.clone())?));
         }
         if let Some(tap) = &net.tap {
             let queues = Tap::open_all(&id, tap, net.queues)?;

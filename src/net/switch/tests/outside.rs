@@ -77,11 +77,18 @@ fn an_uplink_carries_both_ways_and_is_looked_for_when_it_is_gone() {
     for _ in 0..20_000 {
         net.send(0, &frame(ALL, mac(1), &[0; 500]));
     }
-    assert!(uplink.statistics().dropped(DropReason::QueueFull) > 0);
-    while control.get().is_some() {
-        std::thread::sleep(Duration::from_micros(200));
-    }
     let kept = uplink.statistics();
+    let mut left = 20_000 - kept.dropped(DropReason::QueueFull);
+    assert!(left < 20_000);
+    wait(
+        "every frame that had room",
+        Box::new(|| {
+            while control.get().is_some() {
+                left -= 1;
+            }
+            left == 0
+        }),
+    );
     // Gone, and there again.
     control.errno.store(libc::EBADFD, Ordering::SeqCst);
     control.far.send(&[0; 60]).unwrap();
