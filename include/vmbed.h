@@ -1130,6 +1130,11 @@ typedef struct {
     vmbed_rate receive_rate;
     /** How much it may send; what is beyond it waits in the guest's queue. */
     vmbed_rate send_rate;
+    /**
+     * The path of the Unix socket of a network in user space that speaks the protocol of QEMU's `-netdev stream`, as passt does
+     * (`passt --socket PATH`): it needs no privilege. It is looked for again when it goes away. Instead of `tap`; NULL: none.
+     */
+    const char *stream;
 } vmbed_net;
 
 /**

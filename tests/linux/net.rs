@@ -21,6 +21,7 @@ pub fn add(trials: &mut Vec<Trial>) {
     trials.push(trial("net::iperf3_with_every_offload_on_and_off", streams));
     trials.push(trial("net::eight_queues_at_full_traffic", queues));
     trials.push(trial("net::the_driver_says_what_it_wants", filters));
+    trials.push(trial("net::a_network_in_user_space", user_space));
 }
 
 /// A TAP interface with an address of the host's.
@@ -327,6 +328,122 @@ fn filters() {
     let before = heard();
     guest.vm.announce_net(0).unwrap();
     wait_until(&guest, "the guest to announce itself", |_| heard().tx_frames > before.tx_frames);
+    guest.vm.stop().unwrap();
+}
+
+/// passt, with an interface of the host's that leads nowhere: it wants one, to have addresses from.
+struct Passt {
+    program: std::process::Child,
+    socket: String,
+}
+
+impl Passt {
+    const HOST: &str = "203.0.113.2";
+    /// Where the guest finds the host's loopback.
+    const GATEWAY: &str = "203.0.113.1";
+    const LINK: &str = "vmbout0";
+    /// Forwarded to the guest.
+    const PORT: u16 = 5399;
+
+    fn new() -> Self {
+        ip(&["link", "add", Self::LINK, "type", "dummy"]);
+        ip(&["addr", "add", &format!("{}/24", Self::HOST), "dev", Self::LINK]);
+        ip(&["link", "set", Self::LINK, "up"]);
+        ip(&["route", "add", "default", "via", Self::GATEWAY]);
+        let socket = format!("/tmp/vmbed-passt-{}", std::process::id());
+        Self { program: Self::program(&socket), socket }
+    }
+
+    fn program(socket: &str) -> std::process::Child {
+        let _ = std::fs::remove_file(socket);
+        let mut passt = Command::new("passt");
+        passt.args(["--foreground", "--quiet", "--ipv4-only", "--socket", socket]);
+        passt.args(["--tcp-ports", &Self::PORT.to_string(), "--interface", Self::LINK]);
+        let program = passt.stderr(std::process::Stdio::null()).spawn();
+        let program = program.expect("passt (tests/setup installs it)");
+        let end = std::time::Instant::now() + LONG;
+        while !std::path::Path::new(socket).exists() {
+            assert!(std::time::Instant::now() < end, "waited for passt to make {socket}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        program
+    }
+
+    fn end(&mut self) {
+        let _ = self.program.kill();
+        let _ = self.program.wait();
+    }
+}
+
+impl Drop for Passt {
+    fn drop(&mut self) {
+        self.end();
+        let _ = std::fs::remove_file(&self.socket);
+        let _ = Command::new("ip").args(["link", "del", Self::LINK]).status();
+    }
+}
+
+/// An address by DHCP, TCP both ways, a port that leads to the guest; and passt ends and begins again.
+fn user_space() {
+    const STEPS: &str = "
+        ip link set lo up; ip link set eth0 up
+        cat >/run/lease <<'END'
+#!/bin/sh
+[ $1 = bound ] || exit 0
+ip addr add $ip/$mask dev eth0; ip route add default via $router
+END
+        chmod 755 /run/lease; udhcpc -q -n -t 20 -i eth0 -s /run/lease >/dev/null 2>&1
+        echo address=$(ip -4 -o addr show eth0 | awk '{print $4}')
+        mkfifo /run/open; exec 3<>/run/open
+        for turn in 1 2; do
+            nc GATEWAY PORT <&3 >/run/got
+            echo got$turn=$(sha256sum </run/got | cut -d' ' -f1)
+            { cat /run/got; read x <&3; } | { nc GATEWAY PORT >/dev/null; echo >&3; }
+            nc -l -p FORWARDED </dev/null >/run/heard
+            echo heard$turn=$(cat /run/heard)
+            read go
+        done";
+    let mut passt = Passt::new();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
+    let script = STEPS.replace("GATEWAY", Passt::GATEWAY).replace("PORT", &port);
+    let lines: Vec<_> = script.lines().map(str::trim).collect();
+    let script = lines.join("\n").replace("FORWARDED", &Passt::PORT.to_string());
+    let mut config = config(KERNELS[0], &script);
+    config.nets.push(NetConfig::stream(&passt.socket));
+    let guest = Guest::start(config);
+    assert_eq!(guest.value("address"), format!("{}/24", Passt::HOST));
+    let content = noise(12, 4 << 20);
+    for turn in 1..=2 {
+        let mut down = accept(&listener, &guest);
+        down.write_all(&content).unwrap();
+        down.shutdown(std::net::Shutdown::Both).unwrap();
+        // Until all is there: this passt (2023) forgets what it has not passed on yet when it hears that no more will come.
+        let mut received = vec![0; content.len()];
+        accept(&listener, &guest).read_exact(&mut received).unwrap();
+        assert!(received == content, "what was sent comes back");
+        assert_eq!(guest.value(&format!("got{turn}")), sha256(&content));
+        if turn == 2 {
+            break;
+        }
+        let end = std::time::Instant::now() + LONG;
+        // passt takes the connection also while nobody in the guest listens yet, and closes it then.
+        while !guest.console().contains("heard1=hello") {
+            assert!(std::time::Instant::now() < end, "waited for the guest to hear: {}", guest.console());
+            if let Ok(mut stream) = std::net::TcpStream::connect(("127.0.0.1", Passt::PORT)) {
+                let _ = writeln!(stream, "hello");
+            }
+            std::thread::sleep(Duration::from_millis(300));
+        }
+        // It is found again, within a second or so.
+        passt.end();
+        std::thread::sleep(Duration::from_millis(500));
+        passt.program = Passt::program(&passt.socket);
+        std::thread::sleep(Duration::from_millis(2500));
+        guest.vm.console_input(b"go\n");
+    }
+    let carried = guest.vm.net_statistics(0).unwrap();
+    assert!(carried.rx_bytes > 8 << 20 && carried.tx_bytes > 8 << 20, "{carried:?}");
     guest.vm.stop().unwrap();
 }
 
