@@ -663,6 +663,13 @@ def test_a_network_of_ones_own() -> None:
         with pytest.raises(vmbed.InvalidArgument, match="net1"):
             vm.set_net_rates(None, None, 1)
     os.close(other.bell)
+    outside = driver()
+    outside.nets = [vmbed.Net(stream="/nonexistent/socket")]
+    with pytest.raises(vmbed.NotFound, match="net0: connecting to /nonexistent/socket"):
+        vmbed.Host().build(outside)
+    unplugged.nets[0].queues = 17
+    with pytest.raises(vmbed.InvalidArgument, match="queues"):
+        unplugged.validate()
     unplugged.nets[0].mtu = 67
     with pytest.raises(vmbed.InvalidArgument, match="mtu"):
         unplugged.validate()

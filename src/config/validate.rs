@@ -339,6 +339,7 @@ mod tests {
         config.nets =
             vec![NetConfig::tap("much-too-long-a-name"), NetConfig::tap("t0"), NetConfig::tap("t0")];
         config.nets[1].mac = Some(MacAddress([1, 0, 0, 0, 0, 0]));
+        (config.nets[1].stream, config.nets[1].queues) = (Some("here".into()), 17);
         let fields = [
             "name",
             "cpus.count",
@@ -351,6 +352,8 @@ mod tests {
             "disks[1].serial",
             "nets[0].tap",
             "nets[1].mac",
+            "nets[1].stream",
+            "nets[1].queues",
             "nets[2].tap",
             "disks[1].pci",
         ];

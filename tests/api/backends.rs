@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
@@ -288,6 +288,28 @@ pub fn a_network_of_ones_own() {
     let mut wrong = config(0, 1);
     wrong.nets[0].mtu = Some(67);
     assert!(wrong.validate().unwrap_err().to_string().contains("nets[0].mtu"));
+
+    // A network in user space: there, or not.
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("net-{}", std::process::id()));
+    let mut outside = config(0, 0);
+    outside.nets = vec![NetConfig::stream(&path)];
+    let error = host().build(outside.clone()).unwrap_err();
+    assert!(error.kind() == ErrorKind::NotFound && error.to_string().contains("net0: connecting"), "{error}");
+    let listener = UnixListener::bind(&path).unwrap();
+    let steps = [(Op::Send, 0, 60, 5), (Op::Receive, 0, 0, 0)];
+    let guest = Guest::start(host().builder(outside.clone()), &steps);
+    let (mut far, _) = listener.accept().unwrap();
+    far.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let mut frame = [0; 64];
+    far.read_exact(&mut frame).unwrap();
+    assert_eq!(frame[..4], 60u32.to_be_bytes());
+    far.write_all(&frame).unwrap();
+    assert_eq!(guest.results(2)[1], (0, 72, 300));
+    std::fs::remove_file(path).unwrap();
+    outside.nets[0].queues = 2;
+    (outside.nets[0].stream, outside.nets[0].tap) = (None, None);
+    let error = host().builder(outside).net_backend(0, Echo::new(&dropped)).build().unwrap_err();
+    assert!(error.to_string().contains("nets[0].queues is 2, and what is attached has 1"), "{error}");
 }
 
 pub fn disks_and_cards_by_descriptor() {

@@ -279,6 +279,9 @@ void a_network_of_ones_own(void)
     g = prepare(0, 0, NULL);
     vmbed_builder_free(g.builder);
     OK(vmbed_config_add_net(g.config, &card, &error));
+    card.mtu = 1500, card.queues = 1 << 16;
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "queues is 65536", vmbed_config_add_net(g.config, &card, &error));
+    card.queues = 1;
     card.mtu = 65536;
     FAILS(VMBED_ERR_INVALID_ARGUMENT, "mtu is 65536", vmbed_config_add_net(g.config, &card, &error));
     OK(vmbed_builder_new(g.host, g.config, &g.builder, &error));
@@ -309,6 +312,15 @@ void a_network_of_ones_own(void)
     CHECK(echo.destroyed == 4);
     drop(&g);
     close(echo.bell);
+
+    card = (vmbed_net){.size = sizeof card, .stream = "/nonexistent/socket"};
+    vmbed_vm *vm;
+    g = prepare(0, 0, NULL);
+    vmbed_builder_free(g.builder);
+    OK(vmbed_config_add_net(g.config, &card, &error));
+    OK(vmbed_builder_new(g.host, g.config, &g.builder, &error));
+    FAILS(VMBED_ERR_NOT_FOUND, "net0: connecting to /nonexistent/socket", vmbed_builder_build(g.builder, &vm, &error));
+    drop(&g);
 }
 
 void disks_and_cards_by_descriptor(void)
