@@ -44,11 +44,11 @@ pub(crate) struct Tag {
 impl Ethernet {
     /// What the first bytes of a frame say; `None` where they end too early.
     pub fn parse(bytes: &[u8]) -> Option<Self> {
-        let (head, rest) = bytes.split_first_chunk::<UNTAGGED>()?;
-        let [d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5, t0, t1] = *head;
-        let destination = MacAddress([d0, d1, d2, d3, d4, d5]);
-        let source = MacAddress([s0, s1, s2, s3, s4, s5]);
-        let first = u16::from_be_bytes([t0, t1]);
+        let (destination, rest) = bytes.split_first_chunk()?;
+        let (source, rest) = rest.split_first_chunk()?;
+        let (first, rest) = rest.split_first_chunk()?;
+        let (destination, source) = (MacAddress(*destination), MacAddress(*source));
+        let first = u16::from_be_bytes(*first);
         let (tag, ethertype) = if first == DOT1Q {
             let [c0, c1, t0, t1] = *rest.first_chunk::<TAG>()?;
             (Some(Tag::from_bytes([c0, c1])), u16::from_be_bytes([t0, t1]))

@@ -6,6 +6,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+pub(crate) mod clock;
 pub(crate) mod fd;
 pub(crate) mod file;
 pub(crate) mod fork;

@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use super::Shared;
-use super::forward::forward;
+use super::forward::{Memory, forward};
 use super::port::{Map, Port};
 use super::queue::Buffer;
 use super::statistics::DropReason;
@@ -25,6 +25,7 @@ pub(crate) struct Plug {
     generation: u64,
     /// The buffer of the last frame that was read.
     used: Option<Buffer>,
+    memory: Memory,
 }
 
 impl Plug {
@@ -42,7 +43,14 @@ impl Plug {
             let why = format!("port '{}' is in use by another card", port.name);
             return Err(Error::new(ErrorKind::Busy, why));
         }
-        Ok(Self { shared: shared.clone(), port: port.clone(), map, generation, used: None })
+        Ok(Self {
+            shared: shared.clone(),
+            port: port.clone(),
+            map,
+            generation,
+            used: None,
+            memory: Memory::default(),
+        })
     }
 
     /// A frame that was read could not be handed on.
@@ -78,8 +86,9 @@ impl NetBackend for Plug {
     fn send(&mut self, frame: &IoList<'_>) -> io::Result<()> {
         if self.shared.generation() != self.generation {
             (self.map, self.generation) = self.shared.map();
+            self.memory.forget();
         }
-        forward(&self.shared, &self.map, &self.port, frame);
+        forward(&self.shared, &self.map, &self.port, &mut self.memory, frame);
         Ok(())
     }
 

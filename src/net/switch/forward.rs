@@ -6,13 +6,14 @@
 //! lies into each receiver's buffer.
 
 use std::sync::atomic::Ordering;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
-use super::Shared;
 use super::port::{Entry, Map, Port};
 use super::queue::{Note, Queue};
 use super::statistics::DropReason::{self, *};
 use super::table::Learned;
+use super::{Clock, Shared};
+use crate::config::MacAddress;
 use crate::net::ether::{DOT1Q, Ethernet, TAG, TYPE_AT, Tag, UNTAGGED, is_group, is_link_local, is_station};
 use crate::net::offload::{Offloads, Segments, Work, complete};
 use crate::net::{HEADER_LEN, MAX_FRAME};
@@ -22,61 +23,94 @@ use crate::sys::io::{IoList, IoReader};
 /// with its options fit.
 const HEAD: usize = 256;
 
+/// What a station's end keeps from one frame to the next.
+pub(super) struct Memory {
+    /// Room for a frame's header and its beginning.
+    front: [u8; HEADER_LEN + HEAD],
+    /// The VLAN and address that were learned last, and until when that is so, in milliseconds.
+    learned: (u16, MacAddress, u64),
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self { front: [0; HEADER_LEN + HEAD], learned: (0, MacAddress([0; 6]), 0) }
+    }
+}
+
+impl Memory {
+    /// Ports have changed: what was learned is looked at again.
+    pub fn forget(&mut self) {
+        self.learned.2 = 0;
+    }
+}
+
 /// Forwards the frame in `list`, which begins with its vnet header, from `port`.
-pub(super) fn forward(shared: &Shared, map: &Map, port: &Port, list: &IoList<'_>) {
-    if let Err(reason) = try_forward(shared, map, port, list) {
+pub(super) fn forward(shared: &Shared, map: &Map, port: &Port, memory: &mut Memory, list: &IoList<'_>) {
+    if let Err(reason) = try_forward(shared, map, port, memory, list) {
         port.counters.drop(reason);
     }
 }
 
-fn try_forward(shared: &Shared, map: &Map, port: &Port, list: &IoList<'_>) -> Result<(), DropReason> {
-    let now = shared.clock.now();
+fn try_forward(
+    shared: &Shared,
+    map: &Map,
+    port: &Port,
+    memory: &mut Memory,
+    list: &IoList<'_>,
+) -> Result<(), DropReason> {
+    let clock = &shared.clock;
     let length = usize::try_from(list.remaining()).unwrap_or(usize::MAX).saturating_sub(HEADER_LEN);
     port.counters.received.add(length);
     let from = map.get(port).ok_or(Removed)?;
-    if !port.rate_in.pass(length, now) {
+    if !port.rate_in.pass(length, clock) {
         return Err(RateIn);
     }
-    let frame = Frame::parse(list, length)?;
+    let frame = Frame::parse(list, length, &mut memory.front)?;
     frame.show(from, frame.ether.tag, true);
     if from.is_monitor {
         return Err(Monitor);
     }
     let vlan = frame.admit(from)?;
-    learn(shared, map, from, &frame, vlan, now)?;
+    let now = clock.milliseconds();
+    let (known_vlan, known, until) = memory.learned;
+    if now >= until || (known_vlan, known) != (vlan, frame.ether.source) {
+        let until = now + learn(shared, map, from, &frame, vlan, now)?;
+        memory.learned = (vlan, frame.ether.source, until);
+    }
     if !is_group(frame.ether.destination)
         && let Some(to) = shared.table.find(vlan, frame.ether.destination, now)
         && let Some(to) = map.ports.get(usize::from(to)).and_then(Option::as_ref)
         && reaches(to, vlan)
     {
-        return frame.deliver(from, to, vlan, now);
+        return frame.deliver(from, to, vlan, clock);
     }
-    if !port.storm.pass(length, now) {
+    if !port.storm.pass(length, clock) {
         return Err(Storm);
     }
-    frame.flood(map, from, vlan, now)
+    frame.flood(map, from, vlan, clock)
 }
 
-/// Remembers where the frame came from.
+/// Remembers where the frame came from; for how many milliseconds nobody needs to look again.
 fn learn(
     shared: &Shared,
     map: &Map,
     from: &Entry,
     frame: &Frame<'_>,
     vlan: u16,
-    now: Duration,
-) -> Result<(), DropReason> {
+    now: u64,
+) -> Result<u64, DropReason> {
     let (source, port) = (frame.ether.source, &from.port);
     let share = from.rules.options.max_addresses;
     let may = || map.may_be_at(source, port.number);
     let counters = &port.counters;
     match shared.table.learn((vlan, source), (port.number, share), now, may) {
+        Learned::Known => return Ok(shared.table.fresh_for()),
         Learned::Foreign => return Err(ForeignMac),
         Learned::Moved => _ = counters.moved.fetch_add(1, Ordering::Relaxed),
         Learned::Full | Learned::Held => _ = counters.unlearned.fetch_add(1, Ordering::Relaxed),
-        Learned::Known | Learned::New | Learned::Later => {}
+        Learned::New | Learned::Later => {}
     }
-    Ok(())
+    Ok(0)
 }
 
 /// Whether frames of that VLAN can go to a port at all.
@@ -88,7 +122,7 @@ fn reaches(to: &Entry, vlan: u16) -> bool {
 struct Frame<'l> {
     ether: Ethernet,
     /// Its header and its beginning.
-    front: [u8; HEADER_LEN + HEAD],
+    front: &'l [u8; HEADER_LEN + HEAD],
     /// Bytes of its beginning that there are.
     seen: usize,
     length: usize,
@@ -98,12 +132,15 @@ struct Frame<'l> {
 }
 
 impl<'l> Frame<'l> {
-    fn parse(list: &'l IoList<'_>, length: usize) -> Result<Self, DropReason> {
+    fn parse(
+        list: &'l IoList<'_>,
+        length: usize,
+        front: &'l mut [u8; HEADER_LEN + HEAD],
+    ) -> Result<Self, DropReason> {
         if length > MAX_FRAME {
             return Err(TooLong);
         }
         let mut rest = list.reader();
-        let mut front = [0; HEADER_LEN + HEAD];
         let seen = rest.read(&mut front[..HEADER_LEN + length.min(HEAD)]).saturating_sub(HEADER_LEN);
         let (header, head) = front.split_first_chunk::<HEADER_LEN>().ok_or(Runt)?;
         let ether = Ethernet::parse(&head[..seen]).ok_or(Runt)?;
@@ -131,26 +168,26 @@ impl<'l> Frame<'l> {
     }
 
     /// To the one port where its destination is.
-    fn deliver(&self, from: &Entry, to: &Entry, vlan: u16, now: Duration) -> Result<(), DropReason> {
+    fn deliver(&self, from: &Entry, to: &Entry, vlan: u16, clock: &Clock) -> Result<(), DropReason> {
         if std::ptr::eq(&*from.port, &*to.port) {
             return Err(SamePort);
         }
         if from.rules.options.isolated && to.rules.options.isolated {
             return Err(Isolated);
         }
-        self.send(to, vlan, now);
+        self.send(to, vlan, clock);
         Ok(())
     }
 
     /// To everybody in its VLAN.
-    fn flood(&self, map: &Map, from: &Entry, vlan: u16, now: Duration) -> Result<(), DropReason> {
+    fn flood(&self, map: &Map, from: &Entry, vlan: u16, clock: &Clock) -> Result<(), DropReason> {
         let (known, isolated) = (is_group(self.ether.destination), from.rules.options.isolated);
         let mut reached = false;
         for to in map.entries() {
             let rules = &to.rules.options;
             let wanted = (known || rules.unknown_unicast) && !(isolated && rules.isolated);
             if wanted && reaches(to, vlan) && !std::ptr::eq(&*from.port, &*to.port) {
-                self.send(to, vlan, now);
+                self.send(to, vlan, clock);
                 reached = true;
             }
         }
@@ -158,7 +195,8 @@ impl<'l> Frame<'l> {
     }
 
     /// Out of a port, as its station is to see it.
-    fn send(&self, to: &Entry, vlan: u16, now: Duration) {
+    #[inline]
+    fn send(&self, to: &Entry, vlan: u16, clock: &Clock) {
         let (priority, drop_eligible) = self.ether.tag.map_or((0, false), |t| (t.priority, t.drop_eligible));
         let tag = to.rules.tags(vlan).then_some(Tag { priority, drop_eligible, vlan });
         let counters = &to.port.counters;
@@ -166,7 +204,7 @@ impl<'l> Frame<'l> {
         if tag.is_none() && self.ether.has_further_tag() {
             return counters.drop(HiddenTag);
         }
-        if !to.port.rate_out.pass(self.length, now) {
+        if !to.port.rate_out.pass(self.length, clock) {
             return counters.drop(RateOut);
         }
         match self.put(&to.port, tag, |length| counters.sent.add(length)) {
@@ -210,7 +248,18 @@ impl<'l> Frame<'l> {
     }
 
     /// Puts it into a port's queue, whole or in the pieces that its station can take. `count` hears of each.
+    #[inline]
     fn put(&self, port: &Port, tag: Option<Tag>, count: impl Fn(usize)) -> Result<(), DropReason> {
+        if self.seen == self.length && tag == self.ether.tag && matches!(self.work, Work::None) {
+            // As most small frames are: nothing is left to do, and all of it has been looked at.
+            let length = HEADER_LEN + self.length;
+            let fill = |buffer: &mut [u8]| {
+                let (header, frame) = buffer[..length].split_at_mut(HEADER_LEN);
+                header.fill(0);
+                frame.copy_from_slice(self.head());
+            };
+            return port.queue.put_short(length, fill).then(|| count(self.length)).ok_or(QueueFull);
+        }
         let length = self.length_with(tag);
         let work = self.work.moved(self.ether.len(), length - (self.length - self.ether.len()));
         let takes = port.takes();
@@ -275,6 +324,7 @@ impl<'l> Frame<'l> {
     }
 
     /// Writes its beginning, with that tag or none, as far as there is room.
+    #[inline]
     fn write(&self, out: &mut [u8], tag: Option<Tag>) {
         if tag == self.ether.tag {
             // As it came.

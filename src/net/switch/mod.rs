@@ -31,6 +31,7 @@ use super::{NetBackend, Tap};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::StopLine;
 use crate::reactor::{Attached, EventLoop};
+use crate::sys::clock::coarse_milliseconds;
 use crate::sys::{lock, thread};
 pub(crate) use backend::Plug;
 pub use capture::{Capture, CaptureSummary};
@@ -115,7 +116,11 @@ pub(super) struct Shared {
 
 /// Time since the switch was made.
 enum Clock {
-    Real(Instant),
+    Real {
+        start: Instant,
+        /// The same moment, by the coarse clock.
+        coarse: u64,
+    },
     #[cfg(test)]
     Manual(AtomicU64),
 }
@@ -123,9 +128,18 @@ enum Clock {
 impl Clock {
     fn now(&self) -> Duration {
         match self {
-            Self::Real(start) => start.elapsed(),
+            Self::Real { start, .. } => start.elapsed(),
             #[cfg(test)]
             Self::Manual(milliseconds) => Duration::from_millis(milliseconds.load(Ordering::Relaxed)),
+        }
+    }
+
+    /// The same, a tick late at most.
+    fn milliseconds(&self) -> u64 {
+        match self {
+            Self::Real { coarse, .. } => coarse_milliseconds().saturating_sub(*coarse),
+            #[cfg(test)]
+            Self::Manual(milliseconds) => milliseconds.load(Ordering::Relaxed),
         }
     }
 }
@@ -158,7 +172,8 @@ impl Switch {
     /// # Errors
     /// `InvalidArgument` with every bad option.
     pub fn new(options: &SwitchOptions) -> Result<Self> {
-        Self::with_clock(options, Clock::Real(Instant::now()))
+        let clock = Clock::Real { start: Instant::now(), coarse: coarse_milliseconds() };
+        Self::with_clock(options, clock)
     }
 
     /// One whose time stands still but for [`advance`](Self::advance).

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use super::Clock;
 use super::capture::Sink;
 use super::options::{Guard, PortOptions, PortVlan};
 use super::queue::Queue;
@@ -100,8 +101,14 @@ impl Limit {
     }
 
     /// Whether a frame of that length may pass.
-    pub fn pass(&self, length: usize, now: Duration) -> bool {
-        !self.on.load(Ordering::Relaxed) || lock(&self.bucket).take(length as u64, now).is_ok()
+    #[inline]
+    pub fn pass(&self, length: usize, clock: &Clock) -> bool {
+        !self.on.load(Ordering::Relaxed) || self.take(length, clock)
+    }
+
+    #[cold]
+    fn take(&self, length: usize, clock: &Clock) -> bool {
+        lock(&self.bucket).take(length as u64, clock.now()).is_ok()
     }
 }
 

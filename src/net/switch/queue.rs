@@ -1,13 +1,14 @@
 #![forbid(unsafe_code)]
 //! Frames on their way to one station: a bounded queue with an fd to poll.
 //!
-//! Its lock is held to put a buffer in or to take one out, never while one is filled or emptied. Buffers are
+//! Its lock is held to put a buffer in or to take one out, never while one is emptied, and not while one is filled but with a
+//! few bytes of our own. Buffers are
 //! made when they are first needed, and used again: the last one emptied first, since it is still in the
 //! processor's cache.
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 use std::time::SystemTime;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -93,32 +94,43 @@ impl Queue {
         inner.hush(&self.bell);
     }
 
-    /// A buffer for `len` bytes. `None` when as many frames wait as may. It comes back with `put` or `give`.
+    /// A buffer for `len` bytes. `None` when as many frames wait as may. It comes back with `put`.
     pub fn take(&self, len: usize) -> Option<Buffer> {
-        let size = usize::from(len > SIZES[0].0);
-        let (room, most) = SIZES[size];
         let mut inner = lock(&self.inner);
-        if inner.closed || len > room {
-            return None;
+        match inner.buffer(len)? {
+            Found::Spare(buffer) => Some(buffer),
+            Found::New(room) => {
+                drop(inner);
+                Some(vec![0; room].into())
+            }
         }
-        if let Some(buffer) = inner.spare[size].pop() {
-            return Some(buffer);
-        }
-        if inner.made[size] == most {
-            return None;
-        }
-        inner.made[size] += 1;
-        drop(inner);
-        Some(vec![0; room].into())
     }
 
     /// A frame of `len` bytes in a buffer of ours.
     pub fn put(&self, bytes: Buffer, len: usize, note: Option<Note>) {
+        self.put_into(lock(&self.inner), Item { bytes, len, note });
+    }
+
+    /// The same at once, where it costs next to nothing to fill a buffer; `false` when as many frames wait as may.
+    #[inline]
+    pub fn put_short(&self, len: usize, fill: impl FnOnce(&mut [u8])) -> bool {
         let mut inner = lock(&self.inner);
+        let mut bytes = match inner.buffer(len) {
+            None => return false,
+            Some(Found::Spare(buffer)) => buffer,
+            Some(Found::New(room)) => vec![0; room].into(),
+        };
+        fill(&mut bytes);
+        self.put_into(inner, Item { bytes, len, note: None });
+        true
+    }
+
+    #[inline]
+    fn put_into(&self, mut inner: MutexGuard<'_, Inner>, item: Item) {
         if inner.closed {
             return;
         }
-        inner.ready.push_back(Item { bytes, len, note });
+        inner.ready.push_back(item);
         if inner.rung == 0 {
             inner.rung = 1;
             drop(inner);
@@ -145,7 +157,31 @@ impl Queue {
     }
 }
 
+/// A buffer, or how large the one is that may be made.
+enum Found {
+    Spare(Buffer),
+    New(usize),
+}
+
 impl Inner {
+    /// One for `len` bytes, if there may be one.
+    #[inline]
+    fn buffer(&mut self, len: usize) -> Option<Found> {
+        let size = usize::from(len > SIZES[0].0);
+        let (room, most) = SIZES[size];
+        if self.closed || len > room {
+            return None;
+        }
+        if let Some(buffer) = self.spare[size].pop() {
+            return Some(Found::Spare(buffer));
+        }
+        if self.made[size] == most {
+            return None;
+        }
+        self.made[size] += 1;
+        Some(Found::New(room))
+    }
+
     /// The bell rings for nothing any more. It is read under the lock, so that no ring for something is lost.
     fn hush(&mut self, bell: &EventFd) {
         if self.rung > 0

@@ -127,10 +127,11 @@ impl Table {
     }
 
     /// The port behind which `address` is.
-    pub fn find(&self, vlan: u16, address: MacAddress, now: Duration) -> Option<u16> {
+    #[inline]
+    pub fn find(&self, vlan: u16, address: MacAddress, now: u64) -> Option<u16> {
         let key = key(vlan, address);
         let heard = self.bucket(key).iter().find_map(|slot| slot.get(key))?;
-        (heard.age(milliseconds(now)) <= self.ageing).then(|| heard.port())
+        (heard.age(now) <= self.ageing).then(|| heard.port())
     }
 
     /// `address` was heard from `port`, which may have `share` entries. `may` is asked whether it may be there,
@@ -139,10 +140,10 @@ impl Table {
         &self,
         (vlan, address): (u16, MacAddress),
         (port, share): (u16, u32),
-        now: Duration,
+        now: u64,
         may: impl FnOnce() -> bool,
     ) -> Learned {
-        let (key, now) = (key(vlan, address), milliseconds(now));
+        let key = key(vlan, address);
         let bucket = self.bucket(key);
         let known = bucket.iter().find_map(|slot| slot.get(key).map(|heard| (slot, heard)));
         if let Some((slot, heard)) = known.filter(|(_, heard)| heard.age(now) <= self.ageing) {
@@ -168,6 +169,11 @@ impl Table {
         };
         self.sweep(&mut writer, now);
         writer.write(bucket, key, Heard::new(port, now), share, self.ageing)
+    }
+
+    /// For how many milliseconds an address that was known need not be looked at again: it is written anew in time.
+    pub fn fresh_for(&self) -> u64 {
+        if self.ageing >= 4 * FRESH { FRESH } else { 0 }
     }
 
     /// Forgets what is behind a port.
@@ -274,16 +280,12 @@ fn key(vlan: u16, MacAddress([a, b, c, d, e, f]): MacAddress) -> u64 {
     USED | u64::from_be_bytes([v0, v1, a, b, c, d, e, f])
 }
 
-fn milliseconds(time: Duration) -> u64 {
-    time.as_millis() as u64 & (u64::MAX >> 16)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const fn ms(n: u64) -> Duration {
-        Duration::from_millis(n)
+    const fn ms(n: u64) -> u64 {
+        n
     }
 
     fn mac(n: u32) -> MacAddress {
@@ -291,7 +293,7 @@ mod tests {
         MacAddress([2, 0, a, b, c, d])
     }
 
-    fn learn(table: &Table, whom: (u16, MacAddress), port: u16, share: u32, now: Duration) -> Learned {
+    fn learn(table: &Table, whom: (u16, MacAddress), port: u16, share: u32, now: u64) -> Learned {
         table.learn(whom, (port, share), now, || true)
     }
 
