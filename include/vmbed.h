@@ -1221,6 +1221,36 @@ int32_t vmbed_vm_announce_net(const vmbed_vm *vm,
                               vmbed_error **error);
 
 /**
+ * Puts card `index` on another network while the guest runs, which notices nothing but what it finds there;
+ * vmbed_vm_announce_net() has it say where it is now. Of `net`, `tap` and `stream` are looked at, one of which is set. A frame that
+ * was read already is delivered; the network before is given up when this returns. In every state; waits for the frame that is
+ * under way. Where it fails, the card stays where it is: VMBED_ERR_INVALID_ARGUMENT where there is no such card, or the network
+ * does not know the offloads that the guest's driver was offered; VMBED_ERR_INVALID_STATE in a callback of the VM's; what opening
+ * it finds wrong.
+ */
+int32_t vmbed_vm_change_net(const vmbed_vm *vm,
+                            uint32_t index,
+                            const vmbed_net *net,
+                            vmbed_error **error);
+
+/** The same, on an open descriptor, which is duplicated, as vmbed_builder_net_fd() has it. */
+int32_t vmbed_vm_change_net_fd(const vmbed_vm *vm, uint32_t index, int32_t fd, vmbed_error **error);
+
+/** The same, on a port of a switch, as vmbed_builder_net_port() has it. */
+int32_t vmbed_vm_change_net_port(const vmbed_vm *vm,
+                                 uint32_t index,
+                                 const vmbed_port *port,
+                                 vmbed_error **error);
+
+/** The same, on a network of yours, as vmbed_builder_net_backend() has it. Its destroy function is called also where this fails. */
+int32_t vmbed_vm_change_net_backend(const vmbed_vm *vm,
+                                    uint32_t index,
+                                    const vmbed_net_ops *ops,
+                                    int32_t fd,
+                                    void *user,
+                                    vmbed_error **error);
+
+/**
  * Limits what card `index` may receive and send from now on; NULL for no limit. In every state; never blocks.
  * VMBED_ERR_INVALID_ARGUMENT where there is no such card.
  */

@@ -94,7 +94,7 @@ pub use units::Bytes;
 
 // A VM in the making, and its life.
 pub use vm::{
-    BalloonStatistics, DiskStatistics, GivenBack, GuestMemory, NetStatistics, Registers, ThreadInfo,
+    BalloonStatistics, DiskStatistics, GivenBack, GuestMemory, NetStatistics, Network, Registers, ThreadInfo,
     ThreadRole, VcpuReturn, VcpuStatistics, Vm, VmBuilder, VmMemory, VmState,
 };
 

@@ -638,6 +638,35 @@ def test_disks_and_what_is_changed_of_them(tmp_path: Path) -> None:
     assert image.read_bytes()[512 * 4] == 8
 
 
+def test_a_card_moves_to_another_network() -> None:
+    echo, other, said = Echo(), Echo(), Port()
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    frame = bytes(12) + bytes([3] * 60)
+    steps = [(SEND, 0, 60, 5), (RECEIVE, 0, 0, 0), (TELL, 0, 0, 1), (RECEIVE, 0, 0, 0), (SEND, 0, 61, 5), (TELL, 0, 0, 2), (RECEIVE, 0, 0, 0)]
+    far.settimeout(LONG)
+    with near, far, start(vmbed.Host().builder(driver(nets=1)).net_backend(0, echo), steps, said) as vm:
+        wait_until("the guest's first word", lambda: (0, b"\1") in said.written)
+        for nowhere in ({"tap": "vmbednone0"}, {"stream": "/nonexistent"}):
+            with pytest.raises(vmbed.NotFound):
+                vm.change_net(**nowhere)  # type: ignore[arg-type]
+        with pytest.raises(ValueError):
+            vm.change_net(tap="a", stream="b")
+        vm.change_net(fd=near)
+        far.send(frame)
+        assert len(far.recv(100)) == 73
+        wait_until("its second", lambda: (0, b"\2") in said.written)
+        vm.change_net(backend=other)
+        port = vmbed.Switch().add_port("p")
+        vm.change_net(port=port)
+        far.send(frame)
+        vm.change_net(fd=near)
+        results = finish(vm, len(steps))
+        assert results[3][1] == results[6][1] == 72
+        assert not vm.exceptions
+    os.close(echo.bell)
+    os.close(other.bell)
+
+
 def test_a_network_of_ones_own() -> None:
     echo = Echo()
     steps = [(SEND, 0, 60, 5), (RECEIVE, 0, 0, 0), (SEND, 0, 99, 5), (SEND, 0, 5, 5)]

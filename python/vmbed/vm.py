@@ -10,10 +10,12 @@ from enum import IntEnum
 from types import TracebackType
 from typing import Any, Callable, NamedTuple
 
-from ._lib import call, ffi, filled, lib, make, structure
+from ._lib import HasFileno, call, ffi, fileno, filled, hold, lib, make, optional, structure
+from .backend import NET, NetBackend
 from .config import DiskFormat
+from .device import Attached
 from .events import Cause, Events
-from .switch import Rate
+from .switch import Rate, SwitchPort
 
 
 class State(IntEnum):
@@ -359,6 +361,30 @@ class Vm:
     def set_link(self, up: bool, index: int = 0) -> None:
         """Plugs the card's cable in or out; what is sent to or by a card without one is dropped."""
         call(lib.vmbed_vm_set_link, self._pointer, index, up)
+
+    def change_net(
+        self,
+        index: int = 0,
+        *,
+        tap: str | None = None,
+        stream: str | os.PathLike[str] | None = None,
+        fd: int | HasFileno | None = None,
+        port: SwitchPort | None = None,
+        backend: NetBackend | None = None,
+    ) -> None:
+        """Puts the card on another network while the guest runs, one of these; :meth:`announce_net` has it say where it is now."""
+        if sum(one is not None for one in (tap, stream, fd, port, backend)) != 1:
+            raise ValueError("one of tap, stream, fd, port and backend says where to")
+        if fd is not None:
+            call(lib.vmbed_vm_change_net_fd, self._pointer, index, fileno(fd))
+        elif port is not None:
+            call(lib.vmbed_vm_change_net_port, self._pointer, index, port._pointer)
+        elif backend is not None:
+            handle = hold(Attached(backend, self.exceptions))
+            call(lib.vmbed_vm_change_net_backend, self._pointer, index, NET, backend.fileno(), handle)
+        else:
+            keep = [optional(tap), optional(None if stream is None else os.fsencode(stream))]
+            call(lib.vmbed_vm_change_net, self._pointer, index, structure("vmbed_net", tap=keep[0], stream=keep[1]))
 
     def announce_net(self, index: int = 0) -> None:
         """Has the guest tell the card's network where it is, as after a move: where its driver knows how."""

@@ -14,11 +14,13 @@ use super::device::{UserData, vmbed_destroy_fn};
 use super::disk::vmbed_rate;
 use super::error::vmbed_error;
 use super::handle;
+use super::switch::vmbed_port;
 use super::vm::vmbed_vm;
 use crate::config::NetConfig;
 use crate::error::{Error, Result};
 use crate::net::NetBackend;
 use crate::sys::io::IoList;
+use crate::vm::Network;
 
 /// A virtio-net card.
 #[repr(C)]
@@ -123,6 +125,75 @@ pub unsafe extern "C" fn vmbed_vm_announce_net(
     error: *mut *mut vmbed_error,
 ) -> i32 {
     call(error, || handle::object(vm)?.vm().announce_net(index as usize))
+}
+
+/// Puts card `index` on another network while the guest runs, which notices nothing but what it finds there;
+/// vmbed_vm_announce_net() has it say where it is now. Of `net`, `tap` and `stream` are looked at, one of which is set. A frame that
+/// was read already is delivered; the network before is given up when this returns. In every state; waits for the frame that is
+/// under way. Where it fails, the card stays where it is: VMBED_ERR_INVALID_ARGUMENT where there is no such card, or the network
+/// does not know the offloads that the guest's driver was offered; VMBED_ERR_INVALID_STATE in a callback of the VM's; what opening
+/// it finds wrong.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_vm_change_net(
+    vm: *const vmbed_vm,
+    index: u32,
+    net: *const vmbed_net,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    call(error, || {
+        let given = structure(net)?;
+        let tap = optional(given.tap, "vmbed_net.tap", text)?.map(|name| Network::Tap(name.to_owned()));
+        let stream = optional(given.stream, "vmbed_net.stream", path)?;
+        let network = match (tap, stream.map(|path| Network::Stream(path.to_owned()))) {
+            (Some(network), None) | (None, Some(network)) => network,
+            _ => return Err(invalid("vmbed_net: one of tap and stream says where to".to_owned())),
+        };
+        handle::object(vm)?.vm().change_net(index as usize, network)
+    })
+}
+
+/// The same, on an open descriptor, which is duplicated, as vmbed_builder_net_fd() has it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_vm_change_net_fd(
+    vm: *const vmbed_vm,
+    index: u32,
+    fd: i32,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    call(error, || {
+        let own = self::fd(fd, "fd")?.try_clone_to_owned();
+        let own = own.map_err(|e| Error::os(format!("duplicating the fd for net{index}"), e))?;
+        handle::object(vm)?.vm().change_net(index as usize, Network::Fd(own))
+    })
+}
+
+/// The same, on a port of a switch, as vmbed_builder_net_port() has it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_vm_change_net_port(
+    vm: *const vmbed_vm,
+    index: u32,
+    port: *const vmbed_port,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    call(error, || {
+        let port = handle::object(port)?.port.clone();
+        handle::object(vm)?.vm().change_net(index as usize, Network::Port(port))
+    })
+}
+
+/// The same, on a network of yours, as vmbed_builder_net_backend() has it. Its destroy function is called also where this fails.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_vm_change_net_backend(
+    vm: *const vmbed_vm,
+    index: u32,
+    ops: *const vmbed_net_ops,
+    fd: i32,
+    user: *mut c_void,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    // First of all, so that the network's data end also where anything else is wrong.
+    let net = ForeignNet::new(ops, fd, user);
+    call(error, || handle::object(vm)?.vm().change_net(index as usize, Network::Backend(Box::new(net?))))
 }
 
 /// Limits what card `index` may receive and send from now on; NULL for no limit. In every state; never blocks.

@@ -76,6 +76,9 @@ pub(crate) trait VirtioDevice: Send {
     /// Serves pause, reset and unplug. Of an inactive device: nothing, and no harm.
     fn deactivate(&mut self) -> Vec<Option<Queue>>;
 
+    /// Takes what was put ready for it (another network) while it is inactive.
+    fn refit(&mut self) {}
+
     /// Forgets what this driver has said, after `deactivate`: another one begins.
     fn reset(&mut self) {}
 }

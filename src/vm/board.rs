@@ -10,6 +10,7 @@ use kvm_ioctls::VmFd;
 
 use super::builder::Buses;
 use super::devices;
+use super::machine::BOUND;
 use super::sources::Sources;
 use super::threads::Threads;
 use crate::boot::{self, acpi};
@@ -120,6 +121,16 @@ impl Board {
             buses.mmio.insert(name, window.start, window.end - window.start, device)?;
         }
         Ok(())
+    }
+
+    /// Has the card `index` take the network that was put ready for it.
+    ///
+    /// # Errors
+    /// `TimedOut` where it does not stand within [`BOUND`].
+    pub fn refit_net(&self, index: usize) -> Result<()> {
+        // Disks come first, then cards.
+        let function = self.virtio.get(self.disks.len() + index);
+        function.map_or(Ok(()), |function| function.refit(Instant::now() + BOUND))
     }
 
     pub fn ioapic(&self) -> Option<Arc<Ioapic>> {

@@ -330,7 +330,7 @@ impl Machine {
         Ok(())
     }
 
-    fn control(&self, call: &str) -> Result<std::sync::MutexGuard<'_, Control>> {
+    pub(super) fn control(&self, call: &str) -> Result<std::sync::MutexGuard<'_, Control>> {
         self.not_from_within(call)?;
         Ok(lock(&self.control))
     }

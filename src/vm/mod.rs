@@ -29,6 +29,7 @@ pub(crate) use herd::Herd;
 use machine::{BOUND, Machine};
 pub use machine::{VcpuReturn, VmState};
 pub use registers::Registers;
+pub use sources::Network;
 pub use threads::{ThreadInfo, ThreadRole};
 
 use crate::config::{DiskFormat, RateLimit};
@@ -344,6 +345,34 @@ impl Vm {
     pub fn set_link(&self, index: usize, up: bool) -> Result<()> {
         self.net(index)?.set_link(up);
         Ok(())
+    }
+
+    /// Puts the card `nets[index]` of the configuration on another network while the guest runs, which notices nothing but what it finds
+    /// there; [`announce_net`](Self::announce_net) has it say where it is now, and [`set_link`](Self::set_link) before and after has it look
+    /// for itself. A frame that was read already is delivered. The network before is given up when this returns. In every state. Waits for
+    /// the frame that is under way, and up to 10 s for a call that pauses or resumes the VM.
+    ///
+    /// ```no_run
+    /// # fn move_it(vm: &vmbed::Vm) -> vmbed::Result<()> {
+    /// vm.change_net(0, vmbed::Network::Tap("tap1".into()))?;
+    /// vm.announce_net(0)
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// The card stays where it is: `InvalidArgument` when there is no such card, or the network does not know the offloads that the
+    /// guest's driver was offered; `InvalidState` in a callback of the VM's; what opening it finds wrong, as
+    /// [`VmBuilder::build`].
+    pub fn change_net(&self, index: usize, network: Network) -> Result<()> {
+        let card = self.net(index)?;
+        let _control = self.machine.control("change_net")?;
+        let queues = u16::try_from(card.pairs()).unwrap_or(u16::MAX);
+        card.put_ready(network.open(&format!("net{index}"), queues)?)?;
+        let done = self.machine.board.refit_net(index);
+        // Dropped with no lock held: it may be the embedder's.
+        let before = std::mem::take(&mut *card.spare());
+        drop(before);
+        done
     }
 
     /// Has the guest tell the network of the card `nets[index]` of the configuration where it is (gratuitous ARP and the like), as after a

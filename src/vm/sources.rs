@@ -1,7 +1,9 @@
 #![forbid(unsafe_code)]
 //! What the embedder attached to disks and cards that the configuration leaves open.
 
+use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 
 use super::builder::VmBuilder;
 use crate::block::{self, BlockBackend, OwnDisk, RawDisk};
@@ -16,17 +18,61 @@ enum DiskSource {
     Own(Box<dyn BlockBackend>),
 }
 
-enum NetSource {
+/// A network that a card can be put on while its guest runs ([`Vm::change_net`](super::Vm::change_net)).
+#[non_exhaustive]
+pub enum Network {
+    /// A TAP interface of the host, as [`NetConfig::tap`].
+    Tap(String),
+    /// A network in user space, as [`NetConfig::stream`].
+    Stream(PathBuf),
+    /// A queue of a TAP interface, or a connected Unix socket, as [`VmBuilder::net_fd`].
     Fd(OwnedFd),
+    /// A port of a [`Switch`](crate::Switch).
     Port(SwitchPort),
-    Own(Box<dyn NetBackend>),
+    /// Code of yours.
+    Backend(Box<dyn NetBackend>),
+}
+
+impl Network {
+    /// Opens it for the card `id`, as many times as the card has pairs of queues, where it can be.
+    pub(super) fn open(self, id: &str, queues: u16) -> Result<Vec<Box<dyn NetBackend>>> {
+        let one: Box<dyn NetBackend> = match self {
+            Self::Tap(name) => {
+                let all = Tap::open_all(id, &name, queues)?;
+                return Ok(all.into_iter().map(|tap| Box::new(tap) as Box<dyn NetBackend>).collect());
+            }
+            Self::Stream(path) => Box::new(Stream::connect(id, path)?),
+            Self::Fd(fd) => match Socket::adopt(id, fd) {
+                Ok(socket) => Box::new(socket),
+                Err(fd) => match Stream::adopt(id, fd) {
+                    Ok(stream) => Box::new(stream),
+                    Err(fd) => Box::new(Tap::adopt(id, fd)?),
+                },
+            },
+            Self::Port(port) => Box::new(port.plug().map_err(|e| e.context(id))?),
+            Self::Backend(backend) => backend,
+        };
+        Ok(vec![one])
+    }
+}
+
+impl fmt::Debug for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tap(_) => "Tap",
+            Self::Stream(_) => "Stream",
+            Self::Fd(_) => "Fd",
+            Self::Port(_) => "Port",
+            Self::Backend(_) => "Backend",
+        })
+    }
 }
 
 /// By the index of the disk or card.
 #[derive(Default)]
 pub(super) struct Sources {
     disks: Vec<(usize, DiskSource)>,
-    nets: Vec<(usize, NetSource)>,
+    nets: Vec<(usize, Network)>,
 }
 
 impl VmBuilder {
@@ -104,7 +150,7 @@ impl VmBuilder {
     }
 
     pub(crate) fn set_net_port(&mut self, index: usize, port: &SwitchPort) {
-        self.wiring.sources.nets.push((index, NetSource::Port(port.clone())));
+        self.wiring.sources.nets.push((index, Network::Port(port.clone())));
     }
 
     pub(crate) fn set_disk_fd(&mut self, index: usize, fd: impl AsFd) -> Result<()> {
@@ -119,12 +165,12 @@ impl VmBuilder {
 
     pub(crate) fn set_net_fd(&mut self, index: usize, fd: impl AsFd) -> Result<()> {
         let fd = fd::duplicate(fd).map_err(|e| Error::os(format!("duplicating the fd of net{index}"), e))?;
-        self.wiring.sources.nets.push((index, NetSource::Fd(fd)));
+        self.wiring.sources.nets.push((index, Network::Fd(fd)));
         Ok(())
     }
 
     pub(crate) fn set_net_backend(&mut self, index: usize, backend: Box<dyn NetBackend>) {
-        self.wiring.sources.nets.push((index, NetSource::Own(backend)));
+        self.wiring.sources.nets.push((index, Network::Backend(backend)));
     }
 }
 
@@ -175,7 +221,7 @@ impl Sources {
 
     /// The cards that have something attached. Several descriptors of one are its queues.
     fn networks(&self) -> Vec<usize> {
-        let is_fd = |source: &NetSource| matches!(source, NetSource::Fd(_));
+        let is_fd = |source: &Network| matches!(source, Network::Fd(_));
         let before = |at: usize, index| self.nets[..at].iter().any(|(i, s)| *i == index && is_fd(s));
         let each = self.nets.iter().enumerate();
         each.filter(|(at, (i, s))| !(is_fd(s) && before(*at, *i))).map(|(_, (i, _))| *i).collect()
@@ -198,27 +244,11 @@ impl Sources {
         let id = format!("net{index}");
         let (given, others) = self.nets.drain(..).partition(|(i, _)| *i == index);
         self.nets = others;
-        let given: Vec<(usize, NetSource)> = given;
-        let mut opened: Vec<Box<dyn NetBackend>> = Vec::new();
-        for (_, source) in given {
-            opened.push(match source {
-                NetSource::Fd(fd) => match Socket::adopt(&id, fd) {
-                    Ok(socket) => Box::new(socket),
-                    Err(fd) => match Stream::adopt(&id, fd) {
-                        Ok(stream) => Box::new(stream),
-                        Err(fd) => Box::new(Tap::adopt(&id, fd)?),
-                    },
-                },
-                NetSource::Port(port) => Box::new(port.plug().map_err(|e| e.context(&id))?),
-                NetSource::Own(backend) => backend,
-            });
-        }
-        if let Some(path) = &net.stream {
-            opened.push(Box::new(Stream::connect(&id, path.clone())?));
-        }
-        if let Some(tap) = &net.tap {
-            let queues = Tap::open_all(&id, tap, net.queues)?;
-            opened.extend(queues.into_iter().map(|tap| Box::new(tap) as Box<dyn NetBackend>));
+        let given: Vec<(usize, Network)> = given;
+        let named = [net.stream.clone().map(Network::Stream), net.tap.clone().map(Network::Tap)];
+        let mut opened = Vec::new();
+        for network in given.into_iter().map(|(_, network)| network).chain(named.into_iter().flatten()) {
+            opened.extend(network.open(&id, net.queues)?);
         }
         match opened.len() {
             0 => Err(nothing(&id)),
@@ -259,13 +289,13 @@ mod tests {
         };
         assert_eq!(bad(&sources), ["disks[1].path", "disks[2].path", "nets[0].tap"]);
         sources.disks = [0, 1, 1, 2, 3].map(|i| (i, DiskSource::Fd(fd()))).into();
-        sources.nets = vec![(1, NetSource::Fd(fd()))];
+        sources.nets = vec![(1, Network::Fd(fd()))];
         assert_eq!(
             bad(&sources),
             ["disks[0].path", "disks[1].path", "disks[3]", "nets[0].tap", "nets[1].tap"]
         );
         sources.disks = [2, 1].map(|i| (i, DiskSource::Fd(fd()))).into();
-        sources.nets = vec![(0, NetSource::Fd(fd()))];
+        sources.nets = vec![(0, Network::Fd(fd()))];
         assert_eq!(bad(&sources), Vec::<String>::new());
     }
 }

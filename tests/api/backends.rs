@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use vmbed::{
     BareBoot, BlockBackend, BlockOp, BlockRequest, Bytes, CpuMode, DiskConfig, ErrorKind, EventKind, IoList,
-    NetBackend, NetConfig, Platform, RateLimit, StopCause, Vm, VmBuilder, VmConfig,
+    NetBackend, NetConfig, Network, Platform, RateLimit, StopCause, Vm, VmBuilder, VmConfig,
 };
 
 use crate::guest::{Port, ends, host, wait_until};
@@ -352,4 +352,66 @@ pub fn disks_and_cards_by_descriptor() {
     let mut named = config(1, 0);
     named.disks[0].path = Some("/x".into());
     fails(host.builder(named).disk_fd(0, &file).unwrap(), "disks[0].path: is set");
+}
+
+pub fn a_card_moves_to_another_network() {
+    let dropped = Arc::new(AtomicU32::new(0));
+    let steps = [
+        (Op::Send, 0, 60, 5),
+        (Op::Tell, 0, 0, 1),
+        (Op::Receive, 0, 0, 0),
+        (Op::Send, 0, 61, 5),
+        (Op::Tell, 0, 0, 2),
+        (Op::Receive, 0, 0, 0),
+    ];
+    let guest = Guest::start(host().builder(config(0, 1)).net_backend(0, Silence::new(&dropped)), &steps);
+    guest.wait_for(1);
+    for wrong in [Network::Tap("vmbednone0".into()), Network::Stream("/nonexistent".into())] {
+        assert_eq!(guest.vm.change_net(0, wrong).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+    let (near, far) = UnixDatagram::pair().unwrap();
+    far.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    assert_eq!(dropped.load(Ordering::SeqCst), 0, "it stays where it is");
+    guest.vm.change_net(0, Network::Fd(near.into())).unwrap();
+    assert_eq!(dropped.load(Ordering::SeqCst), 1);
+    let frame = [&[0; 12][..], &[3; 60]].concat();
+    far.send(&frame).unwrap();
+    let mut room = [0; 100];
+    assert_eq!(far.recv(&mut room).unwrap(), 73);
+    guest.wait_for(2);
+    guest.vm.pause().unwrap();
+    guest.vm.change_net(0, Network::Backend(Box::new(Echo::new(&dropped)))).unwrap();
+    assert!(guest.vm.change_net(1, Network::Tap("x".into())).unwrap_err().to_string().contains("net1"));
+    guest.vm.resume().unwrap();
+    // What is there has nothing for the guest: the next one has.
+    let (near, far) = UnixDatagram::pair().unwrap();
+    far.send(&frame).unwrap();
+    guest.vm.change_net(0, Network::Fd(near.into())).unwrap();
+    let results = guest.results(steps.len());
+    assert_eq!([results[2], results[5]], [(0, 72, 180); 2]);
+    drop(guest);
+    assert_eq!(dropped.load(Ordering::SeqCst), 2);
+}
+
+/// A network that takes everything and has nothing.
+struct Silence(Echo);
+
+impl Silence {
+    fn new(dropped: &Arc<AtomicU32>) -> Self {
+        Self(Echo::new(dropped))
+    }
+}
+
+impl NetBackend for Silence {
+    fn receive(&mut self, _: &IoList<'_>) -> io::Result<usize> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    fn send(&mut self, _: &IoList<'_>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.0.fd()
+    }
 }

@@ -32,7 +32,7 @@ cases! {
         a_callback_reenters a_callback_that_blocks other_callbacks_reenter_and_free;
     races: free_races_with_everything handles_from_eight_threads freeing_in_every_order stop_races_with_everything
         a_fork_while_a_vm_runs many_at_once;
-    backends: a_disk_of_ones_own a_disk_that_does_not_answer a_network_of_ones_own disks_and_cards_by_descriptor;
+    backends: a_card_moves_to_another_network a_disk_of_ones_own a_disk_that_does_not_answer a_network_of_ones_own disks_and_cards_by_descriptor;
     balloon: memory_given_back;
     disks: disks_and_what_is_changed_of_them;
     memory: a_share_of_the_processors memory_of_every_kind memory_that_is_lost;

@@ -18,6 +18,7 @@ void many_at_once(void);
 void a_disk_of_ones_own(void);
 void a_disk_that_does_not_answer(void);
 void a_network_of_ones_own(void);
+void a_card_moves_to_another_network(void);
 void memory_given_back(void);
 void memory_of_every_kind(void);
 void memory_that_is_lost(void);
@@ -534,6 +535,7 @@ static const struct {
     CASE(a_disk_of_ones_own),
     CASE(a_disk_that_does_not_answer),
     CASE(a_network_of_ones_own),
+    CASE(a_card_moves_to_another_network),
     CASE(memory_given_back),
     CASE(memory_of_every_kind),
     CASE(memory_that_is_lost),

@@ -254,6 +254,62 @@ static void echo_destroy(void *user)
 
 static const vmbed_net_ops echo_ops = {sizeof echo_ops, echo_receive, echo_send, echo_destroy};
 
+static int32_t says_nothing(void *user, const vmbed_piece *pieces, size_t count, size_t *length)
+{
+    (void)user, (void)pieces, (void)count, (void)length;
+    return EAGAIN;
+}
+
+static int32_t takes_all(void *user, const vmbed_piece *pieces, size_t count)
+{
+    (void)user, (void)pieces, (void)count;
+    return 0;
+}
+
+static const vmbed_net_ops silent_ops = {sizeof silent_ops, says_nothing, takes_all, echo_destroy};
+
+void a_card_moves_to_another_network(void)
+{
+    static const struct step steps[] = {
+        {SEND, 0, 60, 5}, {TELL, 0, 0, 1}, {RECEIVE, 0, 0, 0}, {SEND, 0, 61, 5}, {TELL, 0, 0, 2}, {RECEIVE, 0, 0, 0}, {END, 0, 0, 0}};
+    struct echo silence = {.bell = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)};
+    struct echo other = {.bell = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)};
+    const vmbed_net nowhere = {.size = sizeof nowhere, .tap = "vmbednone0"}, neither = {.size = sizeof neither};
+    struct result results[6];
+    struct said said = {0};
+    vmbed_switch *lan;
+    vmbed_port *port;
+    uint8_t frame[72], room[100];
+    int pair[2];
+    memset(frame, 0, 12), memset(frame + 12, 3, 60);
+    CHECK(socketpair(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0, pair) == 0);
+    struct guest g = prepare(0, 1, &said);
+    OK(vmbed_builder_net_backend(g.builder, 0, &silent_ops, silence.bell, &silence, &error));
+    start(&g, steps, sizeof steps);
+    wait_for(&said.last, 1);
+    FAILS(VMBED_ERR_NOT_FOUND, "vmbednone0", vmbed_vm_change_net(g.vm, 0, &nowhere, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "one of tap and stream", vmbed_vm_change_net(g.vm, 0, &neither, &error));
+    CHECK(silence.destroyed == 0);
+    OK(vmbed_vm_change_net_fd(g.vm, 0, pair[1], &error));
+    CHECK(silence.destroyed == 1);
+    CHECK(send(pair[0], frame, sizeof frame, 0) == sizeof frame && recv(pair[0], room, sizeof room, 0) == 73);
+    wait_for(&said.last, 2);
+    OK(vmbed_vm_change_net_backend(g.vm, 0, &silent_ops, other.bell, &other, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "net1", vmbed_vm_change_net_fd(g.vm, 1, pair[1], &error));
+    OK(vmbed_switch_new(NULL, &lan, &error));
+    OK(vmbed_switch_add_port(lan, "p", NULL, &port, &error));
+    OK(vmbed_vm_change_net_port(g.vm, 0, port, &error));
+    CHECK(other.destroyed == 1);
+    CHECK(send(pair[0], frame, sizeof frame, 0) == sizeof frame);
+    OK(vmbed_vm_change_net_fd(g.vm, 0, pair[1], &error));
+    finish(&g, results, sizeof results);
+    CHECK(results[2].length == 72 && results[5].length == 72);
+    drop(&g);
+    vmbed_port_free(port);
+    vmbed_switch_free(lan);
+    close(pair[0]), close(pair[1]), close(silence.bell), close(other.bell);
+}
+
 void a_network_of_ones_own(void)
 {
     static const struct step steps[] = {

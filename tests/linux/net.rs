@@ -211,7 +211,8 @@ fn streams() {
         assert!(bytes > 16 << 20 && bytes / frames > 6000, "{long:?}");
     }
     let all = guest.vm.net_statistics(0).unwrap();
-    assert!(all.tx_bytes > 96 << 20 && all.rx_bytes > 96 << 20 && all.tx_dropped == 0, "{all:?}");
+    // Of what a client has written, its server may leave the last buffers where they are.
+    assert!(all.tx_bytes > 80 << 20 && all.rx_bytes > 80 << 20 && all.tx_dropped == 0, "{all:?}");
 }
 
 /// Shell lines that mount the tools.

@@ -2,7 +2,7 @@
 //! What may be changed of a card, and what is known of it, on any thread while it is served.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use virtio_bindings::bindings::virtio_net::{
@@ -12,6 +12,8 @@ use virtio_bindings::bindings::virtio_net::{
 use super::filter::Filter;
 use super::statistics::{Counters, NetStatistics};
 use crate::config::{MacAddress, NetConfig, RateLimit};
+use crate::error::{Error, ErrorKind, Result};
+use crate::net::{NetBackend, Offloads};
 use crate::rate::TokenBucket;
 use crate::sys::lock;
 use crate::virtio::Signals;
@@ -33,6 +35,10 @@ pub(crate) struct Control {
     used: AtomicUsize,
     /// The driver is to tell its networks where it is.
     announcing: AtomicBool,
+    /// What networks the card can be put on know, at least.
+    offered: AtomicU32,
+    /// Another network, until the card takes it; then the one before.
+    spare: Mutex<Vec<Box<dyn NetBackend>>>,
     mtu: Option<u16>,
     speed: Option<u32>,
     up: AtomicBool,
@@ -81,11 +87,51 @@ impl Control {
             used: AtomicUsize::new(1),
             filters: AtomicU32::new(0),
             announcing: AtomicBool::new(false),
+            offered: AtomicU32::new(0),
+            spare: Mutex::default(),
         }
     }
 
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    /// How many pairs of queues it has.
+    pub fn pairs(&self) -> usize {
+        self.counters.len()
+    }
+
+    pub(super) fn offer(&self, offloads: Offloads) {
+        self.offered.store(offloads.bits(), Ordering::SeqCst);
+    }
+
+    /// Puts another network ready for the card, for each pair of queues; when it has taken that, the one before is in its place.
+    ///
+    /// # Errors
+    /// `InvalidArgument`: it is of another size, or does not know what the guest's driver was offered.
+    pub fn put_ready(&self, other: Vec<Box<dyn NetBackend>>) -> Result<()> {
+        let invalid =
+            |why: String| Err(Error::new(ErrorKind::InvalidArgument, format!("{}: {why}", self.id)));
+        if other.len() != self.counters.len() {
+            return invalid(format!(
+                "has {} pairs of queues, and the network {}",
+                self.counters.len(),
+                other.len()
+            ));
+        }
+        let offered = Offloads::from_bits_truncate(self.offered.load(Ordering::SeqCst));
+        if let Some(less) = other.iter().map(|one| one.offloads()).find(|known| !known.contains(offered)) {
+            let missing = offered - less;
+            return invalid(format!(
+                "the guest's driver was offered {missing:?} when the VM was built, which the other network does not know"
+            ));
+        }
+        *self.spare() = other;
+        Ok(())
+    }
+
+    pub fn spare(&self) -> MutexGuard<'_, Vec<Box<dyn NetBackend>>> {
+        lock(&self.spare)
     }
 
     /// What it has carried.

@@ -80,7 +80,9 @@ impl Net {
     /// The card on `lanes`: for each pair of queues a way to the network and a place. Commands are served where the first is.
     pub fn new(control: Arc<Control>, lanes: Vec<(Box<dyn NetBackend>, Place)>) -> Self {
         let known = lanes.iter().map(|(backend, _)| backend.offloads()).reduce(|all, one| all & one);
-        let mut features = FEATURES | control.features() | header::offered(known.unwrap_or_default());
+        let known = known.unwrap_or_default();
+        control.offer(known);
+        let mut features = FEATURES | control.features() | header::offered(known);
         if lanes.len() > 1 {
             features |= 1 << VIRTIO_NET_F_MQ;
         }
@@ -253,6 +255,17 @@ impl VirtioDevice for Net {
             }
         }
         queues
+    }
+
+    fn refit(&mut self) {
+        let mut other = self.control.spare();
+        // What was there before is left for whoever asked for it.
+        for (pair, new) in self.pairs.iter_mut().zip(other.iter_mut()) {
+            match &mut pair.state {
+                State::Idle(backend, _) => std::mem::swap(backend, new),
+                State::Active(_) | State::Lost => {}
+            }
+        }
     }
 
     fn reset(&mut self) {

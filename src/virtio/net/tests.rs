@@ -794,3 +794,39 @@ fn of_several_pairs_those_are_served_that_the_driver_uses() {
     let queues = all.bench.net.deactivate();
     assert_eq!(queues.iter().filter(|q| q.is_some()).count(), 7);
 }
+
+#[test]
+fn another_network_takes_the_place_of_one_while_the_card_is_served() {
+    let mut b = bench(MRG);
+    b.give(&[1600]);
+    let change = |b: &mut Bench| {
+        let (other, far) = Pair::new();
+        b.net.control.put_ready(vec![Box::new(other)]).unwrap();
+        // As the transport does it.
+        let queues = b.net.deactivate();
+        b.net.refit();
+        let memory = b.rx.memory.clone();
+        b.net.activate(Activation { features: MRG, memory, queues, signals: b.signals.clone() }).unwrap();
+        assert_eq!(b.net.control.spare().len(), 1, "the one before is left");
+        b.net.control.spare().clear();
+        std::mem::replace(&mut b.far, far)
+    };
+    for _ in 0..3 {
+        let before = change(&mut b);
+        assert!(before.far.send(&[0; 72]).is_err(), "nobody is there any more");
+        b.is_alive();
+        b.far.put(&frame(60));
+        b.net.process_queues();
+        assert_eq!(b.rx.take_used().map(|(_, len)| len), Some(72));
+        b.give(&[1600]);
+    }
+    let two = || -> Vec<Box<dyn NetBackend>> { (0..2).map(|_| Box::new(Pair::new().0) as _).collect() };
+    let error = b.net.control.put_ready(two()).unwrap_err();
+    assert!(error.to_string().contains("has 1 pairs of queues, and the network 2"), "{error}");
+    b.net.control.offer(Offloads::CSUM);
+    // A socket knows none.
+    let socket = crate::net::Socket::adopt("net0", UnixDatagram::pair().unwrap().0.into()).ok().unwrap();
+    let error = b.net.control.put_ready(vec![Box::new(socket)]).unwrap_err();
+    assert!(error.to_string().contains("net0: the guest's driver was offered"), "{error}");
+    assert!(b.net.control.spare().is_empty());
+}

@@ -324,6 +324,20 @@ impl Core {
         }
     }
 
+    /// Has the device take what was put ready for it, between two requests.
+    ///
+    /// # Errors
+    /// As [`Core::pause`].
+    pub fn refit(&mut self, deadline: Instant) -> Result<()> {
+        let serves = matches!(self.service, Service::Active);
+        self.pause(deadline)?;
+        self.device.refit();
+        if serves {
+            self.resume();
+        }
+        Ok(())
+    }
+
     /// Serves nothing from now on, whatever the driver does. Waits for the request in progress.
     pub fn end(&mut self) {
         drop(self.device.deactivate());

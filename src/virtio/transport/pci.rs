@@ -86,6 +86,15 @@ impl VirtioPci {
         lock(&self.0).core.resume();
     }
 
+    /// Has the device take what was put ready for it. Waits for its request in progress; vCPUs may run, and doorbells that ring
+    /// meanwhile are heard afterwards.
+    ///
+    /// # Errors
+    /// As [`VirtioPci::pause`].
+    pub fn refit(&self, deadline: Instant) -> Result<()> {
+        lock(&self.0).core.refit(deadline)
+    }
+
     /// Stops the device for good. Waits for its request in progress.
     pub fn end(&self) {
         let mut state = lock(&self.0);
