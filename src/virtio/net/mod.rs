@@ -162,6 +162,25 @@ impl Net {
         Ok(())
     }
 
+    fn begin(
+        &mut self,
+        features: u64,
+        pairs: usize,
+        (memory, signals): (Memory, Signals),
+        queues: &mut [Option<Queue>],
+    ) -> Result<()> {
+        let mut take = |at: usize| queues.get_mut(at).and_then(Option::take);
+        let commands = take(self.commands_at);
+        for index in 0..pairs {
+            let both = (take(2 * index), take(2 * index + 1));
+            self.begin_pair(index, features, (&memory, &signals), both)?;
+        }
+        match commands {
+            Some(queue) => self.begin_commands(features, memory, signals, queue),
+            None => Ok(()),
+        }
+    }
+
     fn begin_commands(
         &mut self,
         features: u64,
@@ -214,17 +233,13 @@ impl VirtioDevice for Net {
         let features = features & self.features;
         let pairs = if features & 1 << VIRTIO_NET_F_MQ != 0 { self.pairs.len() } else { 1 };
         self.control.agree(features & 1 << VIRTIO_NET_F_CTRL_VLAN != 0);
-        let mut take = |at: usize| queues.get_mut(at).and_then(Option::take);
         self.commands_at = 2 * pairs;
-        let commands = take(self.commands_at);
-        for index in 0..pairs {
-            let both = (take(2 * index), take(2 * index + 1));
-            self.begin_pair(index, features, (&memory, &signals), both)?;
+        let begun = self.begin(features, pairs, (memory, signals), &mut queues);
+        if begun.is_err() {
+            // All or nothing: those that have begun end.
+            drop(self.deactivate());
         }
-        match commands {
-            Some(queue) => self.begin_commands(features, memory, signals, queue),
-            None => Ok(()),
-        }
+        begun
     }
 
     fn deactivate(&mut self) -> Vec<Option<Queue>> {

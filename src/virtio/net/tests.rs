@@ -830,3 +830,46 @@ fn another_network_takes_the_place_of_one_while_the_card_is_served() {
     assert!(error.to_string().contains("net0: the guest's driver was offered"), "{error}");
     assert!(b.net.control.spare().is_empty());
 }
+
+#[test]
+fn a_card_begins_with_all_of_its_queues_or_none() {
+    let mut all = Commanded::new(2);
+    all.bench.net.deactivate();
+    all.bench.features = FEATURES | 1 << VIRTIO_NET_F_MQ;
+    let memory = all.bench.rx.memory.clone();
+    let other = Driver::new(&memory, 0x3_0000, 16);
+    let Bench { rx, tx, signals, net, features, .. } = &mut all.bench;
+    rx.reset();
+    tx.reset();
+    // The second pair has no transmit queue.
+    let mut half = activation(*features, &[rx, tx, &other], signals);
+    half.queues.extend([None, None]);
+    assert!(net.activate(half).is_err());
+    all.bench.features = FEATURES;
+    all.activate();
+    all.bench.is_alive();
+}
+
+#[test]
+fn commands_of_any_bytes_do_no_harm() {
+    let mut dice = Dice(77);
+    let mut all = Commanded::new(2);
+    for round in 0..3000 {
+        let length = dice.below(40) as usize;
+        let data: Vec<u8> = (0..length).map(|_| dice.below(256) as u8).collect();
+        let (class, command) = (dice.below(6) as u8, dice.below(4) as u8);
+        let _ = all.command(class, command, &data);
+        if round % 100 == 0 {
+            all.bench.is_alive();
+        }
+    }
+    for _ in 0..200 {
+        bend(&mut all.control, &mut dice);
+        all.bench.net.process_queues();
+        all.bench.net.deactivate();
+        all.bench.signals.set_status(0);
+        all.bench.net.reset();
+        all.activate();
+        assert!(all.command(0, 0, &[1]), "served again");
+    }
+}
