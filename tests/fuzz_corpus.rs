@@ -22,6 +22,8 @@ mod net;
 mod pci;
 #[path = "../fuzz/bodies/ports.rs"]
 mod ports;
+#[path = "../fuzz/bodies/switch.rs"]
+mod switch;
 
 /// The committed inputs of a target, and as many made up on the way (the same at each run).
 fn inputs(target: &str) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
@@ -139,4 +141,15 @@ fn configurations_are_taken_and_refused() {
         all[..kept.len()].iter().any(|d| d.bad_fields >= 8) && all[..kept.len()].iter().any(|d| d.refused)
     );
     assert!(all.iter().filter(|d| d.parsed).count() > 50);
+}
+
+#[test]
+fn switch_carries_tags_and_finishes() {
+    let (kept, more) = inputs("switch");
+    for input in &kept {
+        let depth = switch::run(input);
+        assert!(depth.came >= 30 && depth.tagged >= 3 && depth.finished >= 3, "{depth:?}");
+    }
+    let all: Vec<_> = kept.iter().chain(&more).map(|i| switch::run(i)).collect();
+    assert!(all.iter().map(|d| d.refused).sum::<u32>() > 100, "guards and wrong tags");
 }

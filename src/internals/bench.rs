@@ -11,8 +11,8 @@ use crate::bus::{Access, Bus, Device};
 use crate::error::{Error, ErrorKind, Result};
 use crate::irq::{Routes, Vector};
 use crate::memory::Memory;
-use crate::net::NetBackend;
-use crate::net::switch::{Plug, PortOptions, Switch, SwitchOptions};
+use crate::net::switch::{Plug, PortOptions, PortStatistics, Switch, SwitchOptions, SwitchPort};
+use crate::net::{NetBackend, Offloads};
 use crate::sys::io::Pieces;
 use crate::virtio::Queue;
 use crate::virtio::queue::{Chain, QueueSetup};
@@ -59,6 +59,7 @@ impl BenchBus {
 
 /// A switch whose ports have no devices on them.
 pub struct BenchSwitch {
+    ports: Vec<SwitchPort>,
     plugs: Vec<Plug>,
     pieces: Pieces,
     room: Vec<u8>,
@@ -70,10 +71,45 @@ impl BenchSwitch {
     /// # Errors
     /// The host is out of file descriptors.
     pub fn new(ports: usize) -> Result<Self> {
+        Self::with(&vec![PortOptions::access(1); ports], 2048)
+    }
+
+    /// With these ports, for frames of so many bytes.
+    ///
+    /// # Errors
+    /// Bad options; the host is out of file descriptors.
+    pub fn with(ports: &[PortOptions], room: usize) -> Result<Self> {
         let switch = Switch::new(&SwitchOptions::default())?;
-        let plug = |i| switch.add_port(format!("p{i}"), &PortOptions::access(1))?.plug();
-        let plugs = (0..ports).map(plug).collect::<Result<_>>()?;
-        Ok(Self { plugs, pieces: Pieces::default(), room: vec![0; 2048] })
+        let add = |(i, options): (usize, &PortOptions)| switch.add_port(format!("p{i}"), options);
+        let ports = ports.iter().enumerate().map(add).collect::<Result<Vec<_>>>()?;
+        let plugs = ports.iter().map(SwitchPort::plug).collect::<Result<_>>()?;
+        Ok(Self { ports, plugs, pieces: Pieces::default(), room: vec![0; room] })
+    }
+
+    /// Tells a port something else.
+    ///
+    /// # Errors
+    /// Bad options.
+    pub fn set(&self, port: usize, options: &PortOptions) -> Result<()> {
+        self.ports[port].set_options(options)
+    }
+
+    /// What the station of a port takes undone.
+    pub fn set_takes(&mut self, port: usize, offloads: Offloads) {
+        self.plugs[port].set_offloads(offloads);
+    }
+
+    /// What a port has carried.
+    pub fn statistics(&self, port: usize) -> PortStatistics {
+        self.ports[port].statistics()
+    }
+
+    /// Takes a frame out of a port, with its header.
+    pub fn take(&mut self, port: usize) -> Option<&[u8]> {
+        let mut list = self.pieces.list();
+        list.push_room(&mut self.room);
+        let length = self.plugs[port].receive(&list).ok()?;
+        Some(&self.room[..length])
     }
 
     /// A frame with its header comes in at that port.
