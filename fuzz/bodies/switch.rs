@@ -99,12 +99,12 @@ fn step(
     assert_eq!(after.received.frames, before.received.frames + 1, "each is counted");
     depth.sent += 1;
     let mut came = 0;
-    for to in 0..PORTS {
+    for (to, rules) in options.iter().enumerate() {
         while let Some(out) = switch.take(to) {
             assert!(out.len() >= HEADER + 14 && out.len() <= HEADER + 65_557 + 4, "{}", out.len());
             assert_ne!(to, port, "never back");
             let tagged = out[HEADER + 12..HEADER + 14] == [0x81, 0];
-            if matches!(options[to].vlan, PortVlan::Access(_)) {
+            if matches!(rules.vlan, PortVlan::Access(_)) {
                 assert!(!tagged, "a station of one VLAN sees no tag");
             }
             depth.tagged += u32::from(tagged);
