@@ -61,6 +61,25 @@ impl fmt::Display for Store {
     }
 }
 
+/// Fills the buffer from a file, behind whose end lie zeroes.
+pub(crate) fn read_or_zero(file: &File, mut rest: &mut [u8], mut offset: u64) -> io::Result<()> {
+    while !rest.is_empty() {
+        match file.read_at(rest, offset) {
+            Ok(0) => {
+                rest.fill(0);
+                return Ok(());
+            }
+            Ok(count) => {
+                offset += count as u64;
+                rest = &mut rest[count..];
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
 fn is_unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOTTY | libc::EINVAL))
 }
@@ -86,22 +105,8 @@ impl Storage for Store {
             }
         };
         for mut buffer in buffers.into_inner() {
-            let mut rest: &mut [u8] = &mut buffer;
-            while !rest.is_empty() {
-                match file.read_at(rest, offset) {
-                    Ok(0) => {
-                        rest.fill(0);
-                        offset += rest.len() as u64;
-                        rest = &mut [];
-                    }
-                    Ok(count) => {
-                        offset += count as u64;
-                        rest = &mut rest[count..];
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(error) => return Err(error),
-                }
-            }
+            read_or_zero(file, &mut buffer, offset)?;
+            offset += buffer.len() as u64;
         }
         Ok(())
     }

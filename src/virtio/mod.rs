@@ -26,6 +26,7 @@ pub(crate) mod queue;
 #[cfg(test)]
 pub(crate) mod queue_driver;
 pub(crate) mod rng;
+mod server;
 #[cfg(test)]
 pub(crate) mod testing;
 pub(crate) mod transport;

@@ -2,16 +2,15 @@
 //! virtio-rng (5.4): random bytes from the host's generator.
 
 use std::io;
-use std::os::fd::AsRawFd;
 
-use event_manager::{EventSet, Events};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::queue::{Chain, Next, QueueFault};
+use super::server::{Serve, Server};
 use super::{Activation, Queue, Signals, VirtioDevice};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Memory;
-use crate::reactor::{self, Attached, Place, Watch};
+use crate::reactor::{Attached, Place};
 use crate::sys::io::random;
 
 const QUEUE_SIZE: u16 = 64;
@@ -24,7 +23,7 @@ const PIECE: usize = 4096;
 pub(crate) struct Rng {
     id: String,
     place: Place,
-    worker: Option<Attached<Worker>>,
+    worker: Option<Attached<Server<Random>>>,
 }
 
 impl Rng {
@@ -36,7 +35,7 @@ impl Rng {
     #[cfg(any(test, feature = "internals"))]
     pub fn process_queue(&self) {
         if let Some(worker) = &self.worker {
-            worker.with(Worker::process_queue);
+            worker.with(Server::process_queue);
         }
     }
 }
@@ -69,9 +68,8 @@ impl VirtioDevice for Rng {
         if self.worker.is_some() {
             return Err(refused("is active already"));
         }
-        let chain = Chain::with_capacity(queue.max_size());
-        let worker = Worker { queue, memory, signals, chain, broken: false };
-        self.worker = Some(self.place.attach(worker, &self.id)?);
+        let server = Server::new(queue, memory, signals, Random);
+        self.worker = Some(self.place.attach(server, &self.id)?);
         Ok(())
     }
 
@@ -87,46 +85,30 @@ impl VirtioDevice for Rng {
     }
 }
 
-struct Worker {
-    queue: Queue,
-    memory: Memory,
-    signals: Signals,
-    chain: Chain,
-    broken: bool,
-}
+/// Serves what the kernel's generator gives.
+struct Random;
 
-impl Worker {
-    fn process_queue(&mut self) {
-        if self.broken {
-            return;
-        }
-        let Self { queue, memory, signals, chain, .. } = self;
-        let drained = queue.drain(memory, chain, |queue, chain| fill(queue, memory, chain, signals));
-        queue.notify(memory);
-        match drained {
-            Ok(true) => queue.rearm(),
-            Ok(false) => {}
-            Err(fault) => {
-                self.broken = true;
-                self.signals.needs_reset(fault);
+impl Serve for Random {
+    /// Answers one request; with nothing where it has no room for anything.
+    fn serve(
+        &mut self,
+        queue: &mut Queue,
+        memory: &Memory,
+        chain: &Chain,
+        signals: &Signals,
+    ) -> Result<Next, QueueFault> {
+        let mut bytes = [0; PIECE];
+        let wanted = if chain.readable.is_empty() { chain.writable_len() } else { 0 };
+        let bytes = &mut bytes[..wanted.min(PIECE as u64) as usize];
+        let written = match random_exact(bytes) {
+            Ok(()) => chain.writer(memory).write(bytes).map_or(0, |()| bytes.len() as u32),
+            Err(error) => {
+                signals.backend_error(error.raw_os_error().unwrap_or(libc::EIO), 0);
+                0
             }
-        }
+        };
+        queue.complete(memory, chain.head, written).map(|()| Next::More)
     }
-}
-
-/// Answers one request; with nothing where it has no room for anything.
-fn fill(queue: &mut Queue, memory: &Memory, chain: &Chain, signals: &Signals) -> Result<Next, QueueFault> {
-    let mut bytes = [0; PIECE];
-    let wanted = if chain.readable.is_empty() { chain.writable_len() } else { 0 };
-    let bytes = &mut bytes[..wanted.min(PIECE as u64) as usize];
-    let written = match random_exact(bytes) {
-        Ok(()) => chain.writer(memory).write(bytes).map_or(0, |()| bytes.len() as u32),
-        Err(error) => {
-            signals.backend_error(error.raw_os_error().unwrap_or(libc::EIO), 0);
-            0
-        }
-    };
-    queue.complete(memory, chain.head, written).map(|()| Next::More)
 }
 
 fn random_exact(mut bytes: &mut [u8]) -> io::Result<()> {
@@ -138,24 +120,6 @@ fn random_exact(mut bytes: &mut [u8]) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-impl reactor::Worker for Worker {
-    fn init(&mut self, ops: &mut Watch) {
-        if let Err(error) = ops.add(Events::new(self.queue.doorbell(), EventSet::IN)) {
-            self.broken = true;
-            self.signals.needs_reset(format_args!("the host cannot watch its doorbell: {error}"));
-        }
-        // What waits already may have been announced before we listened.
-        self.queue.rearm();
-    }
-
-    fn process(&mut self, events: Events, _: &mut Watch) {
-        if events.fd() == self.queue.doorbell().as_raw_fd() {
-            self.queue.silence();
-        }
-        self.process_queue();
-    }
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
 use super::Access;
-use crate::sys::image::Content;
+use crate::sys::image::{Content, read_or_zero};
 use crate::sys::lock;
 
 /// Feature bits that change how an image is read.
@@ -222,25 +222,6 @@ impl Reader {
         zero.fill(0);
         if read.is_empty() { Ok(()) } else { below.read(read, offset) }
     }
-}
-
-/// What lies behind a file's end is zero.
-fn read_or_zero(file: &File, mut rest: &mut [u8], mut offset: u64) -> io::Result<()> {
-    while !rest.is_empty() {
-        match file.read_at(rest, offset) {
-            Ok(0) => {
-                rest.fill(0);
-                return Ok(());
-            }
-            Ok(count) => {
-                offset += count as u64;
-                rest = &mut rest[count..];
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }
 
 impl Content for Reader {

@@ -1,10 +1,8 @@
 #![forbid(unsafe_code)]
 //! The control queue (virtio 1.2, 5.1.6.5): what the driver says of the card beside its frames.
 
-use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 
-use event_manager::{EventSet, Events};
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET,
     VIRTIO_NET_CTRL_MAC_TABLE_SET, VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_VLAN,
@@ -17,11 +15,11 @@ use super::filter::{Filter, Mode};
 use super::worker::Worker;
 use crate::config::MacAddress;
 use crate::memory::Memory;
-use crate::reactor::{self, Watch};
 use crate::sys::lock;
 use crate::virtio::Signals;
 use crate::virtio::chain::{BadBuffer, Reader};
 use crate::virtio::queue::{Chain, Next, Queue, QueueFault};
+use crate::virtio::server::Serve;
 
 /// `VIRTIO_NET_OK` and `VIRTIO_NET_ERR`.
 const OK: u8 = 0;
@@ -32,40 +30,26 @@ const DELETE: u8 = 1;
 const ACKNOWLEDGE: u8 = 0;
 const PAIRS_SET: u8 = 0;
 
-/// Serves the control queue.
+/// Who obeys.
 pub(super) struct Commander {
-    pub queue: Queue,
-    pub chain: Chain,
-    pub memory: Memory,
-    pub signals: Signals,
     pub control: Arc<Control>,
     /// What the driver has accepted.
     pub features: u64,
     /// Who serves the pairs of queues. It waits for the end of their turns, and they never for it.
     pub pairs: Vec<Arc<Mutex<Worker>>>,
-    pub broken: bool,
 }
 
-impl Commander {
-    pub fn process_queue(&mut self) {
-        if self.broken {
-            return;
-        }
-        let Self { queue, chain, memory, control, features, pairs, .. } = self;
-        let drained = queue.drain(memory, chain, |queue, chain| {
-            let mut reader = chain.reader(memory);
-            let obeyed = obey(control, *features, pairs, &mut reader).unwrap_or(false);
-            answer(queue, memory, chain, if obeyed { OK } else { ERR })
-        });
-        queue.notify(memory);
-        match drained {
-            Ok(true) => queue.rearm(),
-            Ok(false) => {}
-            Err(fault) => {
-                self.broken = true;
-                self.signals.needs_reset(fault);
-            }
-        }
+impl Serve for Commander {
+    fn serve(
+        &mut self,
+        queue: &mut Queue,
+        memory: &Memory,
+        chain: &Chain,
+        _: &Signals,
+    ) -> Result<Next, QueueFault> {
+        let mut reader = chain.reader(memory);
+        let obeyed = obey(&self.control, self.features, &self.pairs, &mut reader).unwrap_or(false);
+        answer(queue, memory, chain, if obeyed { OK } else { ERR })
     }
 }
 
@@ -143,21 +127,4 @@ fn table(reader: &mut Reader<'_>) -> Result<Option<Vec<[u8; 6]>>, BadBuffer> {
     }
     reader.skip(u64::from(count) * 6)?;
     Ok(None)
-}
-
-impl reactor::Worker for Commander {
-    fn init(&mut self, ops: &mut Watch) {
-        if let Err(error) = ops.add(Events::new(self.queue.doorbell(), EventSet::IN)) {
-            self.broken = true;
-            self.signals.needs_reset(format_args!("the host cannot watch its doorbell: {error}"));
-        }
-        self.queue.rearm();
-    }
-
-    fn process(&mut self, events: Events, _: &mut Watch) {
-        if events.fd() == self.queue.doorbell().as_raw_fd() {
-            self.queue.silence();
-        }
-        self.process_queue();
-    }
 }

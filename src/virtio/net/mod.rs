@@ -11,7 +11,7 @@ use virtio_bindings::bindings::virtio_net::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::queue::Chain;
+use super::server::Server;
 use super::{Activation, Queue, Signals, VirtioDevice, read_config_space};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Memory;
@@ -58,7 +58,7 @@ pub(crate) struct Net {
     pairs: Vec<Pair>,
     /// Where commands are served.
     place: Place,
-    commands: Option<Attached<Commander>>,
+    commands: Option<Attached<Server<Commander>>>,
     /// Where the control queue is: behind the pairs that this driver knows of.
     commands_at: usize,
 }
@@ -118,7 +118,7 @@ impl Net {
             }
         }
         if let Some(commands) = &self.commands {
-            commands.with(Commander::process_queue);
+            commands.with(Server::process_queue);
         }
     }
 
@@ -192,17 +192,10 @@ impl Net {
             State::Active(worker) => Some(worker.handle()),
             _ => None,
         };
-        let commander = Commander {
-            chain: Chain::with_capacity(queue.max_size()),
-            queue,
-            memory,
-            signals,
-            control: self.control.clone(),
-            features,
-            pairs: self.pairs.iter().map_while(handle).collect(),
-            broken: false,
-        };
-        self.commands = Some(self.place.attach(commander, self.control.id())?);
+        let pairs = self.pairs.iter().map_while(handle).collect();
+        let commander = Commander { control: self.control.clone(), features, pairs };
+        let server = Server::new(queue, memory, signals, commander);
+        self.commands = Some(self.place.attach(server, self.control.id())?);
         Ok(())
     }
 }
