@@ -12,6 +12,7 @@ use vmbed::internals::driver::status::{DRIVER_OK, NEEDS_RESET};
 use vmbed::internals::driver::{Buffer, INDIRECT_DESC, Registers, Rings, VERSION_1, WRITE, bytes};
 use vmbed::internals::{Board, Part, memory_file};
 
+mod frames;
 mod host;
 mod registers;
 mod rows;
