@@ -888,6 +888,13 @@ typedef struct {
      * that keeps its data elsewhere is refused where this is NULL.
      */
     const char *data_file;
+    /**
+     * UTF-8 that opens the encrypted images among path and backing: each is tried with each, which takes the seconds that the image
+     * wants it to take. Such images can only be read, also by a writable one on top, which is not encrypted itself. NULL for none.
+     */
+    const char *const *passphrases;
+    /** How many they are. */
+    size_t passphrase_count;
 } vmbed_disk;
 
 /** Hears how many bytes are behind, and how many there are in all; false ends it. */

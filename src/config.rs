@@ -13,7 +13,7 @@ use crate::units::Bytes;
 
 pub use backing::{BackingConfig, BackingKind, HugePages};
 pub use cgroup::CgroupConfig;
-pub use disk::{CacheMode, DiskBacking, DiskConfig, DiskEngine, DiskFormat};
+pub use disk::{CacheMode, DiskBacking, DiskConfig, DiskEngine, DiskFormat, Passphrase};
 pub use net::{MacAddress, NetConfig};
 pub use rate::RateLimit;
 

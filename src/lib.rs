@@ -88,7 +88,8 @@ pub use memory::handle_sigbus;
 pub use config::{
     BackingConfig, BackingKind, BalloonConfig, BareBoot, Boot, CacheMode, CgroupConfig, ConsoleKind,
     CpuConfig, CpuMode, CpuidMask, CpuidRegister, DiskBacking, DiskConfig, DiskEngine, DiskFormat, HugePages,
-    LinuxBoot, MacAddress, NetConfig, PciAddress, Platform, PromiseConfig, RateLimit, Uuid, VmConfig,
+    LinuxBoot, MacAddress, NetConfig, Passphrase, PciAddress, Platform, PromiseConfig, RateLimit, Uuid,
+    VmConfig,
 };
 pub use units::Bytes;
 

@@ -631,6 +631,16 @@ def test_disks_and_what_is_changed_of_them(tmp_path: Path) -> None:
     made.disks = [vmbed.Disk(layer, format=qcow2, data_file=tmp_path / "nothing")]
     with pytest.raises(vmbed.NotFound, match="data_file: .*/nothing"):
         host.builder(made).build()
+    made.disks = [vmbed.Disk(layer, format=qcow2, backing=[(image, raw)], readonly=True)]
+    # An encrypted image (QEMU's method 1), for a while.
+    plain = layer.read_bytes()
+    layer.write_bytes(plain[:35] + b"\x01" + plain[36:])
+    with pytest.raises(vmbed.InvalidArgument, match="there are no passphrases"):
+        host.builder(made).build()
+    made.disks[0].passphrases = ["open sesame", "open barley"]
+    assert "sesame" not in repr(made)
+    host.builder(made).build().close()
+    layer.write_bytes(plain)
     made.disks = [vmbed.Disk(layer, format=qcow2, backing=[(image, raw)])]
     steps = [(READ, 4, 1, 0), (WRITE, 4, 1, 9), (FLUSH, 0, 0, 0), (READ, 4, 1, 0)]
     with start(host.builder(made), steps, Port()) as vm:

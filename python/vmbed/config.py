@@ -103,6 +103,8 @@ class Disk:
     backing: list[tuple[str | os.PathLike[str], DiskFormat]] = field(default_factory=list)
     #: Where a qcow2 image keeps its data, if not in itself. Only this file is opened, whatever the image says.
     data_file: str | os.PathLike[str] | None = None
+    #: What opens the encrypted images among ``path`` and ``backing``, which can only be read. Shown nowhere.
+    passphrases: list[str] = field(default_factory=list, repr=False)
     cache: CacheMode = CacheMode.WRITEBACK
     engine: DiskEngine = DiskEngine.AUTO
     #: That the guest may use at a time, each with a thread of its own: 1 to 16.
@@ -288,11 +290,13 @@ class _Common:
             path, data = (None if file is None else os.fsencode(file) for file in (disk.path, disk.data_file))
             keep = [optional(path), optional(disk.serial), optional(disk.pci), optional(data)]
             below = _backing(disk.backing)
+            words = [ffi.new("char[]", word.encode()) for word in disk.passphrases]
+            passphrases = ffi.new("char *[]", words) if words else ffi.NULL
             made = structure(
                 "vmbed_disk", path=keep[0], serial=keep[1], pci=keep[2], readonly=int(disk.readonly), format=disk.format,
                 cache=disk.cache, engine=disk.engine, queues=disk.queues, no_discard=int(not disk.discard),
                 no_lock=int(not disk.lock), rate=tuple(disk.rate), backing=below[0], backing_count=len(disk.backing),
-                data_file=keep[3],
+                data_file=keep[3], passphrases=passphrases, passphrase_count=len(words),
             )  # fmt: skip
             call(lib.vmbed_config_add_disk, config, made)
         for net in self.nets:

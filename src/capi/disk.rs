@@ -117,6 +117,11 @@ pub struct vmbed_disk {
     /// Where the qcow2 image at path keeps its data, if not in itself. Only this file is opened, whatever the image says; an image
     /// that keeps its data elsewhere is refused where this is NULL.
     pub data_file: *const c_char,
+    /// UTF-8 that opens the encrypted images among path and backing: each is tried with each, which takes the seconds that the image
+    /// wants it to take. Such images can only be read, also by a writable one on top, which is not encrypted itself. NULL for none.
+    pub passphrases: *const *const c_char,
+    /// How many they are.
+    pub passphrase_count: usize,
 }
 
 // SAFETY: it is repr(C) with its size first, and all zeroes is a value.
@@ -159,6 +164,10 @@ pub unsafe extern "C" fn vmbed_config_add_disk(
             disk = disk.based_on(path(below.path, "vmbed_backing_file.path")?, format);
         }
         disk.data_file = optional(given.data_file, "vmbed_disk.data_file", path)?.map(Path::to_owned);
+        let passphrases = array(given.passphrases, given.passphrase_count, "vmbed_disk.passphrases")?;
+        for passphrase in passphrases {
+            disk = disk.unlocked_by(text(*passphrase, "vmbed_disk.passphrases[]")?);
+        }
         c.disks.push(disk);
         Ok(())
     })

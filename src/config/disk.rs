@@ -1,7 +1,10 @@
 #![forbid(unsafe_code)]
 //! A virtio-blk disk.
 
+use std::fmt;
 use std::path::PathBuf;
+
+use zeroize::Zeroize;
 
 use super::{PciAddress, RateLimit};
 
@@ -53,6 +56,36 @@ pub enum DiskEngine {
     IoUring,
 }
 
+/// What opens an encrypted image. It is shown nowhere, and gone from memory with the configuration that holds it; serde writes
+/// it out as it is.
+#[derive(Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(transparent))]
+pub struct Passphrase(String);
+
+impl Passphrase {
+    /// This one.
+    pub fn new(passphrase: impl Into<String>) -> Self {
+        Self(passphrase.into())
+    }
+
+    #[cfg(feature = "qcow2")]
+    pub(crate) fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Drop for Passphrase {
+    fn drop(&mut self) {
+        self.0.zeroize();
+    }
+}
+
+impl fmt::Debug for Passphrase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Passphrase(..)")
+    }
+}
+
 /// A file that a qcow2 image is based on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
@@ -83,6 +116,10 @@ pub struct DiskConfig {
     /// Where the qcow2 image at `path` keeps its data, if not in itself. Only this file is opened, whatever the image says; an image
     /// that keeps its data elsewhere is refused where it does not stand here.
     pub data_file: Option<PathBuf>,
+    /// What opens the encrypted images among `path` and `backing`: each is tried with each, which takes the seconds that the image
+    /// wants it to take. Images with QEMU's encryption from before LUKS (`encrypt.format=aes`) take the first. Encrypted images can
+    /// only be read, also by a writable image on top, which is not encrypted itself.
+    pub passphrases: Vec<Passphrase>,
     /// The guest may not write, and the file is opened for reading only.
     pub readonly: bool,
     /// At most 20 bytes of ASCII, shown as `/sys/block/vda/serial` and in `/dev/disk/by-id`.
@@ -114,6 +151,7 @@ impl Default for DiskConfig {
             format: DiskFormat::Raw,
             backing: Vec::new(),
             data_file: None,
+            passphrases: Vec::new(),
             readonly: false,
             serial: String::new(),
             pci: None,
@@ -154,6 +192,13 @@ impl DiskConfig {
     #[must_use]
     pub fn with_data_in(mut self, path: impl Into<PathBuf>) -> Self {
         self.data_file = Some(path.into());
+        self
+    }
+
+    /// With that among what opens its encrypted images.
+    #[must_use]
+    pub fn unlocked_by(mut self, passphrase: impl Into<String>) -> Self {
+        self.passphrases.push(Passphrase::new(passphrase));
         self
     }
 

@@ -226,6 +226,10 @@ impl Found {
                 let field = format!("disks[{i}].data_file");
                 self.add(field, "is there", "only a qcow2 image keeps its data in another file");
             }
+            if !disk.passphrases.is_empty() && disk.format != DiskFormat::Qcow2 {
+                let field = format!("disks[{i}].passphrases");
+                self.add(field, "is not empty", "only qcow2 images are decrypted");
+            }
             if disk.format != DiskFormat::Raw && disk.path.is_none() {
                 self.add(format!("disks[{i}].path"), "is absent", "what is attached is raw: name the image");
             }

@@ -35,6 +35,28 @@ static bool hears(void *user, uint64_t behind, uint64_t all)
     return user;
 }
 
+/* The image, which says nothing yet, is made an encrypted one (QEMU's method 1) for a while. */
+static void locked(vmbed_host *host, const char *path, vmbed_disk disk)
+{
+    const char *words[] = {"open sesame", "\xff"};
+    uint8_t method = 1;
+    vmbed_config *config;
+    vmbed_vm *vm;
+    int fd = open(path, O_WRONLY);
+    CHECK(pwrite(fd, &method, 1, 35) == 1);
+    disk.readonly = 1;
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "there are no passphrases", build(host, &disk, &vm, &error));
+    disk.passphrases = words, disk.passphrase_count = 2;
+    OK(vmbed_config_new_linux("/kernel", &config, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "passphrases[] is not UTF-8", vmbed_config_add_disk(config, &disk, &error));
+    vmbed_config_free(config);
+    disk.passphrase_count = 1;
+    OK(build(host, &disk, &vm, &error));
+    vmbed_vm_free(vm);
+    CHECK(pwrite(fd, (method = 0, &method), 1, 35) == 1);
+    close(fd);
+}
+
 void disks_and_what_is_changed_of_them(void)
 {
     static const struct step steps[] = {{WRITE, 3, 2, 7}, {FLUSH, 0, 0, 0}, {READ, 3, 2, 0}, {ZERO, 3, 1, 0},
@@ -117,6 +139,7 @@ void disks_and_what_is_changed_of_them(void)
     top.data_file = "/nonexistent/data";
     FAILS(VMBED_ERR_NOT_FOUND, "data_file: /nonexistent/data", build(host, &top, &vm, &error));
     top.backing = &below, top.backing_count = 1, top.data_file = NULL;
+    locked(host, layer, top);
     struct guest g = prepare(0, 0, &said);
     vmbed_builder_free(g.builder);
     OK(vmbed_config_add_disk(g.config, &top, &error));

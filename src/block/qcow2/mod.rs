@@ -19,8 +19,10 @@ use crate::error::Result;
 use crate::sys::image::Store;
 use crate::sys::io::Pieces;
 
+mod cipher;
 mod lane;
 mod layers;
+mod luks;
 mod open;
 mod reader;
 

@@ -18,7 +18,7 @@ use super::reader::{Header, Reader};
 use super::{Access, Image, Qcow2Disk};
 use crate::block::raw::{self, lock_file};
 use crate::block::target::Target;
-use crate::config::{DiskBacking, DiskConfig, DiskFormat};
+use crate::config::{DiskBacking, DiskConfig, DiskFormat, Passphrase};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::image::Store;
 use crate::units::Sectors;
@@ -68,7 +68,8 @@ impl Qcow2Disk {
                 DiskFormat::Raw => plain(&name, store(&name, &file, layer + 1)?)?,
                 DiskFormat::Qcow2 => {
                     let files = (&file, None);
-                    qcow2(&name, files, (layer + 1, false), backing.take(), &mut readers)?
+                    let keys = &config.passphrases[..];
+                    qcow2(&name, files, (layer + 1, false), backing.take(), (&mut readers, keys))?
                 }
             };
             targets.push(Target::new(&name, file, config.cache, true)?);
@@ -81,7 +82,8 @@ impl Qcow2Disk {
         let file = open(&name, path, config.readonly, config.lock)?;
         let data = config.data_file.as_deref().map(|path| data_file(id, path, config)).transpose()?;
         let files = (&file, data.as_ref().map(|target| (target.cached(), config.backing.len() + 1)));
-        let access = qcow2(&name, files, (0, !config.readonly), backing, &mut readers)?;
+        let access =
+            qcow2(&name, files, (0, !config.readonly), backing, (&mut readers, &config.passphrases))?;
         targets.push(Target::new(&name, file, config.cache, config.readonly)?);
         targets.reverse();
         targets.extend(data);
@@ -135,10 +137,7 @@ fn bad(name: &str, error: io::Error) -> Error {
     if error.raw_os_error().is_some() {
         return Error::os(format!("{name}: reading it"), error);
     }
-    // The library has no kind for it.
-    let encrypted = error.to_string().contains("encrypted");
-    let remedy = if encrypted { "; qemu-img convert takes the encryption out" } else { "" };
-    let why = format!("{name}: is no qcow2 image that can be used{remedy}");
+    let why = format!("{name}: is no qcow2 image that can be used");
     Error::new(ErrorKind::InvalidArgument, why).with_source(error)
 }
 
@@ -149,15 +148,16 @@ fn qcow2(
     (file, data): (&File, Option<(&File, usize)>),
     (layer, write): (usize, bool),
     backing: Option<Access>,
-    readers: &mut BTreeMap<usize, Arc<Reader>>,
+    (readers, passphrases): (&mut BTreeMap<usize, Arc<Reader>>, &[Passphrase]),
 ) -> Result<Access> {
     if let Some(header) = Header::of_special(file).map_err(|e| bad(name, e))? {
         let named = (header.backing.clone(), header.needs_data_file().then(String::new));
         is_as_said(name, named, (backing.is_some(), data.is_some()))?;
         if write {
             let why = format!(
-                "{name}: has extended L2 entries or zstd clusters, and so can only be read: make an image that is based on it, or \
-                 one without them (qemu-img convert -O qcow2 -o compression_type=zlib,extended_l2=off), or set readonly"
+                "{name}: is encrypted, or has extended L2 entries or zstd clusters, and so can only be read: make an image that is \
+                 based on it, or one without them (qemu-img convert -O qcow2 -o compression_type=zlib,extended_l2=off), or set \
+                 readonly"
             );
             return Err(Error::new(ErrorKind::Unsupported, why));
         }
@@ -165,7 +165,8 @@ fn qcow2(
             file.try_clone().map_err(|e| Error::os(format!("{name}: duplicating its descriptor"), e))
         };
         let data = data.map(|(file, _)| again(file)).transpose()?;
-        let reader = Reader::new(header, again(file)?, data, backing).map_err(|e| bad(name, e))?;
+        let reader =
+            Reader::new(header, (again(file)?, data), backing, passphrases).map_err(|e| bad(name, e))?;
         let (reader, own) = (Arc::new(reader), usize::MAX - layer);
         readers.insert(own, reader.clone());
         return plain(name, Store::of(reader, own));

@@ -1,6 +1,6 @@
 #![forbid(unsafe_code)]
-//! Images of the two kinds that the library does not know, to be read: with extended L2 entries (subclusters), or compressed
-//! with zstd (QEMU's docs/interop/qcow2.txt). They are templates that others are based on: nothing is ever written here.
+//! Images of the kinds that the library does not know, to be read: with extended L2 entries (subclusters), compressed with zstd, or
+//! encrypted (QEMU's docs/interop/qcow2.txt). They are templates that others are based on: nothing is ever written here.
 
 use std::fmt;
 use std::fs::File;
@@ -9,6 +9,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
 use super::Access;
+use super::cipher::{Cipher, SECTOR};
+use super::luks;
+use crate::config::Passphrase;
 use crate::sys::image::{Content, read_or_zero};
 use crate::sys::lock;
 
@@ -26,6 +29,9 @@ const PLACE: u64 = 0x00ff_ffff_ffff_fe00;
 const PACKED: u64 = 1 << 62;
 /// The cluster is the image's alone; with a data file, that it is there at all.
 const COPIED: u64 = 1 << 63;
+/// Extensions of the header.
+const EXTENSIONS_END: u64 = 0;
+const EXTENSION_LUKS: u64 = 0x0537_be77;
 /// Subclusters of a cluster.
 const SUBCLUSTERS: u64 = 32;
 
@@ -38,6 +44,8 @@ pub(super) struct Header {
     l1_entries: u64,
     features: u64,
     zstd: bool,
+    /// How it is encrypted, and where its LUKS header is and how long, if it has one.
+    encryption: Option<(u32, Option<(u64, u64)>)>,
     /// The name of the file that it is based on.
     pub backing: Option<String>,
 }
@@ -46,23 +54,20 @@ impl Header {
     /// `None` where the library can do it.
     ///
     /// # Errors
-    /// Nobody can: it is encrypted, or has features or sizes that are not known.
+    /// Nobody can: it has features or sizes that are not known.
     pub fn of_special(file: &File) -> io::Result<Option<Self>> {
         let mut head = [0; 112];
         let count = file.read_at(&mut head, 0)?;
         let u32_at = |at: usize| u32::from_be_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
         let u64_at = |at: usize| u64::from(u32_at(at)) << 32 | u64::from(u32_at(at + 4));
-        let features = u64_at(72);
-        let ours = count >= 72 && &head[..4] == b"QFI\xfb";
+        let (version, method) = (u32_at(4), u32_at(32));
+        let ours = count >= 72 && &head[..4] == b"QFI\xfb" && (version == 2 || count >= 104 && version == 3);
+        let (features, length) = if version == 2 { (0, 72) } else { (u64_at(72), u32_at(100)) };
         // The library would hand out what is encrypted as it is.
-        if ours && u32_at(32) != 0 {
-            return Err(io::Error::other("is encrypted"));
-        }
-        let special = ours && count >= 104 && u32_at(4) == 3;
-        if !special || features & (COMPRESSION_TYPE | EXTENDED_L2) == 0 {
+        if !ours || method == 0 && features & (COMPRESSION_TYPE | EXTENDED_L2) == 0 {
             return Ok(None);
         }
-        let compression = if u32_at(100) > 104 && count > 104 { head[104] } else { 0 };
+        let compression = if length > 104 && count > 104 { head[104] } else { 0 };
         let (cluster_bits, size, l1_entries) = (u32_at(20), u64_at(24), u64::from(u32_at(36)));
         let least = if features & EXTENDED_L2 == 0 { 9 } else { 14 };
         let known = DIRTY | DATA_FILE | COMPRESSION_TYPE | EXTENDED_L2;
@@ -85,8 +90,12 @@ impl Header {
             file.read_exact_at(&mut name, backing.0)?;
             Some(String::from_utf8_lossy(&name).into_owned())
         };
+        let encryption = match method {
+            0 => None,
+            _ => Some((method, luks_header(file, u64::from(length), 1 << cluster_bits)?)),
+        };
         let (l1_offset, zstd) = (u64_at(40), compression == ZSTD);
-        Ok(Some(Self { cluster_bits, size, l1_offset, l1_entries, features, zstd, backing }))
+        Ok(Some(Self { cluster_bits, size, l1_offset, l1_entries, features, zstd, encryption, backing }))
     }
 
     pub fn needs_data_file(&self) -> bool {
@@ -98,6 +107,22 @@ impl Header {
     }
 }
 
+/// Where the header extension of LUKS, among those from `at` on in the image's first cluster, says that the header is.
+fn luks_header(file: &File, mut at: u64, cluster: u64) -> io::Result<Option<(u64, u64)>> {
+    while at + 24 <= cluster {
+        let mut bytes = [0; 24];
+        file.read_exact_at(&mut bytes, at)?;
+        let number = |at: usize| bytes[at..at + 8].try_into().map_or(0, u64::from_be_bytes);
+        let (kind, length) = (number(0) >> 32, number(0) & u64::from(u32::MAX));
+        match kind {
+            EXTENSIONS_END => break,
+            EXTENSION_LUKS if length == 16 => return Ok(Some((number(8), number(16)))),
+            _ => at += 8 + length.next_multiple_of(8),
+        }
+    }
+    Ok(None)
+}
+
 /// An image, opened for reading.
 pub(super) struct Reader {
     header: Header,
@@ -105,6 +130,7 @@ pub(super) struct Reader {
     /// Where its clusters are, if not in itself.
     data: Option<File>,
     below: Option<Access>,
+    cipher: Option<Cipher>,
     l1: Vec<u64>,
     /// The cluster that was unpacked last, and its number: a guest reads it piece by piece.
     unpacked: Mutex<(u64, Arc<[u8]>)>,
@@ -124,11 +150,18 @@ fn corrupt(what: &str, entry: u64) -> io::Error {
 }
 
 impl Reader {
-    pub fn new(header: Header, file: File, data: Option<File>, below: Option<Access>) -> io::Result<Self> {
+    pub fn new(
+        header: Header,
+        (file, data): (File, Option<File>),
+        below: Option<Access>,
+        passphrases: &[Passphrase],
+    ) -> io::Result<Self> {
+        let unlock = |(method, luks)| luks::unlock(&file, method, luks, passphrases);
+        let cipher = header.encryption.map(unlock).transpose()?;
         let mut table = vec![0; header.l1_entries as usize * 8];
         file.read_exact_at(&mut table, header.l1_offset)?;
         let l1 = table.chunks_exact(8).map(|entry| entry.try_into().map_or(0, u64::from_be_bytes)).collect();
-        Ok(Self { header, file, data, below, l1, unpacked: Mutex::new((u64::MAX, Arc::default())) })
+        Ok(Self { header, file, data, below, cipher, l1, unpacked: Mutex::new((u64::MAX, Arc::default())) })
     }
 
     /// Where the byte at `offset` is, and how many there are in one piece from there on.
@@ -211,6 +244,20 @@ impl Reader {
         Ok(last.1.clone())
     }
 
+    /// What lies at `place` in the file, and at `offset` on the disk.
+    fn at(&self, part: &mut [u8], place: u64, offset: u64) -> io::Result<()> {
+        let file = self.data.as_ref().unwrap_or(&self.file);
+        let Some(cipher) = &self.cipher else { return read_or_zero(file, part, place) };
+        let sector = SECTOR as u64;
+        let within = (offset % sector) as usize;
+        // Some whole sectors at a time, of which the first and the last may have more than is wanted.
+        let mut sectors = vec![0; (within + part.len()).next_multiple_of(SECTOR)];
+        read_or_zero(file, &mut sectors, place - within as u64)?;
+        cipher.decrypt(&mut sectors, if cipher.by_place { place } else { offset } / sector);
+        part.copy_from_slice(&sectors[within..within + part.len()]);
+        Ok(())
+    }
+
     fn below(&self, part: &mut [u8], offset: u64) -> io::Result<()> {
         let Some(below) = &self.below else {
             part.fill(0);
@@ -239,7 +286,7 @@ impl Content for Reader {
             let length = length.min(self.header.size - offset).min(rest.len() as u64);
             let (part, behind) = rest.split_at_mut(length as usize);
             match found {
-                Found::At(place) => read_or_zero(self.data.as_ref().unwrap_or(&self.file), part, place)?,
+                Found::At(place) => self.at(part, place, offset)?,
                 Found::Zero => part.fill(0),
                 Found::Below => self.below(part, offset)?,
                 Found::Packed { at, length } => {

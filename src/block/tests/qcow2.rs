@@ -6,6 +6,7 @@ use std::process::Command;
 use super::*;
 use crate::config::DiskFormat;
 
+mod encrypted;
 mod special;
 
 type Disk = Rig<Box<dyn Backend>>;
