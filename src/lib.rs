@@ -105,6 +105,9 @@ pub use net::switch::{
     SwitchOptions, SwitchPort, Traffic,
 };
 
+// What the host does for them.
+pub use net::wiring::{BridgeOptions, TapOptions, Wiring};
+
 // The embedder's event loop, where its devices may be served.
 pub use reactor::Dispatcher;
 

@@ -312,7 +312,7 @@ impl Found {
     }
 }
 
-fn is_interface_name(name: &str) -> bool {
+pub(crate) fn is_interface_name(name: &str) -> bool {
     let bad = |b: u8| !b.is_ascii_graphic() || matches!(b, b'/' | b':' | b'%');
     (1..=MAX_IFNAME).contains(&name.len()) && !matches!(name, "." | "..") && !name.bytes().any(bad)
 }

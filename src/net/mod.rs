@@ -16,6 +16,7 @@ mod socket;
 mod stream;
 pub(crate) mod switch;
 mod tap;
+pub(crate) mod wiring;
 
 pub use offload::Offloads;
 pub(crate) use socket::Socket;

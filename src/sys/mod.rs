@@ -18,6 +18,7 @@ pub(crate) mod io;
 pub(crate) mod kvm;
 pub(crate) mod kvm_stats;
 pub(crate) mod memory;
+pub(crate) mod netlink;
 pub(crate) mod residency;
 pub(crate) mod sigbus;
 pub(crate) mod signal;

@@ -1,8 +1,9 @@
 //! TAP interfaces: the ioctls of /dev/net/tun (linux/if_tun.h).
 
 use std::ffi::CString;
+use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 /// The state of a tun file descriptor.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +26,20 @@ pub(crate) fn attach(fd: BorrowedFd<'_>, name: &str, flags: i32) -> io::Result<(
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: TUNSETIFF reads and writes one ifreq, which lives until the call returns.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })
+}
+
+/// Makes an interface that stays until it is deleted (TUNSETPERSIST), for that user and group. EBUSY where there is one.
+pub(crate) fn make(name: &str, several: bool, owner: Option<u32>, group: Option<u32>) -> io::Result<()> {
+    let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
+    let queues = if several { libc::IFF_MULTI_QUEUE } else { 0 };
+    attach(file.as_fd(), name, libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_TUN_EXCL | queues)?;
+    let set = |request, number: u32| {
+        // SAFETY: all of them take an integer.
+        check(unsafe { libc::ioctl(file.as_raw_fd(), request, libc::c_ulong::from(number)) })
+    };
+    owner.map_or(Ok(()), |owner| set(libc::TUNSETOWNER, owner))?;
+    group.map_or(Ok(()), |group| set(libc::TUNSETGROUP, group))?;
+    set(libc::TUNSETPERSIST, 1)
 }
 
 /// What the descriptor is attached to (TUNGETIFF); EBADFD when it no longer is.

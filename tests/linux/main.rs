@@ -29,6 +29,7 @@ mod storm;
 mod switch;
 mod time;
 mod watchdog;
+mod wiring;
 
 /// Says which half of the trials, of two, a process runs: `0` or `1`. Absent where all are wanted.
 const HALF: &str = "VMBED_LINUX_TESTS_HALF";
@@ -66,6 +67,7 @@ fn main() -> ExitCode {
     c::add(&mut trials);
     time::add(&mut trials);
     many::add(&mut trials);
+    wiring::add(&mut trials);
     if let Some(half) = std::env::var(HALF).ok().and_then(|h| h.parse::<usize>().ok()) {
         let mut index = half;
         trials.retain(|_| {
