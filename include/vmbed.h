@@ -119,6 +119,17 @@ typedef struct vmbed_port vmbed_port;
 typedef struct vmbed_switch vmbed_switch;
 
 /**
+ * What this process has made of the host's network, and changed in it: bridges, TAP interfaces and VLAN interfaces, what is on which
+ * bridge, and in which VLANs. When it is released or freed, all of that is undone, in reverse: what it made is gone, and what was there
+ * before is as it was. What others have changed meanwhile stays as they left it.
+ *
+ * It works in the network namespace of the thread that makes it; its functions are for threads of that namespace. They want the
+ * capability CAP_NET_ADMIN there (VMBED_ERR_PERMISSION_DENIED), may be called from any thread, and do not block for long. A
+ * call that fails has changed nothing.
+ */
+typedef struct vmbed_wiring vmbed_wiring;
+
+/**
  * A virtual machine in this process. Every function may be called from any thread, at the same time as any other,
  * vmbed_vm_free() included: calls that wait then come back with VMBED_ERR_INVALID_ARGUMENT or the VM's end.
  *
@@ -1582,6 +1593,135 @@ int32_t vmbed_port_get_statistics(const vmbed_port *port,
 
 /** A short, stable name of a reason, one of VMBED_DROP_*, for metrics: `spoofed-mac`. NULL for another number. Static. */
 const char *vmbed_drop_name(uint32_t reason);
+
+/* Bridges and TAP interfaces of the host ------------------------------------------------------------------- */
+
+/** A bridge that is to be made. All zeroes but the size: without VLANs, and whatever else the kernel does by default. */
+typedef struct {
+    /** sizeof(struct vmbed_bridge_options) */
+    size_t size;
+    /** Its own address, `02:00:00:00:00:01`. NULL: that of one of its ports, and another when that one goes. */
+    const char *mac;
+    /** Other than 0: it tells VLANs apart (802.1Q); each port is in VLAN 1 until it is told another. */
+    uint32_t vlan_filtering;
+    /** Bytes of a packet without its Ethernet header. 0: 1500, or what its smallest port has. */
+    uint32_t mtu;
+} vmbed_bridge_options;
+
+/** A TAP interface that is to be made. All zeroes but the size: on no bridge, with one queue, for who has CAP_NET_ADMIN. */
+typedef struct {
+    /** sizeof(struct vmbed_tap_options) */
+    size_t size;
+    /** The bridge that it is put on. NULL: none. */
+    const char *bridge;
+    /** The host's address on it, of no concern to the guest. NULL: made up by the kernel. */
+    const char *mac;
+    /** The VLANs that have tags on it, each 1 to 4094. NULL: an access port. */
+    const uint32_t *trunk;
+    /** How many VLANs `trunk` has. */
+    uint32_t trunk_length;
+    /**
+     * Without `trunk`: the one VLAN that it is in, 1 to 4094; 0: what the bridge gives to every port, VLAN 1. With it: the VLAN of
+     * frames without a tag; 0 drops them.
+     */
+    uint32_t vlan;
+    /** Other than 0: it can have several queues, and is for cards that have (vmbed_net.queues). */
+    uint32_t multi_queue;
+    /** Other than 0: it stays when the wiring is released. */
+    uint32_t persistent;
+    /** The user who may open it without any capability, by number. 0: nobody. */
+    uint32_t owner;
+    /** A group whose members may, by number. 0: none. */
+    uint32_t group;
+    /** Bytes of a packet without its Ethernet header. 0: its bridge's, or 1500. */
+    uint32_t mtu;
+    /** Zero. */
+    uint32_t reserved;
+} vmbed_tap_options;
+
+/** Nothing done yet. It is yours to free. VMBED_ERR_UNSUPPORTED, or what else the kernel says, where it has no rtnetlink for us. */
+int32_t vmbed_wiring_new(vmbed_wiring **wiring,
+                         vmbed_error **error);
+
+/** Undoes everything; it can be used again. VMBED_ERR_* of the first thing that could not be undone; the others were. */
+int32_t vmbed_wiring_release(vmbed_wiring *wiring,
+                             vmbed_error **error);
+
+/** The same, where nobody wants to know; and it is gone. NULL is a no-op. */
+void vmbed_wiring_free(vmbed_wiring *wiring);
+
+/**
+ * Makes a bridge, and sets it up; `options` may be NULL.
+ *
+ * VMBED_ERR_BUSY where there is an interface of that name; VMBED_ERR_UNSUPPORTED where the kernel has no bridges, or none that tell VLANs
+ * apart.
+ */
+int32_t vmbed_wiring_add_bridge(vmbed_wiring *wiring,
+                                const char *name,
+                                const vmbed_bridge_options *options,
+                                vmbed_error **error);
+
+/**
+ * Makes a TAP interface, which a card of a VM's can be on (vmbed_net.tap), puts it on a bridge if so told, and sets it up; `options` may
+ * be NULL. As vmbed_wiring_add_bridge() and vmbed_wiring_set_vlans().
+ */
+int32_t vmbed_wiring_add_tap(vmbed_wiring *wiring,
+                             const char *name,
+                             const vmbed_tap_options *options,
+                             vmbed_error **error);
+
+/**
+ * Makes an interface that carries VLAN `vlan`, 1 to 4094, of another one, and sets it up. As vmbed_wiring_add_bridge();
+ * VMBED_ERR_NOT_FOUND for the other one.
+ */
+int32_t vmbed_wiring_add_vlan(vmbed_wiring *wiring,
+                              const char *name,
+                              const char *of,
+                              uint32_t vlan,
+                              vmbed_error **error);
+
+/** Deletes an interface that this made. VMBED_ERR_INVALID_ARGUMENT where it is none of them. */
+int32_t vmbed_wiring_remove(vmbed_wiring *wiring, const char *name, vmbed_error **error);
+
+/**
+ * Makes an interface a port of a bridge. VMBED_ERR_INVALID_STATE where it is one of another bridge: detach it first;
+ * VMBED_ERR_NOT_FOUND; VMBED_ERR_INVALID_ARGUMENT where that is no bridge.
+ */
+int32_t vmbed_wiring_attach(vmbed_wiring *wiring,
+                            const char *port,
+                            const char *bridge,
+                            vmbed_error **error);
+
+/** Takes a port from its bridge; nothing where it is on none. */
+int32_t vmbed_wiring_detach(vmbed_wiring *wiring, const char *port, vmbed_error **error);
+
+/**
+ * Says which VLANs a port of a bridge is in, or the bridge itself: as the host's own interface on it. With `trunk` NULL, and
+ * `trunk_length` 0: in `vlan` alone, 1 to 4094, without a tag. Otherwise in those with tags, and in `vlan` without one; 0: in none.
+ *
+ * VMBED_ERR_INVALID_STATE where it is on no bridge, or on one that does not tell VLANs apart.
+ */
+int32_t vmbed_wiring_set_vlans(vmbed_wiring *wiring,
+                               const char *port,
+                               uint32_t vlan,
+                               const uint32_t *trunk,
+                               size_t trunk_length,
+                               vmbed_error **error);
+
+/** Sets an interface up or down. */
+int32_t vmbed_wiring_set_up(vmbed_wiring *wiring, const char *name, bool up, vmbed_error **error);
+
+/**
+ * Sets the largest packet that an interface carries, in bytes without the Ethernet header. VMBED_ERR_INVALID_ARGUMENT where it
+ * cannot.
+ */
+int32_t vmbed_wiring_set_mtu(vmbed_wiring *wiring,
+                             const char *name,
+                             uint32_t mtu,
+                             vmbed_error **error);
+
+/** Sets an interface's own address, `02:00:00:00:00:01`. Some cards want to be down for it. */
+int32_t vmbed_wiring_set_mac(vmbed_wiring *wiring, const char *name, const char *mac, vmbed_error **error);
 
 /* A VM's life ---------------------------------------------------------------------------------------------- */
 

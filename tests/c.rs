@@ -17,7 +17,7 @@ mod guests;
 mod list;
 
 /// The program of the cases.
-const API: [&str; 9] = [
+const API: [&str; 10] = [
     "tests/c/api.c",
     "tests/c/races.c",
     "tests/c/callbacks.c",
@@ -25,6 +25,7 @@ const API: [&str; 9] = [
     "tests/c/backends.c",
     "tests/c/switch.c",
     "tests/c/disks.c",
+    "tests/c/wiring.c",
     "tests/c/memory.c",
     "tests/c/reclaim.c",
 ];

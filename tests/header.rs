@@ -8,7 +8,7 @@ fn root() -> &'static Path {
 }
 
 /// The sections in the order in which a reader wants them: a file of `src/capi` and its title.
-const SECTIONS: [(&str, &str); 18] = [
+const SECTIONS: [(&str, &str); 19] = [
     ("library", "The library"),
     ("error", "Errors"),
     ("device", "Devices of your own"),
@@ -21,6 +21,7 @@ const SECTIONS: [(&str, &str); 18] = [
     ("net", "Network cards, and networks of your own"),
     ("switch", "A switch in your process"),
     ("traffic", "What its ports carry"),
+    ("wiring", "Bridges and TAP interfaces of the host"),
     ("vm", "A VM's life"),
     ("drive", "Loops and threads of your own"),
     ("ledger", "What was promised, and what is there"),

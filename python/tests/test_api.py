@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import ctypes
 import gc
 import itertools
@@ -956,3 +957,52 @@ def test_disks_and_cards_by_descriptor() -> None:
         ]:
             with pytest.raises(vmbed.InvalidArgument, match=text):
                 made.build()
+
+
+def _in_a_namespace() -> None:
+    """Another thread's network: what is made here is seen nowhere else."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.unshare(0x4000_0000) == 0, os.strerror(ctypes.get_errno())
+
+    def there(name: str) -> bool:
+        lines = Path("/proc/thread-self/net/dev").read_text().splitlines()
+        return any(line.split(":")[0].strip() == name for line in lines)
+
+    with vmbed.Wiring() as wiring:
+        wiring.add_bridge("br0", mac="02:00:00:00:00:01", mtu=1400)
+        wiring.add_bridge("br1")
+        wiring.add_tap("vnet0", bridge="br0", multi_queue=True, owner=65534, persistent=True)
+        wiring.add_tap("vnet1")
+        wiring.attach("vnet1", "br1")
+        assert all(there(name) for name in ["br0", "br1", "vnet0", "vnet1"])
+        with pytest.raises(vmbed.Busy, match="bridge 'br0'"):
+            wiring.add_bridge("br0")
+        with pytest.raises(vmbed.InvalidState, match="VLANs"):
+            wiring.add_tap("vnet2", bridge="br0", vlan=10)
+        with pytest.raises(vmbed.InvalidArgument, match="VLAN 4095"):
+            wiring.add_tap("vnet2", bridge="br0", trunk=[4095])
+        with pytest.raises(vmbed.InvalidState, match="VLANs"):
+            wiring.set_vlans("vnet0", trunk=[10, 20])
+        with pytest.raises(vmbed.NotFound, match="'eth7'"):
+            wiring.add_vlan("eth7.10", "eth7", 10)
+        with pytest.raises(vmbed.InvalidState, match="port of 'br1'"):
+            wiring.attach("vnet1", "br0")
+        with pytest.raises(vmbed.InvalidArgument, match="there before"):
+            wiring.remove("lo")
+        assert not there("br2") and not there("vnet2")
+        wiring.detach("vnet1")
+        wiring.set_mtu("vnet1", 9000)
+        wiring.set_mac("vnet1", "02:00:00:00:00:02")
+        wiring.set_mtu("lo", 2000)
+        wiring.set_up("lo")
+        wiring.remove("br1")
+        assert not there("br1")
+    assert not there("br0") and there("vnet0") and not there("vnet1")
+    wiring.add_bridge("br0")
+    del wiring
+    assert not there("br0")
+
+
+def test_the_hosts_side_of_a_network() -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as one:
+        one.submit(_in_a_namespace).result(LONG)

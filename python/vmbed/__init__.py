@@ -55,6 +55,7 @@ from .switch import (
     Traffic,
 )
 from .vm import BalloonStatistics, DiskStatistics, GuestMemory, Memory, NetStatistics, Registers, State, VcpuReturn, VcpuStatistics, Vm
+from .wiring import Wiring
 
 _VERSION = lib.vmbed_version()
 #: The library's version.
@@ -100,6 +101,6 @@ __all__ = [
     "LinuxConfig", "Memory", "Mode", "Net", "NetBackend", "NetStatistics", "NotFound", "PermissionDenied",
     "Platform", "PortOptions", "PortStatistics", "Pressure", "Probe", "Rate", "Reclaim", "Refused", "Registers",
     "Shares", "Slack", "Stage", "State", "Switch", "SwitchPort", "ThreadRole", "TimedOut", "Traffic",
-    "UNLIMITED", "UNLIMITED_RATE", "Unsupported", "Usage", "VcpuReturn", "VcpuStatistics", "Verdict", "Vm",
+    "UNLIMITED", "UNLIMITED_RATE", "Unsupported", "Usage", "VcpuReturn", "VcpuStatistics", "Verdict", "Vm", "Wiring",
     "create_disk", "features", "handle_sigbus", "has_feature", "log_to",
 ]  # fmt: skip

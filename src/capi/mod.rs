@@ -32,6 +32,7 @@ mod reclaim;
 mod switch;
 mod traffic;
 mod vm;
+mod wiring;
 
 use error::vmbed_error;
 

@@ -18,6 +18,7 @@ mod memory;
 mod races;
 mod reclaim;
 mod switch;
+mod wiring;
 
 macro_rules! cases {
     ($($module:ident: $($name:ident)*;)*) => {
@@ -38,6 +39,7 @@ cases! {
     memory: a_share_of_the_processors memory_of_every_kind memory_that_is_lost;
     reclaim: what_is_done_when_memory_gets_short;
     switch: cards_on_a_switch a_switch_drops_and_says_why;
+    wiring: the_hosts_side_of_a_network;
     drive: vcpus_on_the_callers_threads devices_on_the_callers_loop;
 }
 

@@ -25,9 +25,11 @@ void memory_that_is_lost(void);
 void a_share_of_the_processors(void);
 void disks_and_what_is_changed_of_them(void);
 void cards_on_a_switch(void);
+void the_hosts_side_of_a_network(void);
 void what_is_done_when_memory_gets_short(void);
 void a_switch_drops_and_says_why(void);
 void disks_and_cards_by_descriptor(void);
+void the_hosts_side_of_a_network(void);
 void vcpus_on_the_callers_threads(void);
 void devices_on_the_callers_loop(void);
 
@@ -545,6 +547,7 @@ static const struct {
     CASE(what_is_done_when_memory_gets_short),
     CASE(a_switch_drops_and_says_why),
     CASE(disks_and_cards_by_descriptor),
+    CASE(the_hosts_side_of_a_network),
 };
 
 /* A VM that its own callback has freed ends behind our back, which takes the kernel a moment. A leak checker that stops all threads in

@@ -24,7 +24,7 @@ impl Parameter {
     }
 }
 
-const STRUCTURES: [&str; 22] = [
+const STRUCTURES: [&str; 24] = [
     "vmbed_verdict",
     "vmbed_memory",
     "vmbed_vcpu_statistics",
@@ -47,12 +47,14 @@ const STRUCTURES: [&str; 22] = [
     "vmbed_port_statistics",
     "vmbed_reclaim_options",
     "vmbed_pressure",
+    "vmbed_bridge_options",
+    "vmbed_tap_options",
 ];
 
 /// Where the header says that NULL is good, for every function that has the parameter.
-const NULL_IS_GOOD: [&str; 20] = [
+const NULL_IS_GOOD: [&str; 21] = [
     "error", "user", "destroy", "options", "kvm", "initrd", "uuid", "cause", "taken", "monitor", "ports",
-    "written", "missed", "parent", "rate", "backing", "progress", "complete", "receive", "send",
+    "written", "missed", "parent", "rate", "backing", "progress", "complete", "receive", "send", "trunk",
 ];
 
 /// What the numbers of an enumeration are called.
@@ -71,7 +73,9 @@ const GROWN: [(&str, &str); 8] = [
 ];
 
 /// What the program needs before `main`.
-const PROLOGUE: &str = r#"#include <fcntl.h>
+const PROLOGUE: &str = r#"#define _GNU_SOURCE
+#include <fcntl.h>
+#include <sched.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -93,6 +97,7 @@ static vmbed_backing_file a_file = {.path = "/d"}, *some_backing_file = &a_file;
 static vmbed_switch *some_switch, *out_switch;
 static vmbed_port *some_port, *out_port;
 static vmbed_capture *some_capture, *out_capture;
+static vmbed_wiring *some_wiring, *out_wiring;
 static uint8_t bytes[4096];
 static uint32_t numbers[4];
 static size_t count;
@@ -135,6 +140,8 @@ STRUCTURE(vmbed_port_options);
 STRUCTURE(vmbed_port_statistics);
 STRUCTURE(vmbed_reclaim_options);
 STRUCTURE(vmbed_pressure);
+STRUCTURE(vmbed_bridge_options);
+STRUCTURE(vmbed_tap_options);
 
 static void good(void)
 {
@@ -164,9 +171,11 @@ static void good(void)
     memset(&the_vmbed_port_statistics, 0, sizeof the_vmbed_port_statistics), the_vmbed_port_statistics.s.size = sizeof(vmbed_port_statistics);
     memset(&the_vmbed_reclaim_options, 0, sizeof the_vmbed_reclaim_options), the_vmbed_reclaim_options.s.size = sizeof(vmbed_reclaim_options);
     memset(&the_vmbed_pressure, 0, sizeof the_vmbed_pressure), the_vmbed_pressure.s.size = sizeof(vmbed_pressure);
-    vmbed_capture_free(some_capture), vmbed_port_free(some_port), vmbed_switch_free(some_switch);
+    memset(&the_vmbed_bridge_options, 0, sizeof the_vmbed_bridge_options), the_vmbed_bridge_options.s.size = sizeof(vmbed_bridge_options);
+    memset(&the_vmbed_tap_options, 0, sizeof the_vmbed_tap_options), the_vmbed_tap_options.s.size = sizeof(vmbed_tap_options);
+    vmbed_capture_free(some_capture), vmbed_port_free(some_port), vmbed_switch_free(some_switch), vmbed_wiring_free(some_wiring);
     if (vmbed_switch_new(NULL, &some_switch, NULL) || vmbed_switch_add_port(some_switch, "p", NULL, &some_port, NULL) ||
-        vmbed_switch_capture(some_switch, NULL, 0, nowhere, &some_capture, NULL))
+        vmbed_switch_capture(some_switch, NULL, 0, nowhere, &some_capture, NULL) || vmbed_wiring_new(&some_wiring, NULL))
         abort();
     vmbed_builder_free(some_builder), vmbed_config_free(some_config), vmbed_vm_free(some_vm);
     vmbed_builder *builder;
@@ -195,13 +204,15 @@ static void must_live(void)
     vmbed_host_free(out_host), vmbed_probe_free(out_probe), vmbed_config_free(out_config), vmbed_builder_free(out_builder);
     vmbed_vm_free(out_vm), vmbed_events_free(out_events), vmbed_event_free(out_event);
     vmbed_dispatcher_free(out_dispatcher), out_dispatcher = NULL;
-    vmbed_capture_free(out_capture), vmbed_port_free(out_port), vmbed_switch_free(out_switch);
-    out_capture = NULL, out_port = NULL, out_switch = NULL;
+    vmbed_capture_free(out_capture), vmbed_port_free(out_port), vmbed_switch_free(out_switch), vmbed_wiring_free(out_wiring);
+    out_wiring = NULL, out_capture = NULL, out_port = NULL, out_switch = NULL;
     out_host = NULL, out_probe = NULL, out_config = NULL, out_builder = NULL, out_vm = NULL, out_events = NULL, out_event = NULL;
 }
 
 int main(void)
 {
+    /* Some calls make interfaces. Who may not have a namespace may not make them either. */
+    (void)unshare(CLONE_NEWNET);
     nowhere = open("/dev/null", O_RDWR);
     if (vmbed_host_open(NULL, &some_host, NULL) || vmbed_config_new_linux("/k", &some_linux, NULL) || vmbed_events_new(&some_events, NULL) ||
         vmbed_probe_new(NULL, &some_probe, NULL) || vmbed_dispatcher_new(&some_dispatcher, NULL))

@@ -232,6 +232,10 @@ impl Wiring {
     /// # Errors
     /// The first thing that could not be undone; the others were.
     pub fn release(self) -> Result<()> {
+        self.undo_all()
+    }
+
+    pub(crate) fn undo_all(&self) -> Result<()> {
         let mut state = lock(&self.0);
         let State { links, done } = &mut *state;
         undo(links, done, 0)
@@ -254,9 +258,7 @@ impl Wiring {
 
 impl Drop for Wiring {
     fn drop(&mut self) {
-        let mut state = lock(&self.0);
-        let State { links, done } = &mut *state;
-        if let Err(error) = undo(links, done, 0) {
+        if let Err(error) = self.undo_all() {
             log::warn!("{error}");
         }
     }
@@ -306,12 +308,13 @@ impl State {
 
     fn make(&mut self, who: &str, name: &str, kind: &Kind<'_>) -> Result<Link> {
         self.is_free(who, name)?;
-        let module = match kind {
-            Kind::Bridge { .. } => "bridge",
-            Kind::Vlan { .. } => "8021q",
+        let missing = match kind {
+            Kind::Bridge { filters: false } => Refused::NoModule("bridge"),
+            Kind::Bridge { filters: true } => Refused::NoFiltering,
+            Kind::Vlan { .. } => Refused::NoModule("8021q"),
         };
         let made = self.links.add(name, kind);
-        made.map_err(|e| Refused::of_kind(&e.error, module).because(who, "making it", e))?;
+        made.map_err(|e| Refused::of_kind(&e.error, missing).because(who, "making it", e))?;
         let link = self.link(who, name)?;
         self.done.push(Step::made(&link, false));
         Ok(link)

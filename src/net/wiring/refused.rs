@@ -34,10 +34,10 @@ impl Refused {
         }
     }
 
-    /// Where an interface of a kind was to be made that is in that module.
-    pub fn of_kind(error: &io::Error, module: &'static str) -> Self {
+    /// Where an interface was to be made of a kind that may be missing.
+    pub fn of_kind(error: &io::Error, missing: Self) -> Self {
         match error.raw_os_error() {
-            Some(libc::EOPNOTSUPP | libc::EAFNOSUPPORT) => Self::NoModule(module),
+            Some(libc::EOPNOTSUPP | libc::EAFNOSUPPORT) => missing,
             _ => Self::of(error),
         }
     }
@@ -63,7 +63,7 @@ impl Refused {
             }
             Self::NoFiltering => (
                 ErrorKind::Unsupported,
-                "; the kernel was built without CONFIG_BRIDGE_VLAN_FILTERING".to_owned(),
+                "; the kernel has no bridges (modprobe bridge, as root), or was built without CONFIG_BRIDGE_VLAN_FILTERING".to_owned(),
             ),
             Self::Exists => (ErrorKind::Busy, "; there is one already".to_owned()),
             Self::Other(kind) => (*kind, String::new()),
