@@ -46,6 +46,9 @@ demo: ## boot a stock Debian with disk and network, and show what it does
 demo-overcommit: ## guests with twice the memory of their machine, in the lab: what vmbed does about it
 	tests/demo/overcommit
 
+demo-net: ## four stock guests on bridges with VLANs, behind NAT, and on the switch inside: who reaches whom
+	tests/demo/net
+
 lab: ## run one command on a real KVM with nested paging: make lab CMD='...'
 	@test -n "$(CMD)" || { echo "make lab: say which command: make lab CMD='uname -a'"; exit 2; }
 	@tests/lab/run -- bash -c '$(subst ','\'',$(CMD))'
@@ -55,7 +58,7 @@ lint: ## formatting, clippy with warnings denied, shellcheck
 	cargo clippy --all-targets --features serde,internals -- -D warnings
 	cargo clippy --lib -- -D warnings
 	shellcheck -x tests/setup tests/lab/run tests/lab/place tests/lab/here-or-lab tests/lab/selftest tests/assets/fetch \
-		tests/assets/busybox-initrd tests/assets/disk-tools tests/assets/disk-exercise tests/assets/debian-root tests/demo/run tests/demo/inside tests/demo/overcommit tests/stranger/run tests/placement/run benches/figures/run benches/figures/inside fuzz/run .ci/run
+		tests/assets/busybox-initrd tests/assets/disk-tools tests/assets/disk-exercise tests/assets/debian-root tests/demo/run tests/demo/inside tests/demo/overcommit tests/demo/net tests/demo/net-inside tests/stranger/run tests/placement/run benches/figures/run benches/figures/inside fuzz/run .ci/run
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
 
 test: setup lint ## everything that must pass, about 10 minutes on 2 cores
@@ -84,4 +87,4 @@ bench: setup ## measure, print each figure with its limit, fail beyond one
 	cargo bench --features internals
 	benches/figures/run
 
-.PHONY: fuzz soak help setup build header abi install demo demo-overcommit lab lint test test-all bench
+.PHONY: fuzz soak help setup build header abi install demo demo-overcommit demo-net lab lint test test-all bench

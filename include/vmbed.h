@@ -1398,6 +1398,34 @@ int32_t vmbed_switch_add_tap(vmbed_switch *on_switch,
                              vmbed_error **error);
 
 /**
+ * Adds a port with a network in user space on it, which listens on the Unix socket `path` and speaks the protocol of QEMU's `-netdev
+ * stream`, as passt does: a way out that needs no privilege. It is looked for once a second where it goes away. Frames to it are complete,
+ * with their checksums, and no longer than its stations' MTU.
+ *
+ * As for vmbed_switch_add_port(); VMBED_ERR_NOT_FOUND or what else the host says where nobody listens there.
+ */
+int32_t vmbed_switch_add_stream(vmbed_switch *on_switch,
+                                const char *name,
+                                const char *path,
+                                const vmbed_port_options *options,
+                                vmbed_port **port,
+                                vmbed_error **error);
+
+/**
+ * Adds a port with what is behind a descriptor on it, which is duplicated: a connected Unix socket of the kind SOCK_SEQPACKET or SOCK_DGRAM,
+ * on which each message is a frame as vmbed_net_ops describes it; one of the kind SOCK_STREAM, as vmbed_switch_add_stream() has it; or
+ * a queue of a TAP interface that somebody attached. Frames to a socket are complete, with their checksums.
+ *
+ * As for vmbed_switch_add_port(); VMBED_ERR_INVALID_ARGUMENT where it is none of these.
+ */
+int32_t vmbed_switch_add_fd(vmbed_switch *on_switch,
+                            const char *name,
+                            int32_t fd,
+                            const vmbed_port_options *options,
+                            vmbed_port **port,
+                            vmbed_error **error);
+
+/**
  * Puts card `index`, added without a TAP interface, on a port of a switch. The port is free again when the VM is freed.
  * vmbed_builder_build() says whether there is such a card, and answers VMBED_ERR_BUSY where the port is in use,
  * VMBED_ERR_NOT_FOUND where it was removed.

@@ -110,11 +110,16 @@ impl Stage {
         cc.args(WARNINGS).arg(stage.directory.join("introduction.c")).arg("-o");
         run(cc.arg(stage.directory.join("introduction")).args(&flags));
         let page = std::fs::read_to_string(root.join("docs/networking.md")).unwrap();
-        let lines = page.split("```c\n").nth(1).and_then(|rest| rest.split("```").next());
-        std::fs::write(stage.directory.join("networking.c"), lines.expect("it has lines in C")).unwrap();
-        let mut cc = Command::new("cc");
-        cc.current_dir(&stage.directory).args(WARNINGS).args(["-c", "networking.c"]);
-        run(cc.args(config(&["--cflags"])));
+        let programs: Vec<_> =
+            page.split("```c\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+        assert!(programs.len() > 5, "it has lines in C");
+        for (i, program) in programs.into_iter().enumerate() {
+            let name = format!("networking-{i}.c");
+            std::fs::write(stage.directory.join(&name), program).unwrap();
+            let mut cc = Command::new("cc");
+            cc.current_dir(&stage.directory).args(WARNINGS).args(["-c", &name]);
+            run(cc.args(config(&["--cflags"])));
+        }
         for name in ["bare", "many", "boot"] {
             stage.compile(name, &[&format!("examples/c/{name}.c")], &[], &flags);
         }

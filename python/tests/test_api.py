@@ -892,6 +892,24 @@ def test_a_switch_drops_and_says_why() -> None:
         host.builder(driver(nets=1)).net_port(0, opened).build()
     with pytest.raises(vmbed.NotFound, match="vmbed-no-tap"):
         switch.add_tap("uplink", "vmbed-no-tap")
+    with pytest.raises(vmbed.NotFound, match="nobody listens"):
+        switch.add_stream("uplink", "/nonexistent/passt.socket")
+    with open("/dev/null") as null, pytest.raises(vmbed.InvalidArgument, match="uplink"):
+        switch.add_fd("uplink", null)
+    # From one socket to another, of the two kinds.
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with socket.socket(socket.AF_UNIX) as listener, near, far, tempfile.TemporaryDirectory() as directory:
+        listener.bind(f"{directory}/stream")
+        listener.listen()
+        switch.add_fd("messages", near, vmbed.PortOptions(vlan=30))
+        switch.add_stream("stream", f"{directory}/stream", vmbed.PortOptions(vlan=30))
+        listener.settimeout(LONG)
+        stream = listener.accept()[0]
+        with stream:
+            stream.settimeout(LONG)
+            frame = b"\xff" * 6 + b"\x02\0\0\0\0\x31" + bytes(50)
+            far.send(bytes(12) + frame)
+            assert stream.recv(4 + len(frame), socket.MSG_WAITALL) == len(frame).to_bytes(4, "big") + frame
 
 
 def test_what_is_done_when_memory_gets_short() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -194,6 +195,17 @@ class Switch:
         """A new port with a TAP interface of the host's on it."""
         given, _keep = (options or PortOptions())._given()
         return SwitchPort(make(lib.vmbed_switch_add_tap, "port", self._pointer, name.encode(), tap.encode(), given))
+
+    def add_stream(self, name: str, path: str | os.PathLike[str], options: PortOptions | None = None) -> SwitchPort:
+        """A new port with a network in user space on it, which listens on that Unix socket, as passt does: a way out without privilege."""
+        given, _keep = (options or PortOptions())._given()
+        return SwitchPort(make(lib.vmbed_switch_add_stream, "port", self._pointer, name.encode(), os.fsencode(path), given))
+
+    def add_fd(self, name: str, file: int | HasFileno, options: PortOptions | None = None) -> SwitchPort:
+        """A new port with a connected Unix socket on it, whose messages are frames behind a header of 12 bytes (or a stream, as
+        :meth:`add_stream` has it), or with a queue of a TAP interface. The descriptor is duplicated."""
+        given, _keep = (options or PortOptions())._given()
+        return SwitchPort(make(lib.vmbed_switch_add_fd, "port", self._pointer, name.encode(), fileno(file), given))
 
     def capture(self, output: int | HasFileno, ports: list[SwitchPort] | None = None) -> Capture:
         """Writes what passes through `ports`, or through all that there are, to a file that Wireshark opens (pcapng)."""

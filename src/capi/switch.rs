@@ -226,6 +226,53 @@ pub unsafe extern "C" fn vmbed_switch_add_tap(
     })
 }
 
+/// Adds a port with a network in user space on it, which listens on the Unix socket `path` and speaks the protocol of QEMU's `-netdev
+/// stream`, as passt does: a way out that needs no privilege. It is looked for once a second where it goes away. Frames to it are complete,
+/// with their checksums, and no longer than its stations' MTU.
+///
+/// As for vmbed_switch_add_port(); VMBED_ERR_NOT_FOUND or what else the host says where nobody listens there.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_switch_add_stream(
+    on_switch: *mut vmbed_switch,
+    name: *const c_char,
+    path: *const c_char,
+    options: *const vmbed_port_options,
+    port: *mut *mut vmbed_port,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    call(error, || {
+        let (out, of) = (Out::new(port, "port")?, handle::object(on_switch)?);
+        let path = super::arguments::path(path, "path")?;
+        let added = of.add_stream(text(name, "name")?, path, &port_options(options)?)?;
+        out.put(handle::make(port_of(added)));
+        Ok(())
+    })
+}
+
+/// Adds a port with what is behind a descriptor on it, which is duplicated: a connected Unix socket of the kind SOCK_SEQPACKET or SOCK_DGRAM,
+/// on which each message is a frame as vmbed_net_ops describes it; one of the kind SOCK_STREAM, as vmbed_switch_add_stream() has it; or
+/// a queue of a TAP interface that somebody attached. Frames to a socket are complete, with their checksums.
+///
+/// As for vmbed_switch_add_port(); VMBED_ERR_INVALID_ARGUMENT where it is none of these.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_switch_add_fd(
+    on_switch: *mut vmbed_switch,
+    name: *const c_char,
+    fd: i32,
+    options: *const vmbed_port_options,
+    port: *mut *mut vmbed_port,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    call(error, || {
+        let (out, of) = (Out::new(port, "port")?, handle::object(on_switch)?);
+        let fd = self::fd(fd, "fd")?.try_clone_to_owned();
+        let fd = fd.map_err(|e| Error::os("duplicating the fd of a port", e))?;
+        let added = of.add_fd(text(name, "name")?, fd, &port_options(options)?)?;
+        out.put(handle::make(port_of(added)));
+        Ok(())
+    })
+}
+
 /// Puts card `index`, added without a TAP interface, on a port of a switch. The port is free again when the VM is freed.
 /// vmbed_builder_build() says whether there is such a card, and answers VMBED_ERR_BUSY where the port is in use,
 /// VMBED_ERR_NOT_FOUND where it was removed.

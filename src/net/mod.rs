@@ -2,7 +2,7 @@
 //! Networks behind the cards: where frames go to and come from.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use crate::error::Result;
 use crate::sys::io::IoList;
@@ -19,9 +19,24 @@ mod tap;
 pub(crate) mod wiring;
 
 pub use offload::Offloads;
-pub(crate) use socket::Socket;
+use socket::Socket;
 pub(crate) use stream::Stream;
 pub(crate) use tap::Tap;
+
+/// What is behind a descriptor of somebody else's, for the card or port `id`: a socket of messages, one of a stream, or a queue of a TAP
+/// interface.
+///
+/// # Errors
+/// It is none of them.
+pub(crate) fn adopt(id: &str, fd: OwnedFd) -> Result<Box<dyn NetBackend>> {
+    Ok(match Socket::adopt(id, fd) {
+        Ok(socket) => Box::new(socket),
+        Err(fd) => match Stream::adopt(id, fd) {
+            Ok(stream) => Box::new(stream),
+            Err(fd) => Box::new(Tap::adopt(id, fd)?),
+        },
+    })
+}
 
 /// The bytes in front of each frame: Linux's `struct virtio_net_hdr_v1`, what a tap interface calls the
 /// vnet header. It says what is left to do on the frame (checksums, segmentation).

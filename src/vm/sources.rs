@@ -10,7 +10,7 @@ use crate::block::{self, BlockBackend, OwnDisk, RawDisk};
 use crate::config::{DiskConfig, NetConfig, VmConfig};
 use crate::error::{Error, ErrorKind, FieldError, Result};
 use crate::net::switch::SwitchPort;
-use crate::net::{NetBackend, Socket, Stream, Tap};
+use crate::net::{self, NetBackend, Stream, Tap};
 use crate::sys::fd;
 
 enum DiskSource {
@@ -42,13 +42,7 @@ impl Network {
                 return Ok(all.into_iter().map(|tap| Box::new(tap) as Box<dyn NetBackend>).collect());
             }
             Self::Stream(path) => Box::new(Stream::connect(id, path)?),
-            Self::Fd(fd) => match Socket::adopt(id, fd) {
-                Ok(socket) => Box::new(socket),
-                Err(fd) => match Stream::adopt(id, fd) {
-                    Ok(stream) => Box::new(stream),
-                    Err(fd) => Box::new(Tap::adopt(id, fd)?),
-                },
-            },
+            Self::Fd(fd) => net::adopt(id, fd)?,
             Self::Port(port) => Box::new(port.plug().map_err(|e| e.context(id))?),
             Self::Backend(backend) => backend,
         };

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Read, Seek, SeekFrom};
+use std::os::unix::net::{UnixDatagram, UnixListener};
 
 use vmbed::{
     DropReason, ErrorKind, Guard, MacAddress, PortOptions, PortVlan, RateLimit, StopCause, Switch,
@@ -95,4 +96,28 @@ pub fn a_switch_drops_and_says_why() {
     assert!(twice.unwrap_err().to_string().contains("nets[0].tap"));
     let missing = switch.add_tap("uplink", "vmbed-no-tap", &PortOptions::default());
     assert!(missing.unwrap_err().to_string().contains("vmbed-no-tap"));
+    let missing = switch.add_stream("uplink", "/nonexistent/passt.socket", &PortOptions::default());
+    assert_eq!(missing.unwrap_err().kind(), ErrorKind::NotFound);
+    let null = File::open("/dev/null").unwrap();
+    let wrong = switch.add_fd("uplink", null, &PortOptions::default()).unwrap_err();
+    assert!(wrong.kind() == ErrorKind::InvalidArgument && wrong.to_string().contains("uplink"), "{wrong}");
+    sockets(&switch);
+}
+
+/// From one socket to another, of the two kinds.
+fn sockets(switch: &Switch) {
+    let directory = std::env::temp_dir().join(format!("vmbed-api-switch-{}", std::process::id()));
+    std::fs::create_dir(&directory).unwrap();
+    let listener = UnixListener::bind(directory.join("stream")).unwrap();
+    let (near, far) = UnixDatagram::pair().unwrap();
+    switch.add_fd("messages", near, &PortOptions::access(30)).unwrap();
+    switch.add_stream("stream", directory.join("stream"), &PortOptions::access(30)).unwrap();
+    let (mut stream, _) = listener.accept().unwrap();
+    stream.set_read_timeout(Some(crate::guest::LONG)).unwrap();
+    std::fs::remove_dir_all(&directory).unwrap();
+    let frame = [&[0xff; 6][..], &[2, 0, 0, 0, 0, 0x31], &[0; 50]].concat();
+    far.send(&[&[0; 12][..], &frame].concat()).unwrap();
+    let mut heard = vec![0; 4 + frame.len()];
+    stream.read_exact(&mut heard).unwrap();
+    assert_eq!(heard, [&(frame.len() as u32).to_be_bytes()[..], &frame].concat());
 }

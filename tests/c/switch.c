@@ -1,6 +1,10 @@
 /* Cases of the C API with a switch between guests. */
+#define _GNU_SOURCE
 #include "driven.h"
+#include <fcntl.h>
 #include <stdio.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 /* The stations are 02:02:02:02:02:02 and 04:...; the broadcast address is 0xff. */
@@ -74,6 +78,35 @@ void cards_on_a_switch(void)
     fclose(file);
 }
 
+/* From one socket to another, of the two kinds. */
+static void sockets(vmbed_switch *between)
+{
+    const vmbed_port_options options = {.size = sizeof options, .vlan = 30};
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    uint8_t sent[12 + 64] = {0}, heard[4 + 64] = {0};
+    vmbed_port *messages, *stream;
+    int pair[2], null = open("/dev/null", O_RDONLY | O_CLOEXEC), listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "up", vmbed_switch_add_fd(between, "up", null, NULL, &messages, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "fd", vmbed_switch_add_fd(between, "up", -1, NULL, &messages, &error));
+    close(null);
+    snprintf(address.sun_path, sizeof address.sun_path, "/tmp/vmbed-c-%d", getpid());
+    unlink(address.sun_path);
+    CHECK(bind(listener, (struct sockaddr *)&address, sizeof address) == 0 && listen(listener, 1) == 0);
+    CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) == 0);
+    OK(vmbed_switch_add_fd(between, "messages", pair[0], &options, &messages, &error));
+    OK(vmbed_switch_add_stream(between, "stream", address.sun_path, &options, &stream, &error));
+    close(pair[0]);
+    int peer = accept(listener, NULL, NULL);
+    memset(sent + 12, 0xff, 6);
+    sent[12 + 6] = 2, sent[12 + 63] = 7;
+    CHECK(write(pair[1], sent, sizeof sent) == sizeof sent);
+    CHECK(recv(peer, heard, sizeof heard, MSG_WAITALL) == sizeof heard);
+    CHECK(heard[3] == 64 && memcmp(heard + 4, sent + 12, 64) == 0);
+    vmbed_port_free(messages), vmbed_port_free(stream);
+    close(peer), close(pair[1]), close(listener), unlink(address.sun_path);
+}
+
 void a_switch_drops_and_says_why(void)
 {
     const struct step hear[] = {{TELL, 0, 0, 1}, {RECEIVE, 0, 0, 0}, {END, 0, 0, 0}};
@@ -130,5 +163,7 @@ void a_switch_drops_and_says_why(void)
     FAILS(VMBED_ERR_NOT_FOUND, "open", vmbed_builder_build(next.builder, &next.vm, &error));
     drop(&next);
     FAILS(VMBED_ERR_NOT_FOUND, "vmbed-no-tap", vmbed_switch_add_tap(between, "up", "vmbed-no-tap", NULL, &none, &error));
+    FAILS(VMBED_ERR_NOT_FOUND, "nobody listens", vmbed_switch_add_stream(between, "up", "/nonexistent/passt", NULL, &none, &error));
+    sockets(between);
     vmbed_port_free(guarded), vmbed_port_free(open), vmbed_port_free(monitor), vmbed_switch_free(between);
 }

@@ -49,6 +49,7 @@ fn main() -> ExitCode {
     if !arguments.list && std::env::var_os(HERE).is_none() {
         assets::prepare();
         c::prepare();
+        wiring::prepare();
         return elsewhere(&arguments);
     }
     let mut trials = Vec::new();

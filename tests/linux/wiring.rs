@@ -1,13 +1,15 @@
-//! The host's side of guests' networks: what `Wiring` makes, and that nothing of it is left. `ip` and `bridge` judge. In network namespaces
-//! of the tests' own.
+//! The host's side of guests' networks: what `Wiring` makes, and that nothing of it is left. `ip` and `bridge` judge; then guests who ping each
+//! other. In network namespaces of the tests' own.
 
 use std::collections::BTreeMap;
-use std::process::Command;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use libtest_mimic::Trial;
 use serde_json::Value;
 use vmbed::{BridgeOptions, ErrorKind, MacAddress, PortVlan, TapOptions, Wiring};
 
+use crate::assets::{KERNELS, initrd, kernel};
 use crate::trial;
 
 pub fn add(trials: &mut Vec<Trial>) {
@@ -15,6 +17,29 @@ pub fn add(trials: &mut Vec<Trial>) {
     trials.push(trial("wiring::a_vlan_interface_below_a_bridge", || alone(vlan_interface)));
     trials.push(trial("wiring::what_others_changed_stays", || alone(others)));
     trials.push(trial("wiring::a_call_that_fails_changes_nothing", || alone(failures)));
+    for network in ["bridge", "ovs", "vxlan", "switch"] {
+        trials.push(trial(format!("wiring::who_reaches_whom_{network}"), move || demonstrated(network)));
+    }
+}
+
+/// Builds examples/networks.
+pub fn prepare() {
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["build", "--quiet", "--features", "serde,internals", "--example", "networks"]);
+    let status = cargo.current_dir(env!("CARGO_MANIFEST_DIR")).status().expect("cargo");
+    assert!(status.success(), "building the example: {status}");
+}
+
+/// The matrix of `make demo-net`, in namespaces of its own, of whose programs none is left.
+fn demonstrated(network: &str) {
+    let program = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("examples/networks");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/demo/net-inside");
+    let mut command = Command::new(script);
+    command.arg(program).arg(kernel(KERNELS[0])).arg(initrd(KERNELS[0])).arg(network);
+    let output = command.stdin(Stdio::null()).output().expect("tests/demo/net-inside cannot be started");
+    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("demo: ok"), "{}:\n{said}", output.status);
+    assert!(said.matches("yes/yes").count() >= 4 && said.matches("no/no").count() >= 8, "{said}");
 }
 
 /// Runs it on a thread with a network namespace of its own, which ends with it.

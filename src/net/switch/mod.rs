@@ -22,12 +22,14 @@
 
 use std::fmt;
 use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::offload::Offloads;
-use super::{NetBackend, Tap};
+use super::{NetBackend, Stream, Tap};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::StopLine;
 use crate::reactor::{Attached, EventLoop};
@@ -249,6 +251,41 @@ impl Switch {
         let tap = Tap::open(&name, tap)?;
         let takes = Offloads::CSUM | Offloads::TSO4 | Offloads::TSO6 | Offloads::ECN;
         self.add_uplink(name, Box::new(tap), takes, options)
+    }
+
+    /// A new port with a network in user space on it, which listens on the Unix socket `path` and speaks the protocol of QEMU's `-netdev
+    /// stream`, as passt does: a way out that needs no privilege. It is looked for once a second where it goes away. Frames to it are
+    /// complete, with their checksums, and no longer than its stations' MTU: it knows no offloads.
+    ///
+    /// # Errors
+    /// As for [`add_port`](Self::add_port); nobody listens there.
+    pub fn add_stream(
+        &self,
+        name: impl Into<String>,
+        path: impl Into<PathBuf>,
+        options: &PortOptions,
+    ) -> Result<SwitchPort> {
+        let name = name.into();
+        let stream = Stream::connect(&name, path.into())?;
+        self.add_uplink(name, Box::new(stream), Offloads::empty(), options)
+    }
+
+    /// A new port with what is behind a descriptor on it: a connected Unix socket of the kind `SOCK_SEQPACKET` or `SOCK_DGRAM`, on which a
+    /// message is a frame as [`NetBackend`] describes it; one of the kind `SOCK_STREAM`, as [`add_stream`](Self::add_stream) has it; or a
+    /// queue of a TAP interface. Frames to a socket are complete, with their checksums.
+    ///
+    /// # Errors
+    /// As for [`add_port`](Self::add_port); it is none of these.
+    pub fn add_fd(
+        &self,
+        name: impl Into<String>,
+        fd: impl Into<OwnedFd>,
+        options: &PortOptions,
+    ) -> Result<SwitchPort> {
+        let name = name.into();
+        let network = crate::net::adopt(&name, fd.into())?;
+        let takes = network.offloads() - Offloads::USO;
+        self.add_uplink(name, network, takes, options)
     }
 
     /// A new port with another network on it, which takes frames with those offloads.
