@@ -63,7 +63,7 @@ pub(crate) const MAX_FRAME: usize = 65_535 + MIN_FRAME + 8;
 /// [`VmBuilder::net_fd`](crate::VmBuilder::net_fd).
 pub trait NetBackend: Send + 'static {
     /// Puts the next frame into `room`, which is long enough for the longest, with its header in front; how many bytes it
-    /// has with it.
+    /// has with it. One that is too long for it is cut off, and says how long it was: it is dropped.
     ///
     /// # Errors
     /// `WouldBlock` when there is none: then `fd` is not readable before there is one. Anything else: the

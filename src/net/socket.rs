@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use super::NetBackend;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::fd;
-use crate::sys::io::{IoList, receive, send};
+use crate::sys::io::{IoList, receive_message, send};
 
 /// One end; the embedder has the other.
 pub(crate) struct Socket {
@@ -27,7 +27,7 @@ impl Socket {
 
 impl NetBackend for Socket {
     fn receive(&mut self, room: &IoList<'_>) -> io::Result<usize> {
-        match receive(self.fd.as_fd(), room)? {
+        match receive_message(self.fd.as_fd(), room)? {
             // An empty message, or the end of all.
             0 if self.is_gone() => Err(io::Error::from_raw_os_error(libc::ENOTCONN)),
             len => Ok(len),
@@ -78,6 +78,11 @@ mod tests {
         far.send(b"").unwrap();
         assert_eq!(frame_of(&mut socket).unwrap(), b"a frame");
         assert_eq!(frame_of(&mut socket).unwrap(), b"", "an empty message is a runt, not an end");
+        far.send(&[7; 300]).unwrap();
+        let (mut bytes, mut pieces) = ([0; 100], Pieces::default());
+        let mut list = pieces.list();
+        list.push_room(&mut bytes);
+        assert_eq!(socket.receive(&list).unwrap(), 300, "one that is too long says so");
         assert_eq!(frame_of(&mut socket).unwrap_err().kind(), io::ErrorKind::WouldBlock);
         let mut pieces = Pieces::default();
         let mut list = pieces.list();

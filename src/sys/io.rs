@@ -341,12 +341,21 @@ pub(crate) fn write_at(
     count_of(unsafe { libc::pwritev2(fd.as_raw_fd(), pieces, count, offset, flags) })
 }
 
-/// Takes one message off a socket, without waiting. What has no room is lost.
+/// Takes what there is off a socket, without waiting.
 pub(crate) fn receive(fd: BorrowedFd<'_>, list: &IoList<'_>) -> io::Result<usize> {
+    receive_with(fd, list, 0)
+}
+
+/// Takes one message off a socket that keeps them apart, without waiting; how long it was. What had no room is lost.
+pub(crate) fn receive_message(fd: BorrowedFd<'_>, list: &IoList<'_>) -> io::Result<usize> {
+    receive_with(fd, list, libc::MSG_TRUNC)
+}
+
+fn receive_with(fd: BorrowedFd<'_>, list: &IoList<'_>, flags: libc::c_int) -> io::Result<usize> {
     let (pieces, count) = list.to_fill()?;
     let mut message = message(pieces, count);
     // SAFETY: as in `read_at`; the kernel writes to the message's header, too.
-    count_of(unsafe { libc::recvmsg(fd.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) })
+    count_of(unsafe { libc::recvmsg(fd.as_raw_fd(), &mut message, libc::MSG_DONTWAIT | flags) })
 }
 
 /// Sends the list as one message, without waiting.

@@ -37,7 +37,8 @@ pub(super) struct Uplink {
 impl Uplink {
     pub fn new(near: Plug, far: Box<dyn NetBackend>) -> Result<Self> {
         let timer = TimerFd::new().map_err(|e| Error::errno_of("creating a timer (timerfd)", e))?;
-        let room = || vec![0; HEADER_LEN + MAX_FRAME].into();
+        // A byte more: a frame that is too long is seen to be.
+        let room = || vec![0; HEADER_LEN + MAX_FRAME + 1].into();
         Ok(Self {
             near,
             far,
