@@ -11,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::error::{Error, Result};
+use crate::sys::fd;
 use crate::sys::{fork, lock};
 use crate::units::Bytes;
 
@@ -282,7 +283,7 @@ impl EventStream {
         // event by now: then the fd is readable in vain, until the next look at the stream.
         if was_empty {
             // The counter is far from full: this cannot fail for want of room.
-            let _ = self.0.ready.write(1);
+            fd::ring(&self.0.ready);
         }
         // Waking nobody would be a system call, too.
         if waiting {

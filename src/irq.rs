@@ -14,6 +14,7 @@ use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::fd;
 use crate::sys::lock;
 use crate::units::Gsi;
 
@@ -178,7 +179,7 @@ impl Vector {
     /// Raises the interrupt. Never blocks.
     pub fn trigger(&self) {
         // The counter is full only when 2^64 - 2 interrupts wait: one more says nothing new.
-        let _ = self.event.write(1);
+        fd::ring(&self.event);
     }
 
     /// Lets it through, as `msi`. What was raised while masked is delivered now.

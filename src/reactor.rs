@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{StopCause, StopLine};
-use crate::sys::lock;
+use crate::sys::{fd, lock};
 pub use dispatcher::Dispatcher;
 use dispatcher::Mirror;
 
@@ -124,7 +124,7 @@ impl Calls {
         let call: Call = Box::new(move |manager| drop(answer.send(f(manager))));
         lock(&self.queue).as_mut()?.push(call);
         // Full only when it rings anyway.
-        let _ = self.bell.write(1);
+        fd::ring(&self.bell);
         Some(answered)
     }
 
@@ -257,7 +257,7 @@ impl EventLoop {
     pub fn stop(&self) {
         let Self::Thread(own) = self else { return };
         own.ending.store(true, Ordering::Release);
-        let _ = own.calls.bell.write(1);
+        fd::ring(&own.calls.bell);
         if let Some(thread) = lock(&own.thread).take() {
             // A panic was caught inside; joining cannot report anything new.
             let _ = thread.join();

@@ -197,7 +197,7 @@ impl Shared {
         drop(answers);
         if first {
             // Full only when it rings anyway.
-            let _ = self.event.write(1);
+            fd::ring(&self.event);
         }
         true
     }

@@ -18,7 +18,7 @@ use super::samples::{Samples, own_pressure_file};
 use crate::budget::reclaim::{Look, Sample, Step, Thresholds, plan};
 use crate::error::{Error, FieldError, Result};
 use crate::reactor::own;
-use crate::sys::{fork, lock, residency, thread};
+use crate::sys::{fd, fork, lock, residency, thread};
 use crate::units::Bytes;
 use crate::vm::Herd;
 
@@ -128,7 +128,7 @@ impl Reclaim {
         };
         if let Some(running) = &*running {
             *lock(&running.shared.config) = config.clone();
-            let _ = running.shared.bell.write(1);
+            fd::ring(&running.shared.bell);
             return Ok(());
         }
         let failed = |what: &str, e| Error::os(format!("{what} of vmbed-reclaim"), e);
@@ -154,7 +154,7 @@ impl Drop for Running {
             return;
         }
         self.shared.ending.store(true, Ordering::Release);
-        let _ = self.shared.bell.write(1);
+        fd::ring(&self.shared.bell);
         // A callback that it may be waiting for must not wait for it.
         if let Some(thread) = self.thread.take().filter(|_| !own::is_inside_any()) {
             let _ = thread.join();

@@ -113,6 +113,14 @@ pub(crate) fn receive(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize
 }
 
 /// A new pseudo-terminal: its master end and its slave end.
+/// Adds one to an eventfd's count. Where that is at the top, it rings already; nothing else fails here, unless a filter or a tracer has it fail
+/// once: whoever waits for the bell would wait for good.
+pub(crate) fn ring(bell: &EventFd) {
+    if (0..3).all(|_| bell.write(1).is_err()) {
+        log::error!("an eventfd takes nothing");
+    }
+}
+
 #[cfg(test)]
 pub(crate) fn pty() -> io::Result<(OwnedFd, OwnedFd)> {
     use std::os::fd::FromRawFd;

@@ -14,6 +14,7 @@ use crate::console::Console;
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Memory;
 use crate::reactor::{self, Attached, Place, Watch};
+use crate::sys::fd;
 
 /// Entries of the receive and of the transmit queue, in that order.
 const QUEUE_SIZES: [u16; 2] = [64, 64];
@@ -83,8 +84,7 @@ impl VirtioDevice for ConsolePort {
         let worker = Worker { rx, tx, console, memory, signals, chain, input: input.clone(), broken: false };
         self.worker = Some(self.place.attach(worker, &self.id)?);
         self.console.on_input(Some(Arc::new(move || {
-            // Full only when it wakes us anyway.
-            let _ = input.write(1);
+            fd::ring(&input);
         })));
         Ok(())
     }

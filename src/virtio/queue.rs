@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::irq::Vector;
 use crate::memory::Memory;
+use crate::sys::fd;
 
 pub(crate) use super::chain::{BadBuffer, Chain, Cursor, Span};
 
@@ -160,7 +161,7 @@ impl Queue {
     /// Rings the doorbell ourselves: more waits than one wake-up may take.
     pub fn rearm(&self) {
         // Full only when it rings anyway.
-        let _ = self.doorbell.write(1);
+        fd::ring(&self.doorbell);
     }
 
     /// Hears the doorbell.

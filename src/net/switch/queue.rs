@@ -14,7 +14,7 @@ use std::time::SystemTime;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::net::{HEADER_LEN, MAX_FRAME};
-use crate::sys::lock;
+use crate::sys::{fd, lock};
 
 /// Buffers of each size: room for most frames, and for any. 3 MiB at most, none before they are needed.
 const SIZES: [(usize, usize); 2] = [(2048, 512), (HEADER_LEN + MAX_FRAME, 32)];
@@ -134,8 +134,7 @@ impl Queue {
         if inner.rung == 0 {
             inner.rung = 1;
             drop(inner);
-            // Fails only where its count is at the top, and then it rings.
-            let _ = self.bell.write(1);
+            fd::ring(&self.bell);
         }
     }
 

@@ -11,7 +11,7 @@ use super::PAGE;
 use super::statistics::{BalloonStatistics, Counters, GuestMemory};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::EventKind;
-use crate::sys::lock;
+use crate::sys::{fd, lock};
 use crate::units::Bytes;
 use crate::virtio::Signals;
 
@@ -169,7 +169,7 @@ impl Control {
         let ticket = wishes.asked;
         drop(wishes);
         // Full only when it rings anyway.
-        let _ = self.bell.write(1);
+        fd::ring(&self.bell);
         ticket
     }
 
@@ -197,7 +197,7 @@ impl Control {
         if ended.is_none() {
             // Only the worker knows when it touches no page any more.
             lock(&self.wishes).enough = true;
-            let _ = self.bell.write(1);
+            fd::ring(&self.bell);
             return Err(self.late("named all of its free pages"));
         }
         Ok(Bytes(self.counters.hinted.measured.get().saturating_sub(before)))

@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::irq::Routes;
 use crate::memory::Memory;
 use crate::pci::{ConfigSpace, Function, Msix};
-use crate::sys::lock;
+use crate::sys::{fd, lock};
 use crate::virtio::{Signals, VirtioDevice};
 
 mod common;
@@ -193,7 +193,7 @@ impl State {
     fn notify(&self, queue: usize) {
         if let Some(queue) = self.core.queues().get(queue).filter(|q| q.enabled) {
             // Full only when it rings already.
-            let _ = queue.doorbell.write(1);
+            fd::ring(&queue.doorbell);
         }
     }
 

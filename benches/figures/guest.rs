@@ -1,16 +1,16 @@
-//! What a random read of 4 KiB by fio costs in a stock guest. In the lab under icount, where a nanosecond is an instruction of
+//! What something costs in a stock guest with a disk or a card. In the lab under icount, where a nanosecond is an instruction of
 //! anybody's: guest, host or VMM.
 //!
-//! `figure-fio vmbed DEVICE TOOLS KERNEL INITRD CMDLINE` or `figure-fio qemu QEMU SHARE DEVICE TOOLS KERNEL INITRD CMDLINE`, where the
-//! guest prints `mark=DEPTH,COUNT` when so many reads at that depth have ended. Prints for each its nanoseconds since the one before, and
-//! the idle ones among them.
+//! `figure-guest vmbed ON TOOLS KERNEL INITRD CMDLINE` or `figure-guest qemu QEMU SHARE ON TOOLS KERNEL INITRD CMDLINE`, where ON is a block
+//! device or `tap:NAME`, and the guest prints `mark=COUNT` when it has done so many of something, and `mark=end` at last. Prints for each mark
+//! its nanoseconds since the one before, and the idle ones among them; and what the guest says besides.
 
 use std::io::Read;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use vmbed::{CacheMode, DiskConfig, DiskEngine, Host, LinuxBoot, VmConfig};
+use vmbed::{CacheMode, DiskConfig, DiskEngine, Host, LinuxBoot, NetConfig, VmConfig};
 
 const LONG: Duration = Duration::from_secs(900);
 
@@ -35,6 +35,8 @@ impl Marks {
             self.line.clear();
             if let Some(mark) = line.strip_prefix("mark=") {
                 let _ = self.found.send((mark.to_owned(), Instant::now(), idle().expect("the lab has it")));
+            } else if let Some(said) = line.strip_prefix("said=") {
+                println!("said {said}");
             } else if !line.is_empty() {
                 eprintln!("{line}");
             }
@@ -65,9 +67,14 @@ fn listen(marks: &Receiver<(String, Instant, u64)>) -> Done<()> {
 fn vmbed(device: &str, tools: &str, kernel: &str, initrd: &str, cmdline: &str) -> Done<()> {
     let mut config = VmConfig::linux(LinuxBoot::new(kernel).initrd(initrd).cmdline(cmdline));
     config.memory = vmbed::Bytes::mib(512);
-    let mut disk = DiskConfig::new(device);
-    (disk.engine, disk.cache) = (DiskEngine::IoUring, CacheMode::Direct);
-    config.disks = vec![DiskConfig::new(tools).readonly(), disk];
+    config.disks = vec![DiskConfig::new(tools).readonly()];
+    if let Some(tap) = device.strip_prefix("tap:") {
+        config.nets.push(NetConfig::tap(tap));
+    } else {
+        let mut disk = DiskConfig::new(device);
+        (disk.engine, disk.cache) = (DiskEngine::IoUring, CacheMode::Direct);
+        config.disks.push(disk);
+    }
     let (mut hearing, marks) = marks();
     let vm = Host::open()?.builder(config).console_callback(move |bytes| hearing.hear(bytes)).build()?;
     vm.start()?;
@@ -78,15 +85,28 @@ fn vmbed(device: &str, tools: &str, kernel: &str, initrd: &str, cmdline: &str) -
 
 fn qemu(words: [&str; 7]) -> Done<()> {
     let [program, share, device, tools, kernel, initrd, cmdline] = words;
+    let measured = match device.strip_prefix("tap:") {
+        Some(tap) => [
+            "-netdev".to_owned(),
+            format!("tap,ifname={tap},script=no,downscript=no,vhost=off,id=net"),
+            "-device".to_owned(),
+            "virtio-net-pci,netdev=net,romfile=".to_owned(),
+        ],
+        None => [
+            "-drive".to_owned(),
+            format!("file={device},if=none,format=raw,cache=none,aio=io_uring,id=disk"),
+            "-device".to_owned(),
+            "virtio-blk-pci,drive=disk,iothread=io".to_owned(),
+        ],
+    };
     let mut child = Command::new(program)
         .args(["-L", share, "-L", "/usr/share/seabios", "-L", "/usr/share/qemu"])
         .args(["-accel", "kvm", "-machine", "q35", "-cpu", "host", "-m", "512", "-smp", "1"])
-        .args(["-nodefaults", "-no-user-config", "-display", "none", "-nic", "none", "-serial", "stdio"])
+        .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"])
         .args(["-object", "iothread,id=io,poll-max-ns=0"])
         .args(["-drive", &format!("file={tools},if=none,format=raw,readonly=on,id=tools")])
         .args(["-device", "virtio-blk-pci,drive=tools,iothread=io"])
-        .args(["-drive", &format!("file={device},if=none,format=raw,cache=none,aio=io_uring,id=disk")])
-        .args(["-device", "virtio-blk-pci,drive=disk,iothread=io"])
+        .args(measured)
         .args(["-kernel", kernel, "-initrd", initrd, "-append", cmdline])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -114,8 +134,7 @@ fn main() -> Done<()> {
         ["qemu", program, share, device, tools, kernel, initrd, cmdline] => {
             qemu([program, share, device, tools, kernel, initrd, cmdline])
         }
-        _ => Err("usage: figure-fio vmbed DEVICE TOOLS KERNEL INITRD CMDLINE | qemu QEMU SHARE DEVICE TOOLS KERNEL \
-                  INITRD CMDLINE"
+        _ => Err("usage: figure-guest vmbed ON TOOLS KERNEL INITRD CMDLINE | qemu QEMU SHARE ON TOOLS KERNEL INITRD CMDLINE"
             .into()),
     }
 }

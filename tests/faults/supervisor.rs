@@ -1,0 +1,142 @@
+//! Sees every system call of the threads that are to be tested, and answers one of them itself.
+#![expect(unsafe_code, reason = "seccomp's user notifications have no safe wrapper")]
+
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+
+use crate::{Fault, Kind};
+
+/// Calls that cannot fail, that a thread cannot live without, or whose failure is an allocation's, which ends a Rust program by design.
+/// getrandom: the standard library's maps panic without it.
+const PASSED: [libc::c_long; 24] = [
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_futex,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_mprotect,
+    libc::SYS_brk,
+    libc::SYS_close,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigaction,
+    libc::SYS_sigaltstack,
+    libc::SYS_sched_yield,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_arch_prctl,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_nanosleep,
+    libc::SYS_clock_gettime,
+    libc::SYS_restart_syscall,
+    libc::SYS_getrandom,
+    libc::SYS_sched_getaffinity,
+];
+
+/// Whether calls are counted, and one of them fails.
+pub static ARMED: AtomicBool = AtomicBool::new(false);
+/// How often a call was answered.
+pub static HIT: AtomicU64 = AtomicU64::new(0);
+static LISTENER: AtomicI32 = AtomicI32::new(-1);
+
+const KINDS: usize = 256;
+static SEEN: [(AtomicU64, AtomicU64); KINDS] = [const { (AtomicU64::new(0), AtomicU64::new(0)) }; KINDS];
+
+/// What was called, and how often.
+pub fn seen() -> impl Iterator<Item = (Kind, u64)> {
+    let used = SEEN.iter().map(|(key, count)| (key.load(Ordering::SeqCst), count.load(Ordering::SeqCst)));
+    used.take_while(|(_, count)| *count > 0)
+        .map(|(key, count)| (Kind { number: (key >> 32) as u32, request: key as u32 }, count))
+}
+
+/// Has this thread's calls, and those of the threads that it starts, be seen by another one that is started here.
+pub fn watch(fault: Fault) {
+    std::thread::spawn(move || supervise(fault));
+    // SAFETY: integers go in.
+    assert_eq!(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }, 0);
+    let mut code = program();
+    let program = libc::sock_fprog { len: code.len() as u16, filter: code.as_mut_ptr() };
+    let flags = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER;
+    // SAFETY: the program lives until the call returns, which copies it.
+    let fd =
+        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program) };
+    // From here on calls wait for the other thread.
+    LISTENER.store(fd as i32, Ordering::SeqCst);
+    assert!(fd >= 0, "seccomp: {}", std::io::Error::last_os_error());
+}
+
+fn program() -> Vec<libc::sock_filter> {
+    let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
+    let jump = |code: u32, k: u32, jt: u8, jf: u8| libc::sock_filter { code: code as u16, jt, jf, k };
+    let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+    let (equal, set) =
+        (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K);
+    let answer = |what: u32| statement(libc::BPF_RET | libc::BPF_K, what);
+    let allow = answer(libc::SECCOMP_RET_ALLOW);
+    // struct seccomp_data: the number, the architecture, the instruction, six arguments of 8 bytes.
+    let argument = |i: u32| statement(load, 16 + 8 * i);
+    let mut code = vec![statement(load, 0)];
+    for number in PASSED {
+        code.extend([jump(equal, number as u32, 0, 1), allow]);
+    }
+    // Memory of the allocator's is anonymous, and no stack. A new thread of Rust's has a second stack for signals, without which it ends the
+    // process; the first is mapped without any access.
+    code.extend([jump(equal, libc::SYS_mmap as u32, 0, 7), argument(3)]);
+    code.extend([jump(set, libc::MAP_ANONYMOUS as u32, 0, 4), jump(set, libc::MAP_STACK as u32, 0, 2)]);
+    code.extend([argument(2), jump(equal, libc::PROT_NONE as u32, 1, 0), allow, statement(load, 0)]);
+    // What this program says.
+    code.extend([jump(equal, libc::SYS_write as u32, 0, 4), argument(0)]);
+    code.extend([jump(libc::BPF_JMP | libc::BPF_JGT | libc::BPF_K, 2, 1, 0), allow, statement(load, 0)]);
+    code.push(answer(libc::SECCOMP_RET_USER_NOTIF));
+    code
+}
+
+/// Allocates nothing: a thread that is answered may hold the allocator's lock.
+fn supervise(fault: Fault) {
+    let fd: RawFd = loop {
+        match LISTENER.load(Ordering::SeqCst) {
+            -1 => std::thread::yield_now(),
+            fd => break fd,
+        }
+    };
+    loop {
+        // SAFETY: all zeroes is one, and what the kernel wants.
+        let mut call: libc::seccomp_notif = unsafe { std::mem::zeroed() };
+        // SAFETY: the kernel fills one of these, which lives until it returns.
+        if unsafe { libc::ioctl(fd, libc::SECCOMP_IOCTL_NOTIF_RECV, &raw mut call) } < 0 {
+            continue;
+        }
+        // SAFETY: as above.
+        let mut answer: libc::seccomp_notif_resp = unsafe { std::mem::zeroed() };
+        answer.id = call.id;
+        match decide(&fault, &call.data) {
+            Some(error) => answer.error = -error,
+            None => answer.flags = libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32,
+        }
+        // SAFETY: it is read, and lives until it returns. It fails where the call was interrupted: then it is made again.
+        unsafe { libc::ioctl(fd, libc::SECCOMP_IOCTL_NOTIF_SEND, &raw mut answer) };
+    }
+}
+
+fn decide(fault: &Fault, call: &libc::seccomp_data) -> Option<i32> {
+    if !ARMED.load(Ordering::SeqCst) {
+        return None;
+    }
+    let request = if libc::c_long::from(call.nr) == libc::SYS_ioctl { call.args[1] as u32 } else { 0 };
+    let kind = Kind { number: call.nr as u32, request };
+    let key = u64::from(kind.number) << 32 | u64::from(kind.request);
+    let place = SEEN
+        .iter()
+        .find(|(seen, count)| count.load(Ordering::SeqCst) == 0 || seen.load(Ordering::SeqCst) == key);
+    let (seen, count) = place?;
+    seen.store(key, Ordering::SeqCst);
+    let nth = count.fetch_add(1, Ordering::SeqCst) + 1;
+    if kind == fault.kind && nth == fault.nth {
+        HIT.fetch_add(1, Ordering::SeqCst);
+        eprintln!("answered: {} {:x?}", call.nr, call.args);
+        return Some(fault.error);
+    }
+    None
+}
