@@ -73,6 +73,7 @@ test-all: test ## and the long forms
 	VMBED_CUTS=200 cargo test --features serde,internals --test powercut
 	VMBED_DISKS=all VMBED_CUTS=20 VMBED_TRIAL_SECONDS=3000 cargo test --features serde,internals --test linux -- disks::
 	VMBED_STEPS=1000000 cargo test --features serde,internals --lib every_step
+	VMBED_FAULTS=all cargo test --features serde,internals --test faults
 	tests/lab/selftest
 	tests/placement/run
 

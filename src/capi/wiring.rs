@@ -161,17 +161,20 @@ pub unsafe extern "C" fn vmbed_wiring_add_tap(
 fn tap_options(given: &vmbed_tap_options) -> Result<TapOptions> {
     super::config::reserved("vmbed_tap_options", given.reserved)?;
     let some = |number: u32| (number != 0).then_some(number);
-    let mut made = TapOptions::default();
-    made.bridge = optional(given.bridge, "vmbed_tap_options.bridge", text)?.map(str::to_owned);
-    made.mac = optional(given.mac, "vmbed_tap_options.mac", text)?.map(str::parse).transpose()?;
-    if given.vlan != 0 || given.trunk_length != 0 || !given.trunk.is_null() {
-        let vlans =
-            port_vlan(given.vlan, given.trunk, given.trunk_length as usize, "vmbed_tap_options.trunk")?;
-        made.vlans = Some(vlans);
-    }
-    (made.multi_queue, made.persistent) = (given.multi_queue != 0, given.persistent != 0);
-    (made.owner, made.group, made.mtu) = (some(given.owner), some(given.group), some(given.mtu));
-    Ok(made)
+    let vlans = given.vlan != 0 || given.trunk_length != 0 || !given.trunk.is_null();
+    let list = || {
+        port_vlan(given.vlan, given.trunk, given.trunk_length as usize, "vmbed_tap_options.trunk").map(Some)
+    };
+    Ok(TapOptions {
+        bridge: optional(given.bridge, "vmbed_tap_options.bridge", text)?.map(str::to_owned),
+        vlans: if vlans { list()? } else { None },
+        multi_queue: given.multi_queue != 0,
+        owner: some(given.owner),
+        group: some(given.group),
+        mtu: some(given.mtu),
+        mac: optional(given.mac, "vmbed_tap_options.mac", text)?.map(str::parse).transpose()?,
+        persistent: given.persistent != 0,
+    })
 }
 
 /// Makes an interface that carries VLAN `vlan`, 1 to 4094, of another one, and sets it up. As vmbed_wiring_add_bridge();
