@@ -58,7 +58,7 @@ lint: ## formatting, clippy with warnings denied, shellcheck
 	cargo clippy --all-targets --features serde,internals -- -D warnings
 	cargo clippy --lib -- -D warnings
 	shellcheck -x tests/setup tests/lab/run tests/lab/place tests/lab/here-or-lab tests/lab/selftest tests/assets/fetch \
-		tests/assets/busybox-initrd tests/assets/disk-tools tests/assets/disk-exercise tests/assets/debian-root tests/demo/run tests/demo/inside tests/demo/overcommit tests/demo/net tests/demo/net-inside tests/stranger/run tests/placement/run benches/figures/run benches/figures/inside fuzz/run .ci/run
+		tests/assets/busybox-initrd tests/assets/disk-tools tests/assets/disk-exercise tests/assets/debian-root tests/demo/run tests/demo/inside tests/demo/overcommit tests/demo/net tests/demo/net-inside tests/stranger/run tests/placement/run benches/figures/run benches/figures/inside fuzz/run tests/hostile/mutants/run .ci/run
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
 
 test: setup lint ## everything that must pass, about 10 minutes on 2 cores
@@ -84,8 +84,11 @@ SECONDS ?= 60
 fuzz: setup ## every fuzz target for SECONDS=60 seconds: executions, coverage, and how deep it went
 	fuzz/run $(SECONDS)
 
+mutants: setup ## take each defence against hostile input out in turn: its test must fail
+	tests/hostile/mutants/run
+
 bench: setup ## measure, print each figure with its limit, fail beyond one
 	cargo bench --features internals
 	benches/figures/run
 
-.PHONY: fuzz soak help setup build header abi install demo demo-overcommit demo-net lab lint test test-all bench
+.PHONY: fuzz mutants soak help setup build header abi install demo demo-overcommit demo-net lab lint test test-all bench
