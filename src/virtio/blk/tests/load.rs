@@ -167,7 +167,7 @@ fn a_pause_amid_256_requests_loses_none() {
                 expected.is_empty()
             });
         }
-        assert!(disk.queues[0].answered.iter().all(|count| *count as u32 == rounds));
+        assert!(disk.queues[0].answered.iter().all(|count| *count == rounds));
         assert!(amid > 0, "{engine:?}: no pause came amid requests");
     }
 }
