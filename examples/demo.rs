@@ -7,6 +7,10 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+#[path = "common/base64.rs"]
+mod base64;
+
+use base64::base64;
 use vmbed::{Bytes, DiskConfig, Host, LinuxBoot, NetConfig, StopCause, VmConfig};
 
 /// What the guest does once systemd is up. Its lines `key=value` are read here.
@@ -116,17 +120,4 @@ fn run(kernel: &str, initrd: &str, disk: &str, tap: &str, host: &str, sum: &str)
     println!("checksum  host  {sum}\n          guest {}", value("sum"));
     let complete = watch.marks.iter().all(|(_, _, at)| at.is_some()) && vm.first_exit().is_some();
     Ok(complete && cause == StopCause::GuestPoweroff && value("ping") == "ok" && value("sum") == sum)
-}
-
-/// RFC 4648, for the kernel's command line.
-fn base64(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let word =
-        |chunk: &[u8]| chunk.iter().fold(0u32, |w, b| w << 8 | u32::from(*b)) << (8 * (3 - chunk.len()));
-    let digits = |chunk: &[u8]| {
-        let (word, used) = (word(chunk), chunk.len());
-        (0..4)
-            .map(move |i| if i <= used { DIGITS[(word >> (18 - 6 * i) & 63) as usize] as char } else { '=' })
-    };
-    bytes.chunks(3).flat_map(digits).collect()
 }

@@ -22,6 +22,8 @@ mod net;
 mod pci;
 #[path = "../fuzz/bodies/ports.rs"]
 mod ports;
+#[path = "../fuzz/bodies/qcow2.rs"]
+mod qcow2;
 #[path = "../fuzz/bodies/switch.rs"]
 mod switch;
 
@@ -152,4 +154,15 @@ fn switch_carries_tags_and_finishes() {
     }
     let all: Vec<_> = kept.iter().chain(&more).map(|i| switch::run(i)).collect();
     assert!(all.iter().map(|d| d.refused).sum::<u32>() > 100, "guards and wrong tags");
+}
+
+#[test]
+fn qcow2_opens_reads_and_writes() {
+    let (kept, more) = inputs("qcow2");
+    let all: Vec<_> = kept.iter().chain(&more).map(|i| qcow2::run(i)).collect();
+    let sum = |of: fn(&qcow2::Depth) -> u32| all.iter().map(of).sum::<u32>();
+    let reached =
+        [sum(|d| d.opened), sum(|d| d.refused), sum(|d| d.read), sum(|d| d.written), sum(|d| d.cleared)];
+    assert!(reached.iter().zip([100, 30, 300, 150, 50]).all(|(sum, least)| *sum >= least), "{reached:?}");
+    assert!(sum(|d| d.failed) >= 100);
 }

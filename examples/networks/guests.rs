@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use vmbed::{Bytes, Host, LinuxBoot, NetConfig, Vm, VmBuilder, VmConfig};
 
 use crate::Done;
+use crate::base64::base64;
 
 /// No guest takes longer for anything, even in the lab.
 const LONG: Duration = Duration::from_secs(240);
@@ -154,17 +155,4 @@ pub fn table(guests: &[Guest], others: &[(&str, &str)], expected: impl Fn(&str, 
     }
     println!("{:>12}", "(expected/seen)");
     Ok(same)
-}
-
-/// RFC 4648, for the kernel's command line.
-fn base64(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let word =
-        |chunk: &[u8]| chunk.iter().fold(0u32, |w, b| w << 8 | u32::from(*b)) << (8 * (3 - chunk.len()));
-    let digits = |chunk: &[u8]| {
-        let (word, used) = (word(chunk), chunk.len());
-        (0..4)
-            .map(move |i| if i <= used { DIGITS[(word >> (18 - 6 * i) & 63) as usize] as char } else { '=' })
-    };
-    bytes.chunks(3).flat_map(digits).collect()
 }

@@ -6,6 +6,8 @@
 
 use std::process::ExitCode;
 
+#[path = "../common/base64.rs"]
+mod base64;
 mod beyond;
 mod bridge;
 mod guests;

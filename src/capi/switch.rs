@@ -183,6 +183,20 @@ pub unsafe extern "C" fn vmbed_switch_free(old_switch: *mut vmbed_switch) {
     answer((), || drop(handle::take(old_switch)));
 }
 
+/// Adds a port in some way.
+fn add(
+    on_switch: *mut vmbed_switch,
+    port: *mut *mut vmbed_port,
+    error: *mut *mut vmbed_error,
+    how: impl FnOnce(&Switch) -> Result<SwitchPort>,
+) -> i32 {
+    call(error, || {
+        let (out, of) = (Out::new(port, "port")?, handle::object(on_switch)?);
+        out.put(handle::make(port_of(how(&of)?)));
+        Ok(())
+    })
+}
+
 /// Adds a port with nothing on it. `name` is for errors, captures and people; `options` may be NULL. The handle is yours to
 /// free, which leaves the port there.
 ///
@@ -196,12 +210,7 @@ pub unsafe extern "C" fn vmbed_switch_add_port(
     port: *mut *mut vmbed_port,
     error: *mut *mut vmbed_error,
 ) -> i32 {
-    call(error, || {
-        let (out, of) = (Out::new(port, "port")?, handle::object(on_switch)?);
-        let added = of.add_port(text(name, "name")?, &port_options(options)?)?;
-        out.put(handle::make(port_of(added)));
-        Ok(())
-    })
+    add(on_switch, port, error, |of| of.add_port(text(name, "name")?, &port_options(options)?))
 }
 
 /// Adds a port with a TAP interface of the host's on it, which must exist, have a single queue and be in nobody else's use.
@@ -218,11 +227,8 @@ pub unsafe extern "C" fn vmbed_switch_add_tap(
     port: *mut *mut vmbed_port,
     error: *mut *mut vmbed_error,
 ) -> i32 {
-    call(error, || {
-        let (out, of) = (Out::new(port, "port")?, handle::object(on_switch)?);
-        let added = of.add_tap(text(name, "name")?, text(tap, "tap")?, &port_options(options)?)?;
-        out.put(handle::make(port_of(added)));
-        Ok(())
+    add(on_switch, port, error, |of| {
+        of.add_tap(text(name, "name")?, text(tap, "tap")?, &port_options(options)?)
     })
 }
 
@@ -240,12 +246,9 @@ pub unsafe extern "C" fn vmbed_switch_add_stream(
     port: *mut *mut vmbed_port,
     error: *mut *mut vmbed_error,
 ) -> i32 {
-    call(error, || {
-        let (out, of) = (Out::new(port, "port")?, handle::object(on_switch)?);
+    add(on_switch, port, error, |of| {
         let path = super::arguments::path(path, "path")?;
-        let added = of.add_stream(text(name, "name")?, path, &port_options(options)?)?;
-        out.put(handle::make(port_of(added)));
-        Ok(())
+        of.add_stream(text(name, "name")?, path, &port_options(options)?)
     })
 }
 
@@ -263,13 +266,10 @@ pub unsafe extern "C" fn vmbed_switch_add_fd(
     port: *mut *mut vmbed_port,
     error: *mut *mut vmbed_error,
 ) -> i32 {
-    call(error, || {
-        let (out, of) = (Out::new(port, "port")?, handle::object(on_switch)?);
+    add(on_switch, port, error, |of| {
         let fd = self::fd(fd, "fd")?.try_clone_to_owned();
         let fd = fd.map_err(|e| Error::os("duplicating the fd of a port", e))?;
-        let added = of.add_fd(text(name, "name")?, fd, &port_options(options)?)?;
-        out.put(handle::make(port_of(added)));
-        Ok(())
+        of.add_fd(text(name, "name")?, fd, &port_options(options)?)
     })
 }
 

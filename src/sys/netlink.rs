@@ -3,7 +3,8 @@
 use std::io;
 
 use netlink_packet_core::{
-    ErrorMessage, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    ErrorMessage, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload,
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -50,16 +51,31 @@ impl Route {
     }
 
     /// Everything that there is of a kind.
-    pub fn dump(&mut self, message: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>, Refusal> {
-        self.ask(message, NLM_F_DUMP)
+    pub fn dump(&mut self, message: &RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>, Refusal> {
+        // Somebody else may change it meanwhile, and something be missing: then once more.
+        for _ in 0..9 {
+            if let (answers, true) = self.exchange(message.clone(), NLM_F_DUMP)? {
+                return Ok(answers);
+            }
+        }
+        Ok(self.exchange(message.clone(), NLM_F_DUMP)?.0)
     }
 
-    /// Sends a request, and collects what is answered until the acknowledgement, or the dump's end.
+    /// Sends a request, and collects what is answered until the acknowledgement.
     pub fn ask(
         &mut self,
         message: RouteNetlinkMessage,
         flags: u16,
     ) -> Result<Vec<RouteNetlinkMessage>, Refusal> {
+        Ok(self.exchange(message, flags)?.0)
+    }
+
+    /// The same, and whether it is of one moment.
+    fn exchange(
+        &mut self,
+        message: RouteNetlinkMessage,
+        flags: u16,
+    ) -> Result<(Vec<RouteNetlinkMessage>, bool), Refusal> {
         self.sequence = self.sequence.wrapping_add(1);
         let mut header = NetlinkHeader::default();
         (header.sequence_number, header.flags) = (self.sequence, flags | NLM_F_REQUEST);
@@ -68,7 +84,7 @@ impl Route {
         let mut bytes = vec![0; request.buffer_len()];
         request.serialize(&mut bytes);
         self.socket.send(&bytes, 0)?;
-        let mut answers = Vec::new();
+        let (mut answers, mut whole) = (Vec::new(), true);
         loop {
             let (packet, _) = self.socket.recv_from_full()?;
             let mut rest = &packet[..];
@@ -81,9 +97,10 @@ impl Route {
                     // What an earlier request did not wait for.
                     continue;
                 }
+                whole &= answer.header.flags & NLM_F_DUMP_INTR == 0;
                 match answer.payload {
-                    NetlinkPayload::Done(_) => return Ok(answers),
-                    NetlinkPayload::Error(error) => return outcome(&error).map(|()| answers),
+                    NetlinkPayload::Done(_) => return Ok((answers, whole)),
+                    NetlinkPayload::Error(error) => return outcome(&error).map(|()| (answers, whole)),
                     NetlinkPayload::InnerMessage(message) => answers.push(message),
                     _ => {}
                 }

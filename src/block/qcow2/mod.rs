@@ -25,6 +25,7 @@ mod layers;
 mod luks;
 mod open;
 mod reader;
+mod refcounts;
 
 pub(super) use open::{format_qcow2, qcow2_size};
 

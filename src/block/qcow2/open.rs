@@ -15,6 +15,7 @@ use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDrive
 use super::lane::Lane;
 use super::layers::Shared;
 use super::reader::{Header, Reader};
+use super::refcounts;
 use super::{Access, Image, Qcow2Disk};
 use crate::block::raw::{self, lock_file};
 use crate::block::target::Target;
@@ -172,6 +173,9 @@ fn qcow2(
         return plain(name, Store::of(reader, own));
     }
     let mut image = Image::open_image(store(name, file, layer)?, write).map_err(|e| bad(name, e))?;
+    if write {
+        refcounts::check(file).map_err(|e| bad(name, e))?;
+    }
     let elsewhere = image.requires_external_data_file();
     let data_name = elsewhere.then(|| image.implicit_external_data_file().cloned().unwrap_or_default());
     let named = (image.implicit_backing_file().cloned(), data_name);

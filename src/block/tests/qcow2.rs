@@ -350,6 +350,35 @@ fn no_file_is_opened_that_the_embedder_has_not_named() {
     assert_eq!(raw.size(), 1 << 20);
 }
 
+/// The library would call itself until the stack is full, which ends the process, or write over the header.
+#[test]
+fn an_image_whose_refcounts_have_a_hole_is_only_read() {
+    let images = Images::new("hole");
+    images.create(&["-o", "cluster_size=512", "image", "8M"]);
+    let words = ["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 1M", "image"];
+    images.run(&words);
+    let path = images.path("image");
+    let good = std::fs::read(&path).unwrap();
+    let table = u64::from_be_bytes(good[48..56].try_into().unwrap()) as usize;
+    for hole in [0..1, 1..2, 2..4, 0..64] {
+        let mut bad = good.clone();
+        bad[table + 8 * hole.start..table + 8 * hole.end].fill(0);
+        std::fs::write(&path, &bad).unwrap();
+        let mut config = DiskConfig::qcow2(&path);
+        let error = super::super::open("disk0", &path, &config).err().unwrap().to_string();
+        assert!(
+            error.contains("qemu-img convert") && error.contains(&format!("entry {}", hole.start)),
+            "{error}"
+        );
+        config.readonly = true;
+        assert_eq!(all(&mut images.open(&config))[..1 << 20], [7; 1 << 20]);
+        assert!(std::fs::read(&path).unwrap() == bad);
+    }
+    std::fs::write(&path, good).unwrap();
+    write(&mut images.open(&DiskConfig::qcow2(&path)), 4 << 20, 0x1_0000, 9);
+    images.run(&["qemu-img", "check", "-f", "qcow2", "image"]);
+}
+
 #[test]
 fn a_damaged_image_is_an_error_and_nothing_else() {
     let images = Images::new("damage");

@@ -162,7 +162,7 @@ impl Links {
         let mut ask = message(0, vec![LinkAttribute::ExtMask(vec![LinkExtentMask::Brvlan])]);
         ask.header.interface_family = AddressFamily::Bridge;
         let mut vlans = Vec::new();
-        for answer in self.0.dump(RouteNetlinkMessage::GetLink(ask))? {
+        for answer in self.0.dump(&RouteNetlinkMessage::GetLink(ask))? {
             let RouteNetlinkMessage::NewLink(message) = answer else { continue };
             if message.header.index != index {
                 continue;
