@@ -79,7 +79,10 @@ fn malformed(rig: &Rig, rings: &Rings) -> Vec<Malformation> {
     let outside = put(desc, 0, (MEMORY - 8, 16, INDIRECT), 0);
     let wraps = put(desc, 0, (u64::MAX - 15, 32, INDIRECT), 0);
     let (two, many) = (indirect(32), indirect(16 * (u32::from(size) + 1)));
-    let (two_again, one) = (indirect(32), indirect(16));
+    let (two_again, one, outer) = (indirect(32), indirect(16), indirect(16));
+    // Which would be a good chain, were it allowed.
+    let inner = put(TABLE, 0, (TABLE + 0x800, 16, INDIRECT), 0);
+    let innermost = put(TABLE + 0x800, 0, (DATA, 16, 0), 0);
     let mut all: Vec<Malformation> = vec![
         ("itself", Box::new(put(desc, 0, (DATA, 16, NEXT), 0))),
         ("a loop of two", Box::new(move |r| (a(r), b(r)).0)),
@@ -87,7 +90,8 @@ fn malformed(rig: &Rig, rings: &Rings) -> Vec<Malformation> {
         ("next far beyond", Box::new(put(desc, 0, (DATA, 16, NEXT), 0xffff))),
         ("a loop in an indirect table", Box::new(move |r| (two(r), t0(r), t1(r)).0)),
         ("next beyond an indirect table", Box::new(move |r| (two_again(r), inner_end(r)).0)),
-        ("nested indirect", Box::new(move |r| (one(r), nested(r)).0)),
+        ("an indirect table that is its own", Box::new(move |r| (one(r), nested(r)).0)),
+        ("nested indirect", Box::new(move |r| (outer(r), inner(r), innermost(r)).0)),
         ("indirect with NEXT", Box::new(move |r| (next(r), plain(r), last(r)).0)),
         ("a table outside memory", Box::new(outside)),
         ("a table that wraps", Box::new(wraps)),
