@@ -77,8 +77,9 @@ test-all: test ## and the long forms
 	tests/lab/selftest
 	tests/placement/run
 
-soak: setup ## what takes hours if it is to mean something: fifty storms with swap, fifty without
+soak: setup ## what takes hours if it is to mean something: fifty storms with swap, fifty without; ten minutes of full traffic both ways
 	VMBED_STORMS=50 VMBED_TRIAL_SECONDS=3000 cargo test --features serde,internals --test linux -- storm::
+	VMBED_NET_SECONDS=600 VMBED_TRIAL_SECONDS=1500 cargo test --features serde,internals --test linux -- net::full_traffic
 
 SECONDS ?= 60
 fuzz: setup ## every fuzz target for SECONDS=60 seconds: executions, coverage, and how deep it went

@@ -20,6 +20,7 @@ pub fn add(trials: &mut Vec<Trial>) {
     trials.push(trial("net::frames_of_every_size", sizes));
     trials.push(trial("net::iperf3_with_every_offload_on_and_off", streams));
     trials.push(trial("net::eight_queues_at_full_traffic", queues));
+    trials.push(trial("net::full_traffic_for_long_on_a_bridge_that_goes", long));
     trials.push(trial("net::the_driver_says_what_it_wants", filters));
     trials.push(trial("net::a_network_in_user_space", user_space));
 }
@@ -292,6 +293,82 @@ fn queues() {
     guest.vm.console_input(b"go\n");
     guest.wait_for("tap=back");
     guest.vm.stop().unwrap();
+}
+
+/// Descriptors and threads of this process, and its memory that is no guest's, in KiB.
+fn holdings() -> (usize, usize, u64) {
+    let count = |of: &str| std::fs::read_dir(of).unwrap().count();
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+    let memory = line.trim().trim_end_matches("kB").trim().parse().unwrap();
+    (count("/proc/self/fd"), count("/proc/self/task"), memory)
+}
+
+/// Both ways at once, for 15 s, or as many as VMBED_NET_SECONDS says (`make soak`): nothing is left over, nothing stands still. Then the
+/// bridge is deleted, and another one made.
+fn long() {
+    let seconds: u64 = std::env::var("VMBED_NET_SECONDS").map_or(15, |n| n.parse().expect("a number"));
+    let server = |port: &str| {
+        let mut server = Command::new("iperf3");
+        let started = server.args(["-s", "-p", port]).stdout(std::process::Stdio::null()).spawn();
+        Server(started.expect("iperf3 must be installed"))
+    };
+    let _servers = [server("5201"), server("5202")];
+    let tap = Tap::new();
+    ip(&["addr", "flush", "dev", &tap.name]);
+    let bridge = format!("{}b", tap.name);
+    let bridged = || {
+        let wiring = vmbed::Wiring::new().unwrap();
+        wiring.add_bridge(&bridge, &vmbed::BridgeOptions::default()).unwrap();
+        wiring.attach(&tap.name, &bridge).unwrap();
+        ip(&["addr", "add", &format!("{}/24", tap.host()), "dev", &bridge]);
+        wiring
+    };
+    let wiring = bridged();
+    let script = format!(
+        "{TOOLS}{up}(/mnt/bin/iperf3 -c {host} -t {seconds} >/run/up 2>&1; echo $? >/run/code) &
+        /mnt/bin/iperf3 -p 5202 -c {host} -R -t {seconds} >/run/down 2>&1; down=$?
+        wait; tail -n 4 /run/up /run/down; echo soak=$down $(cat /run/code); sleep 100000",
+        up = tap.up(),
+        host = tap.host(),
+    );
+    let mut config = crate::disks::with_tools(&script);
+    config.nets.push(NetConfig::tap(&tap.name));
+    let guest = Guest::start(config);
+    let carried = || guest.vm.net_statistics(0).unwrap();
+    wait_until(&guest, "traffic", |_| carried().tx_bytes > 8 << 20 && carried().rx_bytes > 8 << 20);
+    let (before, mut last) = (holdings(), carried());
+    let end = std::time::Instant::now() + Duration::from_secs(seconds.saturating_sub(8));
+    while std::time::Instant::now() < end {
+        // A second of TCP's silence is not much in a lab; five are.
+        std::thread::sleep(Duration::from_secs(5).min(Duration::from_secs(seconds)));
+        let now = carried();
+        assert!(now.tx_bytes > last.tx_bytes && now.rx_bytes > last.rx_bytes, "it stands still: {now:?}");
+        last = now;
+    }
+    let after = holdings();
+    assert_eq!((before.0, before.1), (after.0, after.1), "descriptors and threads");
+    assert!(after.2 < before.2 + 8192, "KiB of memory: {} and then {}", before.2, after.2);
+    let deadline = std::time::Instant::now() + Duration::from_secs(seconds) + LONG;
+    while !guest.console().contains("soak=") {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "waited for the end of the streams:\n{}",
+            guest.console()
+        );
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(guest.value("soak"), "0 0", "{}", guest.console());
+    println!("{seconds} s: {:?}", carried());
+
+    ip(&["link", "del", &bridge]);
+    let there = Command::new("ping").args(["-q", "-c", "1", "-W", "1", &tap.guest()]).output().unwrap();
+    assert!(!there.status.success(), "there is no way: {there:?}");
+    drop(wiring);
+    let wiring = bridged();
+    wait_until(&guest, "the guest to answer", |_| ping(&tap, &["-c", "1", "-w", "1"]).starts_with("0%"));
+    guest.vm.stop().unwrap();
+    wiring.release().unwrap();
 }
 
 /// What a stock driver says of addresses, and how it announces itself.
