@@ -149,7 +149,8 @@ impl Stage {
         let mut command = Command::new("timeout");
         command.args(["--signal=KILL", "330"]).arg(self.directory.join(name));
         command.env("LD_LIBRARY_PATH", self.directory.join("usr/lib")).args(arguments);
-        command.env("VMBED_GUEST", &self.guest);
+        // What a program that is killed leaves behind lies there, and goes with it.
+        command.env("VMBED_GUEST", &self.guest).current_dir(&self.directory);
         Box::new(command)
     }
 }
@@ -233,6 +234,7 @@ fn valgrind(stage: &Stage) {
         ]);
         // Possible losses are thread-local storage of threads that end while the program does.
         command.args(["--errors-for-leak-kinds=definite,indirect"]).arg(stage.directory.join("api"));
+        command.current_dir(&stage.directory);
         command.env("LD_LIBRARY_PATH", stage.directory.join("usr/lib")).env("VMBED_ROUNDS", "100");
         command.env("VMBED_GUEST", &stage.guest);
         let output = run(command.arg(name));

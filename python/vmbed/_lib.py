@@ -55,6 +55,11 @@ def structure(kind: str, /, **fields: Any) -> Any:
     return made
 
 
+def numbers(values: list[int] | None) -> Any:
+    """Numbers for the library; NULL for None, and not for none of them."""
+    return ffi.NULL if values is None else ffi.new("uint32_t[]", values or [0])
+
+
 class HasFileno(Protocol):
     """A file, socket, pipe or the like."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from ._lib import HasFileno, call, ffi, fileno, lib, make, optional, structure, text
+from ._lib import HasFileno, call, ffi, fileno, lib, make, numbers, optional, structure, text
 
 
 class Traffic(NamedTuple):
@@ -76,7 +76,7 @@ class PortOptions:
 
     def _given(self) -> tuple[Any, list[Any]]:
         """The structure, and what must live as long."""
-        trunk = ffi.NULL if self.trunk is None else ffi.new("uint32_t[]", self.trunk or [0])
+        trunk = numbers(self.trunk)
         macs = optional(" ".join(self.guard_macs) if self.guard_macs else None)
         addresses = optional(None if self.guard_addresses is None else " ".join(self.guard_addresses))
         given = structure(

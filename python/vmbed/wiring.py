@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any
 
-from ._lib import call, ffi, lib, make, optional, structure
-
-
-def _list(vlans: list[int] | None) -> Any:
-    """NULL stands for an access port."""
-    return ffi.NULL if vlans is None else ffi.new("uint32_t[]", vlans or [0])
+from ._lib import call, lib, make, numbers, optional, structure
 
 
 class Wiring:
@@ -50,7 +44,7 @@ class Wiring:
         one. The user `owner` and members of `group`, by number, may open it without any capability. `persistent`: it stays when the rest
         is undone.
         """
-        on, address, list_ = optional(bridge), optional(mac), _list(trunk)
+        on, address, list_ = optional(bridge), optional(mac), numbers(trunk)
         options = structure(
             "vmbed_tap_options", bridge=on, mac=address, trunk=list_, trunk_length=len(trunk or []), vlan=vlan,
             multi_queue=int(multi_queue), persistent=int(persistent), owner=owner, group=group, mtu=mtu or 0,
@@ -75,7 +69,7 @@ class Wiring:
 
     def set_vlans(self, port: str, vlan: int = 0, trunk: list[int] | None = None) -> None:
         """Says which VLANs a port of a bridge is in, or the bridge itself: in `vlan` without a tag, in those of `trunk` with tags."""
-        call(lib.vmbed_wiring_set_vlans, self._pointer, port.encode(), vlan, _list(trunk), len(trunk or []))
+        call(lib.vmbed_wiring_set_vlans, self._pointer, port.encode(), vlan, numbers(trunk), len(trunk or []))
 
     def set_up(self, name: str, up: bool = True) -> None:
         """Sets an interface up or down."""

@@ -106,25 +106,34 @@ unsafe impl Sized_ for vmbed_port_options {
     const NAME: &'static str = "vmbed_port_options";
 }
 
+/// Those of a port, on a switch of ours or a bridge of the host's: `trunk` with tags and `vlan` without one, 0 for none; without `trunk`
+/// `vlan` alone. `of` is what errors have in front of these names.
+pub(super) fn port_vlan(vlan: u32, trunk: *const u32, length: usize, of: &str) -> Result<PortVlan> {
+    let (untagged, tagged) = (format!("{of}vlan"), format!("{of}trunk"));
+    if trunk.is_null() && length == 0 {
+        return Ok(PortVlan::Access(vlan_number(vlan, &untagged)?));
+    }
+    let vlans = array(trunk, length, &tagged)?
+        .iter()
+        .map(|vlan| vlan_number(*vlan, &tagged))
+        .collect::<Result<_>>()?;
+    Ok(PortVlan::Trunk { vlans, native: (vlan != 0).then(|| vlan_number(vlan, &untagged)).transpose()? })
+}
+
+pub(super) fn vlan_number(vlan: u32, name: &str) -> Result<u16> {
+    u16::try_from(vlan).map_err(|_| invalid(format!("{name}: VLAN {vlan} is not 1 to 4094")))
+}
+
 /// The options of a port; the defaults for NULL.
 fn port_options(options: *const vmbed_port_options) -> Result<PortOptions> {
     if options.is_null() {
         return Ok(PortOptions::default());
     }
     let given = structure(options)?;
-    let vlan = |number: u32, field: &str| {
-        u16::try_from(number)
-            .map_err(|_| invalid(format!("vmbed_port_options.{field}: VLAN {number} is not 1 to 4094")))
-    };
     let mut made = PortOptions::default();
-    if given.trunk.is_null() && given.trunk_length == 0 {
-        made.vlan = PortVlan::Access(if given.vlan == 0 { 1 } else { vlan(given.vlan, "vlan")? });
-    } else {
-        let list = array(given.trunk, given.trunk_length as usize, "vmbed_port_options.trunk")?;
-        let vlans = list.iter().map(|number| vlan(*number, "trunk")).collect::<Result<_>>()?;
-        let native = (given.vlan != 0).then(|| vlan(given.vlan, "vlan")).transpose()?;
-        made.vlan = PortVlan::Trunk { vlans, native };
-    }
+    let is_access = given.trunk.is_null() && given.trunk_length == 0;
+    let vlan = if is_access && given.vlan == 0 { 1 } else { given.vlan };
+    made.vlan = port_vlan(vlan, given.trunk, given.trunk_length as usize, "vmbed_port_options.")?;
     (made.isolated, made.unknown_unicast) = (given.isolated != 0, given.no_unknown_unicast == 0);
     if given.max_addresses != 0 {
         made.max_addresses = given.max_addresses;

@@ -2,12 +2,12 @@
 
 use std::ffi::c_char;
 
-use super::arguments::{Out, Sized_, array, invalid, optional, structure, text};
+use super::arguments::{Out, Sized_, optional, structure, text};
 use super::error::vmbed_error;
 use super::handle::{self, handle};
+use super::switch::{port_vlan, vlan_number};
 use super::{answer, call};
 use crate::error::Result;
-use crate::net::switch::PortVlan;
 use crate::net::wiring::{BridgeOptions, TapOptions, Wiring};
 
 /// What this process has made of the host's network, and changed in it: bridges, TAP interfaces and VLAN interfaces, what is on which
@@ -76,18 +76,6 @@ pub struct vmbed_tap_options {
 unsafe impl Sized_ for vmbed_tap_options {
     const FIRST: usize = size_of::<Self>();
     const NAME: &'static str = "vmbed_tap_options";
-}
-
-fn number(vlan: u32) -> Result<u16> {
-    u16::try_from(vlan).map_err(|_| invalid(format!("VLAN {vlan} is not 1 to 4094")))
-}
-
-fn port_vlan(vlan: u32, trunk: *const u32, length: usize, name: &str) -> Result<PortVlan> {
-    if trunk.is_null() && length == 0 {
-        return Ok(PortVlan::Access(number(vlan)?));
-    }
-    let vlans = array(trunk, length, name)?.iter().map(|vlan| number(*vlan)).collect::<Result<_>>()?;
-    Ok(PortVlan::Trunk { vlans, native: (vlan != 0).then(|| number(vlan)).transpose()? })
 }
 
 /// Nothing done yet. It is yours to free. VMBED_ERR_UNSUPPORTED, or what else the kernel says, where it has no rtnetlink for us.
@@ -162,9 +150,8 @@ fn tap_options(given: &vmbed_tap_options) -> Result<TapOptions> {
     super::config::reserved("vmbed_tap_options", given.reserved)?;
     let some = |number: u32| (number != 0).then_some(number);
     let vlans = given.vlan != 0 || given.trunk_length != 0 || !given.trunk.is_null();
-    let list = || {
-        port_vlan(given.vlan, given.trunk, given.trunk_length as usize, "vmbed_tap_options.trunk").map(Some)
-    };
+    let list =
+        || port_vlan(given.vlan, given.trunk, given.trunk_length as usize, "vmbed_tap_options.").map(Some);
     Ok(TapOptions {
         bridge: optional(given.bridge, "vmbed_tap_options.bridge", text)?.map(str::to_owned),
         vlans: if vlans { list()? } else { None },
@@ -189,7 +176,7 @@ pub unsafe extern "C" fn vmbed_wiring_add_vlan(
 ) -> i32 {
     call(error, || {
         let wiring = handle::object(wiring)?;
-        wiring.add_vlan(text(name, "name")?, text(of, "of")?, number(vlan)?)
+        wiring.add_vlan(text(name, "name")?, text(of, "of")?, vlan_number(vlan, "vlan")?)
     })
 }
 
@@ -240,7 +227,7 @@ pub unsafe extern "C" fn vmbed_wiring_set_vlans(
 ) -> i32 {
     call(error, || {
         let wiring = handle::object(wiring)?;
-        wiring.set_vlans(text(port, "port")?, &port_vlan(vlan, trunk, trunk_length, "trunk")?)
+        wiring.set_vlans(text(port, "port")?, &port_vlan(vlan, trunk, trunk_length, "")?)
     })
 }
 

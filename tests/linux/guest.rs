@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use vmbed::{Bytes, EventKind, Host, LinuxBoot, StopCause, Vm, VmBuilder, VmConfig};
 
 use crate::assets;
+pub use crate::base64::base64;
 
 /// No guest of these tests takes longer, even in the lab with its neighbours.
 pub const LONG: Duration = Duration::from_secs(240);
@@ -94,18 +95,4 @@ impl Guest {
             assert!(!ended && Instant::now() < end, "waited for a line {key}= on the console:\n{console}");
         }
     }
-}
-
-/// RFC 4648, for the kernel's command line.
-pub fn base64(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut out = String::new();
-    for chunk in bytes.chunks(3) {
-        let word = chunk.iter().fold(0u32, |w, b| w << 8 | u32::from(*b)) << (8 * (3 - chunk.len()));
-        for i in 0..4 {
-            let digit = DIGITS[(word >> (18 - 6 * i) & 63) as usize] as char;
-            out.push(if i <= chunk.len() { digit } else { '=' });
-        }
-    }
-    out
 }

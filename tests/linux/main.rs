@@ -15,6 +15,8 @@ mod assets;
 mod backends;
 mod backing;
 mod balloon;
+#[path = "../../examples/common/base64.rs"]
+mod base64;
 mod boot;
 mod c;
 mod cage;

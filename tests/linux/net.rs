@@ -195,8 +195,7 @@ fn streams() {
     let tap = Tap::new();
     ip(&["link", "set", &tap.name, "mtu", "9000"]);
     ip(&["-6", "addr", "add", "fd5e::1/64", "dev", &tap.name, "nodad"]);
-    let server = Command::new("iperf3").args(["-s"]).stdout(std::process::Stdio::null()).spawn();
-    let _server = Server(server.expect("iperf3 must be installed"));
+    let _server = server("5201");
     let script = tap.up() + &STREAMS.replace("HOST", &tap.host());
     let mut config = crate::disks::with_tools(&script);
     let mut card = NetConfig::tap(&tap.name);
@@ -214,6 +213,13 @@ fn streams() {
     let all = guest.vm.net_statistics(0).unwrap();
     // Of what a client has written, its server may leave the last buffers where they are.
     assert!(all.tx_bytes > 80 << 20 && all.rx_bytes > 80 << 20 && all.tx_dropped == 0, "{all:?}");
+}
+
+/// iperf3's other end, on that port.
+fn server(port: &str) -> Server {
+    let mut server = Command::new("iperf3");
+    let started = server.args(["-s", "-p", port]).stdout(std::process::Stdio::null()).spawn();
+    Server(started.expect("iperf3 must be installed"))
 }
 
 /// Shell lines that mount the tools.
@@ -251,11 +257,6 @@ fn queues() {
         run -c HOST -n 4M; run -c HOST -n 4M -R
         echo tap=back; sleep 1000";
     let tap = Tap::with_queues();
-    let server = |port: &str| {
-        let mut server = Command::new("iperf3");
-        let started = server.args(["-s", "-p", port]).stdout(std::process::Stdio::null()).spawn();
-        Server(started.expect("iperf3 must be installed"))
-    };
     let _servers = [server("5201"), server("5202")];
     let script = STREAMS.replace("HOST", &tap.host()).replace("UP", tap.up().trim());
     // A command line holds 2 KiB.
@@ -308,11 +309,6 @@ fn holdings() -> (usize, usize, u64) {
 /// bridge is deleted, and another one made.
 fn long() {
     let seconds: u64 = std::env::var("VMBED_NET_SECONDS").map_or(15, |n| n.parse().expect("a number"));
-    let server = |port: &str| {
-        let mut server = Command::new("iperf3");
-        let started = server.args(["-s", "-p", port]).stdout(std::process::Stdio::null()).spawn();
-        Server(started.expect("iperf3 must be installed"))
-    };
     let _servers = [server("5201"), server("5202")];
     let tap = Tap::new();
     ip(&["addr", "flush", "dev", &tap.name]);

@@ -22,6 +22,7 @@ const MOST_ROUNDS: u32 = 200_000_000;
 /// The specification's, and everybody's.
 const MOST_STRIPES: usize = 4000;
 const MOST_KEY: usize = 64;
+
 pub(super) fn unknown(what: &str, name: &str) -> io::Error {
     io::Error::other(format!("is encrypted with {what} {name:?}, which is not known"))
 }

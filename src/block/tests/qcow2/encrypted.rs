@@ -77,7 +77,7 @@ fn encrypted_images_are_read_as_qemu_reads_them() {
         "cipher-alg=aes-256,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256,extended_l2=on",
         "cipher-alg=aes-128,cipher-mode=ecb,hash-alg=md5,extended_l2=on,cluster_size=16k",
         "cipher-alg=aes-256,cipher-mode=ctr,hash-alg=sha1,cluster_size=2M,lazy_refcounts=on",
-        "cipher-alg=serpent-256,cipher-mode=xts,hash-alg=sha512",
+        "cipher-alg=serpent-256,cipher-mode=xts,hash-alg=sha512,compat=0.10",
         "cipher-alg=serpent-128,cipher-mode=cbc,ivgen-alg=plain,hash-alg=sha224",
         "cipher-alg=twofish-192,cipher-mode=xts,ivgen-alg=essiv,ivgen-hash-alg=md5,hash-alg=sha384",
         "cipher-alg=twofish-128,cipher-mode=ctr,ivgen-alg=plain",
