@@ -22,7 +22,8 @@ use vmbed::{PortOptions, Switch, SwitchOptions};
 mod ratio;
 use ratio::{Done, ratio};
 
-const ENTRIES: u16 = 128;
+/// As many as the device offers, and drivers take.
+const ENTRIES: u16 = 256;
 /// Frames of a batch.
 const BATCH: usize = 32;
 /// CSUM, GUEST_CSUM, GUEST_TSO4, HOST_TSO4, MRG_RXBUF.

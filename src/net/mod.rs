@@ -90,6 +90,12 @@ pub trait NetBackend: Send + 'static {
     /// uses some.
     fn set_active(&mut self, _active: bool) {}
 
+    /// Where buffers for frames may be posted before there are any: a port of vmbed's own switch.
+    #[doc(hidden)]
+    fn port(&self) -> Option<&switch::PortQueue> {
+        None
+    }
+
     /// Polls readable while a frame waits, writable while there is room, and with an error when the
     /// other side is gone. The same one all the time; another one after `reopen`.
     fn fd(&self) -> BorrowedFd<'_>;

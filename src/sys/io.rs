@@ -1,11 +1,14 @@
 //! Reading and writing files straight from and to guest memory.
 
+use std::collections::VecDeque;
 use std::io;
 use std::marker::PhantomData;
 use std::ops::Deref;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice};
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress, VolatileSlice,
+};
 
 /// What the kernel takes in one call (`UIO_MAXIOV`).
 const MAX_PIECES: usize = 1024;
@@ -21,6 +24,23 @@ struct Piece(libc::iovec);
 // SAFETY: the pointers are only followed through an `IoList`, which borrows what they point to and
 // starts from an empty list; here they are numbers left over from the last transfer.
 unsafe impl Send for Piece {}
+
+impl Piece {
+    fn lies_in(&self, memory: &GuestMemoryMmap) -> bool {
+        memory.iter().any(|region| {
+            // Below the region's bytes it wraps, and is beyond their end.
+            let offset = self.0.iov_base.addr().wrapping_sub(region.as_ptr().addr()) as u64;
+            offset.checked_add(self.0.iov_len as u64).is_some_and(|end| end <= region.len())
+        })
+    }
+
+    /// Takes the next one in, if that begins where this one ends: long copies cost less than short ones.
+    fn join(&mut self, next: &Piece) -> bool {
+        let adjoins = self.0.iov_base.cast::<u8>().wrapping_add(self.0.iov_len) == next.0.iov_base.cast();
+        self.0.iov_len += if adjoins { next.0.iov_len } else { 0 };
+        adjoins
+    }
+}
 
 impl Pieces {
     pub fn with_capacity(count: usize) -> Self {
@@ -173,14 +193,7 @@ impl<'a> IoList<'a> {
 
     /// Whether every piece is in that memory.
     pub(crate) fn lies_in(&self, memory: &GuestMemoryMmap) -> bool {
-        let within = |piece: &Piece| {
-            memory.iter().any(|region| {
-                // Below the region's bytes it wraps, and is beyond their end.
-                let offset = piece.0.iov_base.addr().wrapping_sub(region.as_ptr().addr()) as u64;
-                offset.checked_add(piece.0.iov_len as u64).is_some_and(|end| end <= region.len())
-            })
-        };
-        self.pieces[self.done..].iter().all(within)
+        self.pieces[self.done..].iter().all(|piece| piece.lies_in(memory))
     }
 
     /// Whether every piece begins and ends at a multiple of `align`, a power of two.
@@ -229,6 +242,14 @@ impl<O: Deref<Target = GuestMemoryMmap>> OwnedList<O> {
         copy_from(&self.pieces.0, at, bytes)
     }
 
+    /// Copies what `reader` has over what begins at byte `at`, as far as there is room, from one guest's memory to another's.
+    pub fn fill_from(&self, at: usize, reader: &mut IoReader<'_>) {
+        for (base, len) in from_byte(&self.pieces.0, at) {
+            // SAFETY: within a piece of this list, which owns its memory. The guest may use its memory meanwhile: the access is volatile.
+            reader.copy_to(unsafe { VolatileSlice::new(base, len) });
+        }
+    }
+
     /// The pieces as the kernel's interfaces describe them, valid until the list goes.
     pub fn raw(&self) -> &[libc::iovec] {
         self.pieces.raw()
@@ -237,6 +258,82 @@ impl<O: Deref<Target = GuestMemoryMmap>> OwnedList<O> {
     /// The room for the next list, and what kept the memory.
     pub fn into_parts(self) -> (Pieces, O) {
         (self.pieces, self.owner)
+    }
+}
+
+/// Buffers in a guest's memory that are to be filled one after the other, which keep that memory.
+pub(crate) struct Buffers<O> {
+    pieces: VecDeque<Piece>,
+    /// Of each buffer, how many pieces and bytes it has.
+    sizes: VecDeque<(usize, usize)>,
+    owner: O,
+}
+
+impl<O: Deref<Target = GuestMemoryMmap> + Clone> Buffers<O> {
+    /// None yet, in that memory.
+    pub fn new(owner: O) -> Self {
+        Self { pieces: VecDeque::new(), sizes: VecDeque::new(), owner }
+    }
+
+    /// None yet, in the same memory.
+    pub fn beside(&self) -> Self {
+        Self::new(self.owner.clone())
+    }
+
+    /// Appends a buffer that is at these places, each of so many bytes; `false`, and nothing, where one is not in one piece of the memory.
+    pub fn push(&mut self, places: impl Iterator<Item = (GuestAddress, usize)>) -> bool {
+        let (before, mut all) = (self.pieces.len(), 0);
+        for (at, len) in places {
+            let slice = self.owner.iter().find_map(|region| {
+                let offset = at.0.checked_sub(region.start_addr().0)?;
+                region.get_slice(MemoryRegionAddress(offset), len).ok()
+            });
+            let Some(slice) = slice else {
+                self.pieces.truncate(before);
+                return false;
+            };
+            let base = slice.ptr_guard_mut().as_ptr().cast();
+            self.pieces.push_back(Piece(libc::iovec { iov_base: base, iov_len: len }));
+            all += len;
+        }
+        self.sizes.push_back((self.pieces.len() - before, all));
+        true
+    }
+
+    /// Moves those of `more` behind them, which are in the same memory; else `false`, and none.
+    pub fn append(&mut self, more: &mut Self) -> bool {
+        let same = std::ptr::eq::<GuestMemoryMmap>(&*self.owner, &*more.owner);
+        if same {
+            self.pieces.append(&mut more.pieces);
+            self.sizes.append(&mut more.sizes);
+        }
+        same
+    }
+
+    pub fn len(&self) -> usize {
+        self.sizes.len()
+    }
+
+    pub fn clear(&mut self) {
+        self.pieces.clear();
+        self.sizes.clear();
+    }
+
+    /// The bytes of each.
+    pub fn lengths(&self) -> impl Iterator<Item = usize> {
+        self.sizes.iter().map(|(_, len)| *len)
+    }
+
+    /// Takes the first `count` out, as a list in that room.
+    pub fn take(&mut self, count: usize, mut room: Pieces) -> OwnedList<O> {
+        let taken: usize = self.sizes.drain(..count.min(self.sizes.len())).map(|(pieces, _)| pieces).sum();
+        room.0.clear();
+        for piece in self.pieces.drain(..taken) {
+            if !room.0.last_mut().is_some_and(|last| last.join(&piece)) {
+                room.0.push(piece);
+            }
+        }
+        OwnedList { pieces: room, owner: self.owner.clone() }
     }
 }
 
@@ -316,6 +413,25 @@ impl IoReader<'_> {
         }
         let left = rest.len();
         into.len() - left
+    }
+
+    /// Copies the next bytes to a piece of another guest's memory, as many as there are.
+    fn copy_to(&mut self, into: VolatileSlice<'_>) {
+        let mut done = 0;
+        while let Some((piece, later)) = self.pieces.split_first()
+            && let Ok(rest) = into.offset(done)
+            && !rest.is_empty()
+        {
+            let now = (piece.0.iov_len - self.offset).min(rest.len());
+            let base = piece.0.iov_base.cast::<u8>().wrapping_add(self.offset);
+            // SAFETY: as in `read`.
+            unsafe { VolatileSlice::new(base, now) }.copy_to_volatile_slice(rest);
+            self.offset += now;
+            if self.offset == piece.0.iov_len {
+                (self.pieces, self.offset) = (later, 0);
+            }
+            done += now;
+        }
     }
 }
 

@@ -26,6 +26,8 @@ pub(crate) enum BadBuffer {
 #[derive(Debug, Default)]
 pub(crate) struct Chain {
     pub head: u16,
+    /// Where it stood in the available ring: the index behind it.
+    pub place: u16,
     /// What the device reads, without empty buffers.
     pub readable: Vec<Span>,
     /// What the device writes, without empty buffers.
@@ -39,7 +41,7 @@ impl Chain {
     /// One that never allocates for chains of up to `size` descriptors.
     pub fn with_capacity(size: u16) -> Self {
         let spans = || Vec::with_capacity(size.into());
-        Self { head: 0, readable: spans(), writable: spans(), ordered: true }
+        Self { head: 0, place: 0, readable: spans(), writable: spans(), ordered: true }
     }
 
     pub fn readable_len(&self) -> u64 {

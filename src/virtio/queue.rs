@@ -183,7 +183,13 @@ impl Queue {
             Ok(Some(head)) => self.walk(memory, head, chain),
             Err(fault) => Err(fault),
         };
+        chain.place = self.ring.next_avail();
         self.fail_on(taken).map(|()| true)
+    }
+
+    /// Where the next chain stands in the available ring: the index behind the last one taken.
+    pub fn next_avail(&self) -> u16 {
+        self.ring.next_avail()
     }
 
     /// Undoes the last `pop`, whose chain was not used: it is the next one again. Several are given back

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::Shared;
 use super::forward::{Memory, forward};
 use super::port::{Map, Port};
-use super::queue::Buffer;
+use super::queue::{Buffer, Queue as PortQueue};
 use super::statistics::DropReason;
 use crate::error::{Error, ErrorKind, Result};
 use crate::net::NetBackend;
@@ -98,6 +98,10 @@ impl NetBackend for Plug {
 
     fn set_offloads(&mut self, taken: Offloads) {
         self.set_takes(taken);
+    }
+
+    fn port(&self) -> Option<&PortQueue> {
+        Some(&self.port.queue)
     }
 
     fn fd(&self) -> BorrowedFd<'_> {

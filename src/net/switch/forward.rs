@@ -258,14 +258,21 @@ impl<'l> Frame<'l> {
                 header.fill(0);
                 frame.copy_from_slice(self.head());
             };
-            return port.queue.put_short(length, fill).then(|| count(self.length)).ok_or(QueueFull);
+            if let Some(mut landing) = port.queue.land(self.length) {
+                landing.write(self.head());
+                landing.done([0; HEADER_LEN], self.length);
+            } else if !port.queue.put_short(length, fill) {
+                return Err(QueueFull);
+            }
+            count(self.length);
+            return Ok(());
         }
         let length = self.length_with(tag);
         let work = self.work.moved(self.ether.len(), length - (self.length - self.ether.len()));
         let takes = port.takes();
         match work {
             Work::Segments(segments) if !takes.contains(work.needs()) => {
-                self.put_segments(&port.queue, tag, &segments, length, count)
+                return self.put_segments(&port.queue, tag, &segments, length, count);
             }
             Work::Checksum { start, field } if !takes.contains(Offloads::CSUM) => {
                 let mut buffer = port.queue.take(HEADER_LEN + length).ok_or(QueueFull)?;
@@ -274,18 +281,23 @@ impl<'l> Frame<'l> {
                 self.write(frame, tag);
                 complete(frame, start, field);
                 port.queue.put(buffer, HEADER_LEN + length, None);
-                count(length);
-                Ok(())
             }
-            _ => {
-                let mut buffer = port.queue.take(HEADER_LEN + length).ok_or(QueueFull)?;
-                buffer[..HEADER_LEN].copy_from_slice(&work.header());
-                self.write(&mut buffer[HEADER_LEN..HEADER_LEN + length], tag);
-                port.queue.put(buffer, HEADER_LEN + length, None);
-                count(length);
-                Ok(())
-            }
+            _ => match port.queue.land(length) {
+                Some(mut landing) => {
+                    self.beginning(tag, |bytes| landing.write(bytes));
+                    landing.write_from(self.rest.clone());
+                    landing.done(work.header(), length);
+                }
+                None => {
+                    let mut buffer = port.queue.take(HEADER_LEN + length).ok_or(QueueFull)?;
+                    buffer[..HEADER_LEN].copy_from_slice(&work.header());
+                    self.write(&mut buffer[HEADER_LEN..HEADER_LEN + length], tag);
+                    port.queue.put(buffer, HEADER_LEN + length, None);
+                }
+            },
         }
+        count(length);
+        Ok(())
     }
 
     fn put_segments(
@@ -323,24 +335,27 @@ impl<'l> Frame<'l> {
         Ok(())
     }
 
-    /// Writes its beginning, with that tag or none, as far as there is room.
+    /// Writes it, with that tag or none, as far as there is room.
     #[inline]
     fn write(&self, out: &mut [u8], tag: Option<Tag>) {
-        if tag == self.ether.tag {
-            // As it came.
-            let now = self.seen.min(out.len());
-            out[..now].copy_from_slice(&self.head()[..now]);
-            if now < out.len() {
-                self.rest.clone().read(&mut out[now..]);
-            }
-            return;
-        }
         let mut filled = 0;
-        let mut put = |bytes: &[u8]| {
+        self.beginning(tag, |bytes| {
             let now = bytes.len().min(out.len() - filled);
             out[filled..filled + now].copy_from_slice(&bytes[..now]);
             filled += now;
-        };
+        });
+        if filled < out.len() {
+            self.rest.clone().read(&mut out[filled..]);
+        }
+    }
+
+    /// Hands out what was looked at, with that tag or none.
+    #[inline]
+    fn beginning(&self, tag: Option<Tag>, mut put: impl FnMut(&[u8])) {
+        if tag == self.ether.tag {
+            // As it came.
+            return put(self.head());
+        }
         put(&self.head()[..TYPE_AT]);
         if let Some(tag) = tag {
             put(&DOT1Q.to_be_bytes());
@@ -348,6 +363,5 @@ impl<'l> Frame<'l> {
         }
         // From the type behind the tag on.
         put(&self.head()[self.ether.len() - 2..]);
-        self.rest.clone().read(&mut out[filled..]);
     }
 }

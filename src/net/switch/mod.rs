@@ -8,9 +8,10 @@
 //!    `offload`); everything is decided by that copy (`forward`).
 //! 2. Limits, tags and the port's guard (`guard`) let it pass or drop it, with a reason that is counted.
 //! 3. Its source is remembered, its destination looked up (`table`).
-//! 4. For each port that it goes to, it is copied into a buffer of that port's queue (`queue`), tagged or not,
-//!    with what its vnet header left to do, or done where the receiver cannot.
-//! 5. The receiver's worker hears of it by the queue's eventfd, and copies it into its guest's memory.
+//! 4. For each port that it goes to, it is copied into buffers that the card there has posted (`landing`), or, where it has none or
+//!    another frame waits before, into one of the port's queue (`queue`): tagged or not, with what its vnet header left to do, or done
+//!    where the receiver cannot.
+//! 5. The receiver's worker hears of it by the queue's eventfd, and hands it to its driver, or copies it into its guest's memory first.
 //!
 //! # Who waits for whom
 //!
@@ -18,7 +19,8 @@
 //! forwards has a snapshot of all ports, and takes a new one when the switch's generation has changed. The
 //! table's readers take no lock. A queue's lock is held to put in a buffer or to take one out. A limit's lock
 //! is held for one subtraction, and only where there is a limit. A receiver that does not receive has a full
-//! queue, and frames for it are dropped there; its senders never wait.
+//! queue, and frames for it are dropped there; its senders never wait. A card that takes its buffers back waits for
+//! those who are copying into them.
 
 use std::fmt;
 use std::io::Write;
@@ -37,8 +39,10 @@ use crate::sys::clock::coarse_milliseconds;
 use crate::sys::{lock, thread};
 pub(crate) use backend::Plug;
 pub use capture::{Capture, CaptureSummary};
+pub(crate) use landing::{Landed, Next};
 pub use options::{Guard, IpPrefix, PortOptions, PortVlan, SwitchOptions};
 use port::{Entry, Map, Port, Rules};
+pub use queue::Queue as PortQueue;
 pub use statistics::{DropReason, PortStatistics, Traffic};
 use table::Table;
 use uplink::Uplink;
@@ -47,6 +51,7 @@ mod backend;
 mod capture;
 mod forward;
 mod guard;
+mod landing;
 mod options;
 mod pcapng;
 mod port;

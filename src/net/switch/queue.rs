@@ -8,18 +8,27 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::SystemTime;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::landing::{Landed, Posted};
 use crate::net::{HEADER_LEN, MAX_FRAME};
 use crate::sys::{fd, lock};
 
 /// Buffers of each size: room for most frames, and for any. 3 MiB at most, none before they are needed.
 const SIZES: [(usize, usize); 2] = [(2048, 512), (HEADER_LEN + MAX_FRAME, 32)];
 
-/// One frame.
+/// What waits, in order.
+pub(super) enum Entry {
+    Frame(Item),
+    /// In buffers of the card's own, or on its way there.
+    Landed(Landed),
+}
+
+/// One frame in a buffer of ours.
 pub(super) struct Item {
     bytes: Buffer,
     pub len: usize,
@@ -40,14 +49,21 @@ pub(super) struct Note {
 
 pub(super) type Buffer = Box<[u8]>;
 
-pub(super) struct Queue {
-    inner: Mutex<Inner>,
-    bell: EventFd,
+pub struct Queue {
+    pub(super) inner: Mutex<Inner>,
+    pub(super) bell: EventFd,
+    /// Buffers may be posted: a hint.
+    pub(super) open_to_land: AtomicBool,
+    /// Nobody fills any.
+    pub(super) filled: Condvar,
 }
 
 #[derive(Default)]
-struct Inner {
-    ready: VecDeque<Item>,
+pub(super) struct Inner {
+    pub ready: VecDeque<Entry>,
+    /// How many were taken out, which is the number of the first that waits.
+    pub taken: u64,
+    pub posted: Posted,
     /// Buffers without a frame, of each size.
     spare: [Vec<Buffer>; 2],
     /// Buffers that there are, of each size.
@@ -55,7 +71,7 @@ struct Inner {
     /// Nobody takes anything, and nothing is put in.
     closed: bool,
     /// Writes to the bell that nobody has read, or that are about to happen.
-    rung: u64,
+    pub rung: u64,
 }
 
 impl Item {
@@ -70,32 +86,38 @@ impl Item {
 
 impl Queue {
     /// A closed one.
-    pub fn new() -> io::Result<Self> {
+    pub(super) fn new() -> io::Result<Self> {
         let bell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let inner = Inner { closed: true, ..Inner::default() };
-        Ok(Self { inner: Mutex::new(inner), bell })
+        Ok(Self {
+            inner: Mutex::new(inner),
+            bell,
+            open_to_land: AtomicBool::new(false),
+            filled: Condvar::new(),
+        })
     }
 
     /// Readable while a frame waits, and always writable.
-    pub fn bell(&self) -> &EventFd {
+    pub(super) fn bell(&self) -> &EventFd {
         &self.bell
     }
 
-    pub fn open(&self) {
+    pub(super) fn open(&self) {
         lock(&self.inner).closed = false;
     }
 
     /// Throws away what waits, and what comes from now on; memory too.
-    pub fn close(&self) {
+    pub(super) fn close(&self) {
         let mut inner = lock(&self.inner);
-        // The bell's count is what it was: whoever is about to ring it does so.
+        // The bell's count is what it was: whoever is about to ring it does so. Nothing is posted: its card has taken it back.
         let old = std::mem::take(&mut *inner);
         (inner.closed, inner.rung) = (true, old.rung);
+        (inner.taken, inner.posted) = (old.taken + old.ready.len() as u64, old.posted);
         inner.hush(&self.bell);
     }
 
     /// A buffer for `len` bytes. `None` when as many frames wait as may. It comes back with `put`.
-    pub fn take(&self, len: usize) -> Option<Buffer> {
+    pub(super) fn take(&self, len: usize) -> Option<Buffer> {
         let mut inner = lock(&self.inner);
         match inner.buffer(len)? {
             Found::Spare(buffer) => Some(buffer),
@@ -107,13 +129,13 @@ impl Queue {
     }
 
     /// A frame of `len` bytes in a buffer of ours.
-    pub fn put(&self, bytes: Buffer, len: usize, note: Option<Note>) {
+    pub(super) fn put(&self, bytes: Buffer, len: usize, note: Option<Note>) {
         self.put_into(lock(&self.inner), Item { bytes, len, note });
     }
 
     /// The same at once, where it costs next to nothing to fill a buffer; `false` when as many frames wait as may.
     #[inline]
-    pub fn put_short(&self, len: usize, fill: impl FnOnce(&mut [u8])) -> bool {
+    pub(super) fn put_short(&self, len: usize, fill: impl FnOnce(&mut [u8])) -> bool {
         let mut inner = lock(&self.inner);
         let mut bytes = match inner.buffer(len) {
             None => return false,
@@ -130,7 +152,7 @@ impl Queue {
         if inner.closed {
             return;
         }
-        inner.ready.push_back(item);
+        inner.ready.push_back(Entry::Frame(item));
         if inner.rung == 0 {
             inner.rung = 1;
             drop(inner);
@@ -139,7 +161,7 @@ impl Queue {
     }
 
     /// The next frame, for a buffer that is not needed any more.
-    pub fn pop(&self, used: Option<Buffer>) -> Option<Item> {
+    pub(super) fn pop(&self, used: Option<Buffer>) -> Option<Item> {
         let mut inner = lock(&self.inner);
         if let Some(buffer) = used.filter(|_| !inner.closed) {
             let size = usize::from(buffer.len() > SIZES[0].0);
@@ -148,11 +170,20 @@ impl Queue {
                 inner.spare[size].push(buffer);
             }
         }
-        let next = inner.ready.pop_front();
-        if next.is_none() {
-            inner.hush(&self.bell);
+        match inner.ready.pop_front() {
+            Some(Entry::Frame(item)) => {
+                inner.taken += 1;
+                Some(item)
+            }
+            other => {
+                // What has landed is for who has posted.
+                if let Some(landed) = other {
+                    inner.ready.push_front(landed);
+                }
+                inner.hush(&self.bell);
+                None
+            }
         }
-        next
     }
 }
 
@@ -182,7 +213,7 @@ impl Inner {
     }
 
     /// The bell rings for nothing any more. It is read under the lock, so that no ring for something is lost.
-    fn hush(&mut self, bell: &EventFd) {
+    pub fn hush(&mut self, bell: &EventFd) {
         if self.rung > 0
             && let Ok(count) = bell.read()
         {

@@ -182,7 +182,8 @@ mod tests {
         let memory = Memory::new(1 << 20).unwrap();
         memory.write_obj(kind, GuestAddress(0x1000)).unwrap();
         memory.write_obj(sector, GuestAddress(0x1008)).unwrap();
-        let chain = Chain { head: 0, readable: spans(readable), writable: spans(writable), ordered: true };
+        let chain =
+            Chain { head: 0, place: 0, readable: spans(readable), writable: spans(writable), ordered: true };
         (memory, chain)
     }
 

@@ -14,8 +14,13 @@ use super::header::{Header, to_driver};
 use super::statistics::Counters;
 use crate::memory::Memory;
 use crate::net::{HEADER_LEN, MAX_FRAME, MIN_FRAME, NetBackend, Offloads};
-use crate::sys::io::Pieces;
+use crate::sys::io::{Buffers, Pieces};
 use crate::virtio::queue::{Chain, Queue, QueueFault};
+
+use held::Held;
+
+mod held;
+mod landed;
 
 /// Frames in one wake-up; the backend's fd stays readable for the rest.
 const SHARE: u32 = 256;
@@ -30,13 +35,16 @@ pub(super) struct Rx {
     mergeable: bool,
     /// What a frame may leave to the driver.
     takes: Offloads,
-    /// Buffers for the next frame: the first `held` of these.
-    chains: Vec<Chain>,
-    held: usize,
-    /// Bytes in them.
-    room: u64,
+    /// Buffers for the next frames.
+    held: Held,
+    /// So many of them, from the first on, wait at the network's port for frames to land in.
+    posted: usize,
+    /// The driver has been asked not to ring the doorbell.
+    quiet: bool,
     parts: Vec<(u16, u32)>,
     pieces: Pieces,
+    /// Buffers on their way to the port.
+    offered: Option<Buffers<Memory>>,
     pub overflow: Overflow,
     control: Arc<Control>,
     counters: Arc<Counters>,
@@ -94,11 +102,12 @@ impl Rx {
         Self {
             mergeable,
             takes,
-            chains: vec![Chain::with_capacity(queue.max_size())],
-            held: 0,
-            room: 0,
+            held: Held::new(queue.size()),
+            posted: 0,
+            quiet: false,
             parts: Vec::with_capacity(queue.size().into()),
             pieces: Pieces::with_capacity(usize::from(queue.max_size()) + 2),
+            offered: None,
             overflow,
             counters: control.counters[pair].clone(),
             control,
@@ -115,16 +124,23 @@ impl Rx {
             self.filter = (!filter.is_open()).then_some(filter);
         }
         for _ in 0..SHARE {
-            if !self.control.is_up() {
+            let is_up = self.control.is_up();
+            if let Some(wait) = self.control.wait(&self.control.receive).filter(|_| is_up) {
+                return Ok(Received::Limited(wait));
+            }
+            if self.posted > 0 {
+                match self.land(memory, backend)? {
+                    Some(end) => return Ok(end),
+                    None => continue,
+                }
+            }
+            if !is_up {
                 match self.discard(backend) {
                     Ok(()) => continue,
                     Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Received::NoFrames),
                     Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                     Err(error) => return Ok(Received::Gone(error)),
                 }
-            }
-            if let Some(wait) = self.control.wait(&self.control.receive) {
-                return Ok(Received::Limited(wait));
             }
             if self.overflow.kept > 0 {
                 if let Delivery::NoBuffers = self.deliver_kept(memory)? {
@@ -137,7 +153,7 @@ impl Rx {
             }
             match self.receive(memory, backend)? {
                 Ok(()) => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Received::NoFrames),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return self.post(memory, backend),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Ok(Received::Gone(error)),
             }
@@ -157,15 +173,6 @@ impl Rx {
         Ok(())
     }
 
-    /// Gives the buffers that wait for a frame back to the ring.
-    pub fn let_go(&mut self) {
-        let held = std::mem::take(&mut self.held);
-        self.room = 0;
-        for chain in self.chains[..held].iter().rev() {
-            self.queue.give_back(chain.head);
-        }
-    }
-
     /// How much to have ready: the longest frame where one may be of many segments, so that none is copied; else a buffer, which
     /// holds any but a jumbo frame.
     fn wanted(&self) -> u64 {
@@ -175,44 +182,44 @@ impl Rx {
 
     /// Takes buffers for the next frame, of so many bytes if there are; `false` when there is none, and the doorbell will ring.
     fn hold(&mut self, memory: &Memory, wanted: u64) -> Result<bool, QueueFault> {
-        let mut pieces: usize = self.chains[..self.held].iter().map(|chain| chain.writable.len()).sum();
         // What is of no use is handed back, at most a queue's size of it.
         let mut budget = self.queue.size();
-        while self.room < wanted && pieces <= PIECES && budget > 0 {
+        while self.held.room() < wanted && self.held.pieces() <= PIECES && budget > 0 {
             budget -= 1;
-            if !self.pop(memory, self.held == 0)? {
-                return Ok(self.held > 0);
+            if !self.pop(memory, self.held.is_empty())? {
+                return Ok(!self.held.is_empty());
             }
-            pieces += self.chains[self.held - 1].writable.len();
         }
-        if self.held == 0 {
+        if self.held.is_empty() {
             self.queue.rearm();
         }
-        Ok(self.held > 0)
+        Ok(!self.held.is_empty())
     }
 
-    /// The next buffer that is one into `chains`. When there is none, the doorbell is asked to ring if so wanted.
+    /// Holds the next chain, too, if it is a buffer; else it goes back. `false` when there is none, and the doorbell is asked to ring if so
+    /// wanted.
     fn pop(&mut self, memory: &Memory, ring: bool) -> Result<bool, QueueFault> {
-        if self.chains.len() == self.held {
-            self.chains.push(Chain::default());
-        }
-        loop {
-            let chain = &mut self.chains[self.held];
-            if self.queue.pop(memory, chain)? {
-                self.queue.disable_notification(memory)?;
-                let enough = if self.held == 0 { HEADER_LEN as u64 } else { 1 };
-                if is_buffer(chain) && chain.writable_len() >= enough {
-                    self.room += chain.writable_len();
-                    self.held += 1;
-                    return Ok(true);
-                }
-                self.queue.complete(memory, chain.head, 0)?;
-                continue;
-            }
+        let mut chain = self.held.spare();
+        while !self.queue.pop(memory, &mut chain)? {
+            self.quiet &= !ring;
             if !ring || !self.queue.enable_notification(memory)? {
+                self.held.put_spare(chain);
                 return Ok(false);
             }
         }
+        if !self.quiet {
+            self.queue.disable_notification(memory)?;
+            self.quiet = true;
+        }
+        let (len, head) = (chain.writable_len(), chain.head);
+        let enough = if self.held.is_empty() { HEADER_LEN as u64 } else { 1 };
+        if is_buffer(&chain) && len >= enough {
+            self.held.push(chain, len);
+        } else {
+            self.held.put_spare(chain);
+            self.queue.complete(memory, head, 0)?;
+        }
+        Ok(true)
     }
 
     /// Reads one frame into the held buffers, and what does not fit into the overflow.
@@ -226,18 +233,18 @@ impl Rx {
         let mut list = self.pieces.list();
         list.push_room(&mut header);
         let mut left = (HEADER_LEN + MAX_FRAME) as u64;
-        for (i, chain) in self.chains[..self.held].iter().enumerate() {
-            let mut writer = chain.writer(memory);
+        for (i, buffer) in self.held.iter().enumerate() {
+            let mut writer = buffer.chain.writer(memory);
             let skipped = if i == 0 { HEADER_LEN as u64 } else { 0 };
-            let part = chain.writable_len().min(left) - skipped;
+            let part = buffer.len.min(left) - skipped;
             left -= part + skipped;
             let found = writer.skip(skipped);
             if found.and_then(|()| writer.rest().slices(part, |slice| list.push(slice))).is_err() {
-                // Not in memory: it goes back empty, with those behind it, and the frame goes into the next.
+                // Not in memory: it goes back empty, and the frame goes into the next.
                 return self.refuse(memory, i).map(Ok);
             }
         }
-        let room = self.room.min((HEADER_LEN + MAX_FRAME) as u64) as usize - HEADER_LEN;
+        let room = self.held.room().min((HEADER_LEN + MAX_FRAME) as u64) as usize - HEADER_LEN;
         list.push_room(&mut self.overflow.room);
         let len = match backend.receive(&list) {
             Ok(len) => len.saturating_sub(HEADER_LEN),
@@ -267,28 +274,25 @@ impl Rx {
     /// does to it meanwhile. Of a first buffer that is tiny, it is not known.
     fn is_wanted(&self, memory: &Memory) -> bool {
         let Some(filter) = &self.filter else { return true };
-        let mut frame = Chain::buffer_reader(memory, &self.chains[0].writable);
+        let Some(first) = self.held.first() else { return true };
+        let mut frame = Chain::buffer_reader(memory, &first.chain.writable);
         let found = frame.skip(HEADER_LEN as u64).and_then(|()| frame.read_array());
         found.map_or(true, |frame| filter.passes(&frame))
     }
 
-    /// Hands a buffer back that is none, and gives back those behind it.
+    /// Hands a buffer back that is none.
     fn refuse(&mut self, memory: &Memory, index: usize) -> Result<(), QueueFault> {
-        for chain in self.chains[index + 1..self.held].iter().rev() {
-            self.queue.give_back(chain.head);
-        }
-        self.held = index;
-        self.room = self.chains[..index].iter().map(Chain::writable_len).sum();
-        self.queue.complete(memory, self.chains[index].head, 0)
+        let Some(head) = self.held.remove(index) else { return Ok(()) };
+        self.queue.complete(memory, head, 0)
     }
 
     /// Which of the held buffers a frame of `len` bytes fills, and how far.
     fn share_out(&mut self, len: usize) {
         let mut left = (HEADER_LEN + len) as u64;
         self.parts.clear();
-        for chain in &self.chains[..self.held] {
-            let part = chain.writable_len().min(left);
-            self.parts.push((chain.head, part as u32));
+        for buffer in self.held.iter() {
+            let part = buffer.len.min(left);
+            self.parts.push((buffer.chain.head, part as u32));
             left -= part;
             if left == 0 {
                 break;
@@ -304,35 +308,42 @@ impl Rx {
         len: usize,
         sound: bool,
     ) -> Result<(), QueueFault> {
+        self.deliver(memory, header, len, sound)?;
+        self.look_at_first(memory)
+    }
+
+    /// The same, and no more; `false` where the buffers are still ours.
+    fn deliver(
+        &mut self,
+        memory: &Memory,
+        header: &Header,
+        len: usize,
+        sound: bool,
+    ) -> Result<bool, QueueFault> {
         let used = self.parts.len();
         let Some(header) = to_driver(header, len as u64, self.takes, used as u16) else {
             // Nor does anybody else do what is left to do: it is lost, and the buffers wait for the next.
             self.counters.rx.dropped();
-            return Ok(());
+            return Ok(false);
         };
         // The header's bytes may be outside memory even if the rest is not.
-        let sound = sound && self.chains[0].writer(memory).write(&header).is_ok();
+        let sound =
+            sound && self.held.first().is_some_and(|first| first.chain.writer(memory).write(&header).is_ok());
         self.counters.rx.carried_if(sound, len as u64);
         self.control.spend(&self.control.receive, len as u64);
         if !sound {
             // The driver's own doing: the frame is lost, the buffers go back empty.
             self.parts.iter_mut().for_each(|(_, written)| *written = 0);
         }
-        let given: u64 = self.chains[..used].iter().map(Chain::writable_len).sum();
-        self.chains[..self.held].rotate_left(used);
-        self.held -= used;
-        self.room -= given;
+        self.held.done(used);
         self.queue.complete_all(memory, &self.parts)?;
-        self.look_at_first(memory)
+        Ok(true)
     }
 
     /// The first of those that are held has to have room for a header.
     fn look_at_first(&mut self, memory: &Memory) -> Result<(), QueueFault> {
-        if self.held > 0 && self.chains[0].writable_len() < HEADER_LEN as u64 {
-            self.refuse(memory, 0)
-        } else {
-            Ok(())
-        }
+        let short = self.held.first().is_some_and(|first| first.len < HEADER_LEN as u64);
+        if short { self.refuse(memory, 0) } else { Ok(()) }
     }
 
     /// Keeps a frame of `len` bytes whose first `room` bytes are in the held buffers, to deliver it into more of them.
@@ -345,10 +356,10 @@ impl Rx {
         overflow.room.copy_within(..len - room, room);
         // What the driver does to its buffers meanwhile, it does to its own frame.
         let mut at = 0;
-        for (i, chain) in self.chains[..self.held].iter().enumerate() {
-            let mut written = Chain::buffer_reader(memory, &chain.writable);
+        for (i, buffer) in self.held.iter().enumerate() {
+            let mut written = Chain::buffer_reader(memory, &buffer.chain.writable);
             let skipped = if i == 0 { HEADER_LEN } else { 0 };
-            let step = (chain.writable_len() as usize - skipped).min(room - at);
+            let step = (buffer.len as usize - skipped).min(room - at);
             let mut unused = [0; HEADER_LEN];
             let copied = written.read(&mut unused[..skipped]);
             if copied.and_then(|()| written.read(&mut overflow.room[at..at + step])).is_err() {
@@ -362,7 +373,8 @@ impl Rx {
     /// Delivers the kept frame into as many buffers as it takes, the held ones first.
     fn deliver_kept(&mut self, memory: &Memory) -> Result<Delivery, QueueFault> {
         let (len, header) = (self.overflow.kept, self.overflow.header);
-        while self.room < (HEADER_LEN + len) as u64 && self.held < usize::from(self.queue.size()) {
+        while self.held.room() < (HEADER_LEN + len) as u64 && self.held.len() < usize::from(self.queue.size())
+        {
             if !self.pop(memory, true)? {
                 return Ok(Delivery::NoBuffers);
             }
@@ -370,10 +382,10 @@ impl Rx {
         self.overflow.kept = 0;
         self.share_out(len);
         let (mut done, mut sound) = (0, true);
-        for (i, chain) in self.chains[..self.parts.len()].iter().enumerate() {
+        for (i, buffer) in self.held.iter().take(self.parts.len()).enumerate() {
             let skipped = if i == 0 { HEADER_LEN } else { 0 };
             let step = self.parts[i].1 as usize - skipped;
-            let mut writer = chain.writer(memory);
+            let mut writer = buffer.chain.writer(memory);
             let put = writer.skip(skipped as u64);
             let rest = &self.overflow.room[done..done + step];
             sound &= put.and_then(|()| writer.write(rest)).is_ok();

@@ -19,6 +19,7 @@ use crate::virtio::Signals;
 use crate::virtio::queue_driver::{Dice, Driver, WRITE, activation, bend, signals};
 
 mod commands;
+mod landed;
 
 const BUFFERS: u64 = 0x2_0000;
 const FRAME: u64 = 0x8_0000;

@@ -105,7 +105,7 @@ impl Worker {
 
     /// Gives everything back, in the order of the queues.
     pub fn finish(mut self) -> ([Queue; 2], Box<dyn NetBackend>, Overflow) {
-        self.rx.let_go();
+        self.rx.let_go(&self.memory, &*self.backend);
         ([self.rx.queue, self.tx.queue], self.backend, self.rx.overflow)
     }
 

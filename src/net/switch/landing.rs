@@ -1,0 +1,194 @@
+#![forbid(unsafe_code)]
+//! Frames straight into buffers that a card has posted at its port: one copy, from guest to guest.
+//!
+//! Buffers are taken out under the queue's lock and filled without it; the frame has its place in the order meanwhile. Nothing lands
+//! while a frame waits in a buffer of ours, which it would overtake.
+
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+
+use super::queue::{Entry, Inner, Queue};
+use crate::memory::Memory;
+use crate::net::HEADER_LEN;
+use crate::sys::io::{Buffers, IoReader, OwnedList, Pieces};
+use crate::sys::{fd, lock};
+
+/// The buffers that a card has posted, and who is filling some.
+#[derive(Default)]
+pub(super) struct Posted {
+    buffers: Option<Buffers<Memory>>,
+    /// A frame may be in several.
+    mergeable: bool,
+    /// Frames that are being copied.
+    filling: usize,
+    /// Somebody waits until there are none.
+    awaited: bool,
+    /// Used again.
+    rooms: Vec<Pieces>,
+}
+
+/// A frame's place in the order.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Landed {
+    /// How many of the posted buffers it takes, from the first on. It begins behind room for its header.
+    pub buffers: usize,
+    pub header: [u8; HEADER_LEN],
+    /// Without the header. 0 for one that was not finished.
+    pub len: usize,
+    there: bool,
+}
+
+/// What lies ready for a card that has posted buffers.
+pub(crate) enum Next {
+    Landed(Landed),
+    /// One is being copied: the bell rings when it is there.
+    Filling,
+    /// One waits in a buffer of ours, and nothing is posted any more.
+    Waiting,
+    /// The bell rings for the next.
+    Nothing,
+}
+
+impl Queue {
+    /// More buffers for frames to land in: `more`, which is empty then. A frame may be in several of them if they are `mergeable`.
+    /// Those of one card only, until it has withdrawn them.
+    pub(crate) fn post(&self, more: &mut Buffers<Memory>, mergeable: bool) {
+        let mut inner = lock(&self.inner);
+        inner.posted.mergeable = mergeable;
+        inner.posted.buffers.get_or_insert_with(|| more.beside()).append(more);
+        self.open_to_land.store(true, Ordering::Relaxed);
+    }
+
+    /// What lies ready, for whoever has posted buffers.
+    pub(crate) fn next(&self) -> Next {
+        let mut inner = lock(&self.inner);
+        match inner.ready.front() {
+            Some(Entry::Landed(landed)) if landed.there => {
+                let landed = *landed;
+                inner.ready.pop_front();
+                inner.taken += 1;
+                Next::Landed(landed)
+            }
+            Some(Entry::Landed(_)) => {
+                inner.hush(&self.bell);
+                Next::Filling
+            }
+            Some(Entry::Frame(_)) => {
+                if let Some(buffers) = &mut inner.posted.buffers {
+                    buffers.clear();
+                }
+                self.open_to_land.store(false, Ordering::Relaxed);
+                Next::Waiting
+            }
+            None => {
+                inner.hush(&self.bell);
+                Next::Nothing
+            }
+        }
+    }
+
+    /// Takes back what was posted. Waits for those who are copying, at most as long as that takes: nobody else's lock is held over it.
+    pub(crate) fn withdraw(&self) {
+        let mut inner = lock(&self.inner);
+        inner.posted.buffers = None;
+        self.open_to_land.store(false, Ordering::Relaxed);
+        while inner.posted.filling > 0 {
+            inner.posted.awaited = true;
+            inner = self.filled.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Buffers for a frame of `len` bytes; `None` where it has to wait in one of ours.
+    #[inline]
+    pub(super) fn land(&self, len: usize) -> Option<Landing<'_>> {
+        // Who posts does so before it says that it waits: what is missed here goes another way.
+        if self.open_to_land.load(Ordering::Relaxed) { self.take_posted(HEADER_LEN + len) } else { None }
+    }
+
+    fn take_posted(&self, len: usize) -> Option<Landing<'_>> {
+        let mut inner = lock(&self.inner);
+        let Inner { ready, posted, taken, .. } = &mut *inner;
+        if matches!(ready.back(), Some(Entry::Frame(_))) {
+            return None;
+        }
+        let buffers = posted.buffers.as_mut()?;
+        let count = enough(buffers.lengths(), len, posted.mergeable)?;
+        let list = buffers.take(count, posted.rooms.pop().unwrap_or_default());
+        posted.filling += 1;
+        let number = *taken + ready.len() as u64;
+        let landed = Landed { buffers: count, header: [0; HEADER_LEN], len: 0, there: false };
+        ready.push_back(Entry::Landed(landed));
+        Some(Landing { queue: self, list: Some(list), at: HEADER_LEN, landed, number })
+    }
+}
+
+/// How many buffers of these lengths a frame of `len` bytes takes, if there are enough. The first one has to have room for the header.
+fn enough(lengths: impl Iterator<Item = usize>, len: usize, mergeable: bool) -> Option<usize> {
+    let most = if mergeable { usize::MAX } else { 1 };
+    let mut room = 0;
+    for (index, length) in lengths.take(most).enumerate() {
+        if index == 0 && length < HEADER_LEN {
+            return None;
+        }
+        room += length;
+        if room >= len {
+            return Some(index + 1);
+        }
+    }
+    None
+}
+
+/// Buffers that a frame is being copied to. Without [`done`](Self::done) what is in them is no frame.
+pub(super) struct Landing<'q> {
+    queue: &'q Queue,
+    list: Option<OwnedList<Memory>>,
+    at: usize,
+    landed: Landed,
+    number: u64,
+}
+
+impl Landing<'_> {
+    pub fn write(&mut self, bytes: &[u8]) {
+        if let Some(list) = &self.list {
+            self.at += list.copy_from(self.at, bytes);
+        }
+    }
+
+    /// The same from another guest's memory, to the end of it.
+    pub fn write_from(&mut self, mut reader: IoReader<'_>) {
+        if let Some(list) = &self.list {
+            list.fill_from(self.at, &mut reader);
+        }
+    }
+
+    /// It is all there: a frame of `len` bytes, with that header.
+    pub fn done(mut self, header: [u8; HEADER_LEN], len: usize) {
+        (self.landed.header, self.landed.len) = (header, len);
+    }
+}
+
+impl Drop for Landing<'_> {
+    fn drop(&mut self) {
+        let room = self.list.take().map(|list| list.into_parts().0);
+        let mut inner = lock(&self.queue.inner);
+        let Inner { ready, posted, taken, rung, .. } = &mut *inner;
+        posted.rooms.extend(room);
+        posted.filling -= 1;
+        let place = self.number.checked_sub(*taken).and_then(|at| ready.get_mut(at as usize));
+        let mut rings = false;
+        if let Some(Entry::Landed(landed)) = place {
+            *landed = Landed { there: true, ..self.landed };
+            rings = *rung == 0;
+            *rung += u64::from(rings);
+        }
+        // Nobody is woken for nothing: that is a system call.
+        let last = posted.filling == 0 && std::mem::take(&mut posted.awaited);
+        drop(inner);
+        if last {
+            self.queue.filled.notify_all();
+        }
+        if rings {
+            fd::ring(&self.queue.bell);
+        }
+    }
+}

@@ -1,0 +1,110 @@
+#![forbid(unsafe_code)]
+//! Buffers posted at a port of a switch, and frames that lie in them already: no copy of theirs is ours.
+
+use super::{MAX_FRAME, MIN_FRAME, PIECES, Received, Rx};
+use crate::memory::Memory;
+use crate::net::NetBackend;
+use crate::net::switch::{Landed, Next};
+use crate::sys::io::Buffers;
+use crate::virtio::queue::QueueFault;
+
+impl Rx {
+    /// Waits for frames: where the network takes buffers before them, with all posted that the driver has given.
+    pub(super) fn post(
+        &mut self,
+        memory: &Memory,
+        backend: &mut dyn NetBackend,
+    ) -> Result<Received, QueueFault> {
+        let Some(port) = backend.port() else { return Ok(Received::NoFrames) };
+        // What is of no use is handed back, at most a queue's size of it. With room for the longest frame it is the next frame that wakes
+        // us, and no buffer.
+        let mut budget = self.queue.size();
+        while self.held.pieces() <= PIECES
+            && budget > 0
+            && self.pop(memory, self.held.room() < self.wanted())?
+        {
+            budget -= 1;
+        }
+        if self.held.is_empty() {
+            if budget == 0 {
+                self.queue.rearm();
+            }
+            return Ok(Received::NoBuffers);
+        }
+        let offered = self.offered.get_or_insert_with(|| Buffers::new(memory.clone()));
+        for buffer in self.held.behind(self.posted) {
+            let spans = buffer.chain.writable.iter();
+            // Where one is not in memory, the next frame is copied, and finds out.
+            if !offered.push(spans.map(|span| (span.addr, span.len as usize))) {
+                break;
+            }
+        }
+        if offered.len() > 0 {
+            self.posted += offered.len();
+            port.post(offered, self.mergeable);
+        }
+        Ok(Received::NoFrames)
+    }
+
+    /// Looks for a frame in the buffers that are posted; why the run ends, if it does.
+    pub(super) fn land(
+        &mut self,
+        memory: &Memory,
+        backend: &mut dyn NetBackend,
+    ) -> Result<Option<Received>, QueueFault> {
+        let next = backend.port().map_or(Next::Waiting, |port| port.next());
+        match next {
+            Next::Landed(landed) => {
+                self.settle(memory, &landed)?;
+                if self.posted < usize::from(self.queue.size() / 2) {
+                    self.post(memory, backend)?;
+                }
+                Ok(None)
+            }
+            Next::Waiting => {
+                self.posted = 0;
+                Ok(None)
+            }
+            Next::Filling => Ok(Some(Received::NoFrames)),
+            Next::Nothing => self.post(memory, backend).map(Some),
+        }
+    }
+
+    /// Hands a frame to the driver that is in its buffers, or keeps those for another.
+    fn settle(&mut self, memory: &Memory, landed: &Landed) -> Result<(), QueueFault> {
+        let Landed { buffers, header, len, .. } = *landed;
+        self.posted = self.posted.saturating_sub(buffers);
+        if !self.control.is_up() || !(MIN_FRAME..=MAX_FRAME).contains(&len) {
+            self.counters.rx.dropped();
+        } else if !self.is_wanted(memory) {
+            self.counters.filtered.add(1);
+        } else {
+            self.share_out(len);
+            if self.deliver(memory, &header, len, true)? {
+                return Ok(());
+            }
+        }
+        self.held.pass_over(buffers);
+        Ok(())
+    }
+
+    /// Gives the buffers that wait for a frame back to the ring; frames that are in some are the driver's first.
+    pub fn let_go(&mut self, memory: &Memory, backend: &dyn NetBackend) {
+        if let Some(port) = backend.port().filter(|_| self.posted > 0) {
+            port.withdraw();
+            while let Next::Landed(landed) = port.next()
+                && self.settle(memory, &landed).is_ok()
+            {}
+        }
+        self.posted = 0;
+        // The last one taken first. One that was passed over, because its frame was dropped, cannot go back once later ones are done.
+        while let Some(head) = self.held.remove_last(self.queue.next_avail()) {
+            self.queue.give_back(head);
+        }
+        while let Some(head) = self.held.remove(0) {
+            // A queue that has failed waits for its reset.
+            let _ = self.queue.complete(memory, head, 0);
+        }
+        self.queue.notify(memory);
+    }
+}

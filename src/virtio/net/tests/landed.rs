@@ -1,0 +1,229 @@
+#![forbid(unsafe_code)]
+//! A card on a port of the switch: frames that land in its buffers, and those that do not.
+
+use super::*;
+use crate::net::switch::{Plug, PortOptions, Switch, SwitchOptions, SwitchPort};
+use crate::sys::io::Pieces;
+
+const TSO: u64 = MRG | 1 | 1 << 1 | 1 << 7 | 1 << 11;
+const ROOM: u32 = 0x800;
+const SIZE: u16 = 64;
+
+/// A card with a driver on one port, and the end of another port.
+struct Cable {
+    card: Bench,
+    plug: Plug,
+    port: SwitchPort,
+    /// Buffers that the driver can give: their places.
+    idle: Vec<u64>,
+    given: std::collections::HashMap<u16, (u64, u32)>,
+}
+
+impl Cable {
+    fn new(features: u64) -> Self {
+        let switch = Switch::new(&SwitchOptions::default()).unwrap();
+        let [one, port] = ["one", "card"].map(|n| switch.add_port(n, &PortOptions::access(1)).unwrap());
+        let memory = Memory::new(1 << 20).unwrap();
+        let (rx, tx) = (Driver::new(&memory, 0x4000, SIZE), Driver::new(&memory, 0xc000, 16));
+        let (signals, events) = signals("net0");
+        let net = Net::simple("net0", MAC, Box::new(port.plug().unwrap()), Place::Caller);
+        let far = Pair::new().1;
+        let mut card = Bench { rx, tx, net, far, signals, events, features };
+        card.activate();
+        let idle = (0..u64::from(SIZE)).map(|i| BUFFERS + u64::from(ROOM) * i).collect();
+        let plug = one.plug().unwrap();
+        plug.set_takes(Offloads::all());
+        let mut cable = Self { card, plug, port, idle, given: Default::default() };
+        // It is known where the card is.
+        cable
+            .card
+            .rx
+            .memory
+            .write_slice(&cable.frame(60, 0, [2, 0, 0, 0, 0, 9]), GuestAddress(FRAME + 12))
+            .unwrap();
+        cable.card.rx.memory.write_slice(&MAC.0, GuestAddress(FRAME + 12 + 6)).unwrap();
+        cable.card.transmit(&[(FRAME, 72, 0)]);
+        cable
+    }
+
+    /// A frame whose bytes are told by its number, to that address.
+    fn frame(&self, len: usize, number: u32, to: [u8; 6]) -> Vec<u8> {
+        let mut frame: Vec<_> = (0..len as u32).map(|i| (i + i / 251 + number) as u8).collect();
+        frame[..6].copy_from_slice(&to);
+        frame[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 9]);
+        frame[12..14].copy_from_slice(&[0x88, 0xb5]);
+        frame
+    }
+
+    fn send(&mut self, frame: &[u8]) {
+        let mut pieces = Pieces::default();
+        let mut list = pieces.list();
+        list.push_bytes(&[0; 12]);
+        // In odd pieces, as a guest may have it.
+        frame.chunks(1021).for_each(|piece| list.push_bytes(piece));
+        self.plug.send(&list).unwrap();
+    }
+
+    fn give(&mut self, len: u32) {
+        let Some(at) = self.idle.pop() else { return };
+        let head = self.card.rx.send(&[(at, len, WRITE)]);
+        assert_eq!(self.given.insert(head, (at, len)), None, "it was not given twice");
+    }
+
+    /// What the driver has got since: whole frames, without their headers.
+    fn taken(&mut self) -> Vec<Vec<u8>> {
+        let mut frames = Vec::new();
+        while let Some((head, len)) = self.card.rx.take_used() {
+            let (mut bytes, count) = self.buffer(head, len);
+            for _ in 1..count {
+                let (head, len) = self.card.rx.take_used().expect("all of a frame's buffers at once");
+                bytes.extend(self.buffer(head, len).0);
+            }
+            if !bytes.is_empty() {
+                frames.push(bytes.split_off(12));
+            }
+        }
+        frames
+    }
+
+    /// What was put into a buffer, and what it says in the place where a header has the number of buffers.
+    fn buffer(&mut self, head: u16, len: u32) -> (Vec<u8>, u16) {
+        let (at, room) = self.given.remove(&head).expect("it was given");
+        assert!(len <= room);
+        let mut bytes = vec![0; len as usize];
+        self.card.rx.memory.read_slice(&mut bytes, GuestAddress(at)).unwrap();
+        self.idle.push(at);
+        let count = bytes.get(10..12).map_or(1, |n| u16::from_le_bytes([n[0], n[1]]));
+        (bytes, count)
+    }
+
+    fn pause(&mut self) {
+        self.pause_with(|_| ());
+    }
+
+    /// Takes the queues and gives them back where they were, with something in between.
+    fn pause_with(&mut self, f: impl FnOnce(&mut Self)) {
+        let queues = self.card.net.deactivate();
+        f(self);
+        let again = |queue: Queue| Queue::new(queue.into_setup(), &self.card.rx.memory).unwrap();
+        let queues = queues.into_iter().map(|queue| queue.map(again)).collect();
+        let (memory, signals) = (self.card.rx.memory.clone(), self.card.signals.clone());
+        let features = self.card.features;
+        self.card.net.activate(Activation { features, memory, queues, signals }).unwrap();
+        self.card.net.process_queues();
+    }
+
+    fn dropped(&self) -> u64 {
+        let port: u64 = self.port.statistics().drops().map(|(_, count)| count).sum();
+        self.card.net.control.statistics().rx_dropped + port
+    }
+}
+
+#[test]
+fn a_frame_lands_in_buffers_that_were_posted_and_is_not_copied_again() {
+    let mut cable = Cable::new(TSO);
+    (0..4).for_each(|_| cable.give(ROOM));
+    cable.card.net.process_queues();
+    let (first, second) = (cable.frame(5000, 1, MAC.0), cable.frame(60, 2, MAC.0));
+    cable.send(&first);
+    // It is there before the card does anything.
+    let mut bytes = vec![0; 1000];
+    cable.card.rx.memory.read_slice(&mut bytes, GuestAddress(cable.given[&0].0 + 12)).unwrap();
+    assert_eq!(bytes, first[..1000]);
+    assert!(cable.taken().is_empty(), "the driver has not been told");
+    cable.send(&second);
+    cable.card.net.process_queues();
+    assert_eq!(cable.taken(), [first.clone(), second]);
+    // Nothing is posted but one buffer had remained, which is too small: it waits in one of the switch's.
+    cable.send(&first);
+    cable.card.net.process_queues();
+    assert!(cable.taken().is_empty());
+    (0..3).for_each(|_| cable.give(ROOM));
+    cable.card.net.process_queues();
+    assert_eq!((cable.taken(), cable.dropped()), (vec![first], 0));
+}
+
+#[test]
+fn what_the_driver_does_not_want_leaves_its_buffers_to_the_next() {
+    let mut cable = Cable::new(TSO);
+    (0..6).for_each(|_| cable.give(ROOM));
+    cable.card.net.control.set_link(true);
+    cable.card.net.process_queues();
+    let frame = cable.frame(3000, 1, MAC.0);
+    cable.send(&frame);
+    cable.card.net.control.set_link(false);
+    cable.card.net.process_queues();
+    assert_eq!((cable.taken().len(), cable.dropped()), (0, 1));
+    cable.card.net.control.set_link(true);
+    cable.send(&frame);
+    cable.send(&frame);
+    cable.card.net.process_queues();
+    assert_eq!(cable.taken(), [frame.clone(), frame.clone()]);
+    // Two of the six were passed over, and go on.
+    cable.send(&frame);
+    cable.pause();
+    assert_eq!(cable.taken(), [frame]);
+    assert_eq!(cable.idle.len(), usize::from(SIZE), "all have come back");
+}
+
+#[test]
+fn buffers_outside_memory_or_too_short_come_back_and_frames_go_into_others() {
+    let mut cable = Cable::new(TSO);
+    let memory_end = 1 << 20;
+    cable.give(4);
+    for at in [memory_end - 8, 0xc000_0000] {
+        let head = cable.card.rx.send(&[(at, 100, WRITE)]);
+        cable.given.insert(head, (0, 100));
+    }
+    (0..3).for_each(|_| cable.give(ROOM));
+    cable.card.net.process_queues();
+    let frame = cable.frame(4000, 1, MAC.0);
+    cable.send(&frame);
+    cable.card.net.process_queues();
+    assert_eq!(cable.taken(), [frame]);
+    assert!(!cable.card.broken());
+}
+
+/// Frames of every length through buffers of every length, amid pauses and resets of posting: each comes once, whole and in order.
+#[test]
+fn frames_come_in_order_whichever_way_they_take() {
+    for (seed, features) in [(1, TSO), (2, MRG), (3, TSO), (4, 0), (5, TSO)] {
+        let mut dice = Dice(0x9e37_79b9_7f4a_7c15 ^ seed);
+        let mut cable = Cable::new(features);
+        let (mut sent, mut total, mut got) = (std::collections::VecDeque::new(), 0, 0);
+        for number in 0..7000 {
+            // In the end all that waits comes out.
+            match if number < 6000 { dice.below(16) } else { u64::from(number % 2) * 12 } {
+                0..6 => (0..dice.below(12)).for_each(|_| {
+                    let short = dice.below(3) == 0;
+                    cable.give(if short { 13 + dice.below(200) as u32 } else { ROOM });
+                }),
+                6..12 => {
+                    let most = [100, 2000, 9000, 60_000][dice.below(4) as usize];
+                    let frame = cable.frame(60 + dice.below(most) as usize, number, MAC.0);
+                    cable.send(&frame);
+                    sent.push_back(frame);
+                    total += 1;
+                }
+                12..15 => cable.card.net.process_queues(),
+                _ if dice.below(4) == 0 => cable.pause_with(|cable| {
+                    let frame = cable.frame(700, number, MAC.0);
+                    cable.send(&frame);
+                    sent.push_back(frame);
+                    total += 1;
+                }),
+                _ => cable.pause(),
+            }
+            for frame in cable.taken() {
+                // What was dropped for want of room has been left out, and nothing else.
+                let at = sent.iter().position(|expected| *expected == frame);
+                let at = at.unwrap_or_else(|| panic!("{} bytes that were not sent, or not now", frame.len()));
+                sent.drain(..=at);
+                got += 1;
+            }
+        }
+        assert!(got > 500 && !cable.card.broken(), "{got} of {total} frames, {:?}", cable.port.statistics());
+        let statistics = cable.card.net.control.statistics();
+        assert_eq!((statistics.rx_frames, got + cable.dropped()), (got, total), "{statistics:?}");
+    }
+}
