@@ -43,7 +43,11 @@ impl Way {
     fn new(board: &Board, base: u64) -> Self {
         let rings = Rings::new(board, base, ENTRIES);
         let at = |address: u64| board.host_address(address, 8).expect("it is memory");
-        Self { avail: at(rings.avail).cast(), used: at(rings.used), rings, offered: 0, taken: 0 }
+        let way = Self { avail: at(rings.avail).cast(), used: at(rings.used), rings, offered: 0, taken: 0 };
+        // VIRTQ_AVAIL_F_NO_INTERRUPT, as drivers say that poll.
+        // SAFETY: as in `offer`.
+        unsafe { way.avail.write_volatile(1) };
+        way
     }
 
     fn offer(&mut self, place: u16) {

@@ -61,6 +61,11 @@ impl Chain {
         Reader(Cursor::new(memory, spans))
     }
 
+    /// Writes into writable buffers.
+    pub fn buffer_writer<'a>(memory: &'a Memory, spans: &'a [Span]) -> Writer<'a> {
+        Writer(Cursor::new(memory, spans))
+    }
+
     pub fn writer<'a>(&'a self, memory: &'a Memory) -> Writer<'a> {
         Writer(Cursor::new(memory, &self.writable))
     }

@@ -9,6 +9,7 @@ use crate::config::RateLimit;
 use crate::net::pair::Pair;
 use crate::sys::io::Pieces;
 
+mod landing;
 mod model;
 mod outside;
 

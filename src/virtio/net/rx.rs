@@ -37,8 +37,8 @@ pub(super) struct Rx {
     takes: Offloads,
     /// Buffers for the next frames.
     held: Held,
-    /// So many of them, from the first on, wait at the network's port for frames to land in.
-    posted: usize,
+    /// The last one that was taken from the ring.
+    chain: Chain,
     /// The driver has been asked not to ring the doorbell.
     quiet: bool,
     parts: Vec<(u16, u32)>,
@@ -103,7 +103,7 @@ impl Rx {
             mergeable,
             takes,
             held: Held::new(queue.size()),
-            posted: 0,
+            chain: Chain::with_capacity(queue.max_size()),
             quiet: false,
             parts: Vec::with_capacity(queue.size().into()),
             pieces: Pieces::with_capacity(usize::from(queue.max_size()) + 2),
@@ -128,7 +128,7 @@ impl Rx {
             if let Some(wait) = self.control.wait(&self.control.receive).filter(|_| is_up) {
                 return Ok(Received::Limited(wait));
             }
-            if self.posted > 0 {
+            if self.held.posted() > 0 {
                 match self.land(memory, backend)? {
                     Some(end) => return Ok(end),
                     None => continue,
@@ -199,11 +199,9 @@ impl Rx {
     /// Holds the next chain, too, if it is a buffer; else it goes back. `false` when there is none, and the doorbell is asked to ring if so
     /// wanted.
     fn pop(&mut self, memory: &Memory, ring: bool) -> Result<bool, QueueFault> {
-        let mut chain = self.held.spare();
-        while !self.queue.pop(memory, &mut chain)? {
+        while !self.queue.pop(memory, &mut self.chain)? {
             self.quiet &= !ring;
             if !ring || !self.queue.enable_notification(memory)? {
-                self.held.put_spare(chain);
                 return Ok(false);
             }
         }
@@ -211,13 +209,12 @@ impl Rx {
             self.queue.disable_notification(memory)?;
             self.quiet = true;
         }
-        let (len, head) = (chain.writable_len(), chain.head);
+        let len = self.chain.writable_len();
         let enough = if self.held.is_empty() { HEADER_LEN as u64 } else { 1 };
-        if is_buffer(&chain) && len >= enough {
-            self.held.push(chain, len);
+        if is_buffer(&self.chain) && len >= enough {
+            self.held.push(&self.chain, len);
         } else {
-            self.held.put_spare(chain);
-            self.queue.complete(memory, head, 0)?;
+            self.queue.complete(memory, self.chain.head, 0)?;
         }
         Ok(true)
     }
@@ -234,7 +231,7 @@ impl Rx {
         list.push_room(&mut header);
         let mut left = (HEADER_LEN + MAX_FRAME) as u64;
         for (i, buffer) in self.held.iter().enumerate() {
-            let mut writer = buffer.chain.writer(memory);
+            let mut writer = Chain::buffer_writer(memory, buffer.spans);
             let skipped = if i == 0 { HEADER_LEN as u64 } else { 0 };
             let part = buffer.len.min(left) - skipped;
             left -= part + skipped;
@@ -274,8 +271,8 @@ impl Rx {
     /// does to it meanwhile. Of a first buffer that is tiny, it is not known.
     fn is_wanted(&self, memory: &Memory) -> bool {
         let Some(filter) = &self.filter else { return true };
-        let Some(first) = self.held.first() else { return true };
-        let mut frame = Chain::buffer_reader(memory, &first.chain.writable);
+        let Some(first) = self.held.front() else { return true };
+        let mut frame = Chain::buffer_reader(memory, first.spans);
         let found = frame.skip(HEADER_LEN as u64).and_then(|()| frame.read_array());
         found.map_or(true, |frame| filter.passes(&frame))
     }
@@ -292,7 +289,7 @@ impl Rx {
         self.parts.clear();
         for buffer in self.held.iter() {
             let part = buffer.len.min(left);
-            self.parts.push((buffer.chain.head, part as u32));
+            self.parts.push((buffer.head, part as u32));
             left -= part;
             if left == 0 {
                 break;
@@ -327,8 +324,11 @@ impl Rx {
             return Ok(false);
         };
         // The header's bytes may be outside memory even if the rest is not.
-        let sound =
-            sound && self.held.first().is_some_and(|first| first.chain.writer(memory).write(&header).is_ok());
+        let sound = sound
+            && self
+                .held
+                .front()
+                .is_some_and(|first| Chain::buffer_writer(memory, first.spans).write(&header).is_ok());
         self.counters.rx.carried_if(sound, len as u64);
         self.control.spend(&self.control.receive, len as u64);
         if !sound {
@@ -342,7 +342,7 @@ impl Rx {
 
     /// The first of those that are held has to have room for a header.
     fn look_at_first(&mut self, memory: &Memory) -> Result<(), QueueFault> {
-        let short = self.held.first().is_some_and(|first| first.len < HEADER_LEN as u64);
+        let short = self.held.front().is_some_and(|first| first.len < HEADER_LEN as u64);
         if short { self.refuse(memory, 0) } else { Ok(()) }
     }
 
@@ -357,7 +357,7 @@ impl Rx {
         // What the driver does to its buffers meanwhile, it does to its own frame.
         let mut at = 0;
         for (i, buffer) in self.held.iter().enumerate() {
-            let mut written = Chain::buffer_reader(memory, &buffer.chain.writable);
+            let mut written = Chain::buffer_reader(memory, buffer.spans);
             let skipped = if i == 0 { HEADER_LEN } else { 0 };
             let step = (buffer.len as usize - skipped).min(room - at);
             let mut unused = [0; HEADER_LEN];
@@ -385,7 +385,7 @@ impl Rx {
         for (i, buffer) in self.held.iter().take(self.parts.len()).enumerate() {
             let skipped = if i == 0 { HEADER_LEN } else { 0 };
             let step = self.parts[i].1 as usize - skipped;
-            let mut writer = buffer.chain.writer(memory);
+            let mut writer = Chain::buffer_writer(memory, buffer.spans);
             let put = writer.skip(skipped as u64);
             let rest = &self.overflow.room[done..done + step];
             sound &= put.and_then(|()| writer.write(rest)).is_ok();

@@ -2,7 +2,7 @@
 
 use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use virtio_bindings::bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
 use vm_memory::{Bytes, GuestAddress};
@@ -421,7 +421,7 @@ fn a_limit_holds_frames_back_each_way() {
     config.receive_rate = RateLimit::NONE.ops(2000, 1000);
     config.send_rate = RateLimit::NONE.bytes(300_000, 150_000);
     let mut b = configured(&config, place);
-    let (mut counts, mut begun) = ([0u32; 2], std::time::Instant::now());
+    let (mut counts, mut begun) = ([0u32; 2], Instant::now());
     let mut warm = false;
     for slot in 0..8 {
         b.rx.send(&[(BUFFERS + 0x1000 * slot, 1526, WRITE)]);
@@ -429,7 +429,9 @@ fn a_limit_holds_frames_back_each_way() {
     }
     b.rx.ring_doorbell();
     b.tx.ring_doorbell();
-    while begun.elapsed() < Duration::from_secs(if warm { 4 } else { 1 }) {
+    let mut windows = 0;
+    // On a busy machine there are seconds in which the driver was late.
+    while windows < 10 {
         while b.far.far.send(&[0; 72]).is_ok() {}
         while let Some((head, len)) = b.rx.take_used() {
             assert_eq!(len, 72);
@@ -444,15 +446,23 @@ fn a_limit_holds_frames_back_each_way() {
         }
         while b.far.get().is_some() {}
         std::thread::sleep(Duration::from_micros(300));
-        if !warm && begun.elapsed() >= Duration::from_secs(1) {
-            // The bursts are over.
-            (warm, counts, begun) = (true, [0; 2], std::time::Instant::now());
+        let time = begun.elapsed();
+        if time < Duration::from_secs(if warm { 4 } else { 1 }) {
+            continue;
         }
+        let [received, sent] = counts.map(|count| f64::from(count) / time.as_secs_f64());
+        if warm {
+            assert!(received < 2060.0, "{received} frames a second");
+            assert!(sent < 3090.0, "{sent} frames of 100 bytes a second");
+            windows += 1;
+        }
+        if warm && received >= 1940.0 && sent >= 2910.0 {
+            break;
+        }
+        assert!(windows < 10, "{received} and {sent} frames a second, ten times");
+        // The bursts are over, or begin again.
+        (warm, counts, begun) = (!warm, [0; 2], Instant::now());
     }
-    let time = begun.elapsed().as_secs_f64();
-    let [received, sent] = counts.map(|count| f64::from(count) / time);
-    assert!((1940.0..2060.0).contains(&received), "{received} frames a second");
-    assert!((2910.0..3090.0).contains(&sent), "{sent} frames of 100 bytes a second");
     b.net.control.set_rates(RateLimit::NONE, RateLimit::NONE.ops(1, 1));
     let before = b.net.control.statistics();
     std::thread::sleep(Duration::from_millis(500));

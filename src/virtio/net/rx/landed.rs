@@ -32,15 +32,15 @@ impl Rx {
             return Ok(Received::NoBuffers);
         }
         let offered = self.offered.get_or_insert_with(|| Buffers::new(memory.clone()));
-        for buffer in self.held.behind(self.posted) {
-            let spans = buffer.chain.writable.iter();
+        for buffer in self.held.unposted() {
+            let spans = buffer.spans.iter();
             // Where one is not in memory, the next frame is copied, and finds out.
             if !offered.push(spans.map(|span| (span.addr, span.len as usize))) {
                 break;
             }
         }
         if offered.len() > 0 {
-            self.posted += offered.len();
+            self.held.post(offered.len());
             port.post(offered, self.mergeable);
         }
         Ok(Received::NoFrames)
@@ -56,13 +56,13 @@ impl Rx {
         match next {
             Next::Landed(landed) => {
                 self.settle(memory, &landed)?;
-                if self.posted < usize::from(self.queue.size() / 2) {
+                if self.held.posted() < usize::from(self.queue.size() / 2) {
                     self.post(memory, backend)?;
                 }
                 Ok(None)
             }
             Next::Waiting => {
-                self.posted = 0;
+                self.held.withdraw();
                 Ok(None)
             }
             Next::Filling => Ok(Some(Received::NoFrames)),
@@ -73,7 +73,7 @@ impl Rx {
     /// Hands a frame to the driver that is in its buffers, or keeps those for another.
     fn settle(&mut self, memory: &Memory, landed: &Landed) -> Result<(), QueueFault> {
         let Landed { buffers, header, len, .. } = *landed;
-        self.posted = self.posted.saturating_sub(buffers);
+        self.held.land(buffers);
         if !self.control.is_up() || !(MIN_FRAME..=MAX_FRAME).contains(&len) {
             self.counters.rx.dropped();
         } else if !self.is_wanted(memory) {
@@ -90,13 +90,13 @@ impl Rx {
 
     /// Gives the buffers that wait for a frame back to the ring; frames that are in some are the driver's first.
     pub fn let_go(&mut self, memory: &Memory, backend: &dyn NetBackend) {
-        if let Some(port) = backend.port().filter(|_| self.posted > 0) {
+        if let Some(port) = backend.port().filter(|_| self.held.posted() > 0) {
             port.withdraw();
             while let Next::Landed(landed) = port.next()
                 && self.settle(memory, &landed).is_ok()
             {}
         }
-        self.posted = 0;
+        self.held.withdraw();
         // The last one taken first. One that was passed over, because its frame was dropped, cannot go back once later ones are done.
         while let Some(head) = self.held.remove_last(self.queue.next_avail()) {
             self.queue.give_back(head);

@@ -1,0 +1,139 @@
+#![forbid(unsafe_code)]
+//! Buffers that a card has posted, and who copies into them.
+
+use std::sync::mpsc;
+use std::time::Duration;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::memory::Memory;
+use crate::net::switch::landing::{Landed, Next};
+use crate::sys::io::Buffers;
+
+/// Posts buffers of these sizes, one behind the other from that address on.
+fn post(net: &Net, memory: &Memory, mut at: u64, sizes: &[usize], mergeable: bool) {
+    let mut buffers = Buffers::new(memory.clone());
+    for &size in sizes {
+        assert!(buffers.push([(GuestAddress(at), size)].into_iter()));
+        at += size as u64 + 16;
+    }
+    net.plugs[1].port().unwrap().post(&mut buffers, mergeable);
+    assert_eq!(buffers.len(), 0);
+}
+
+fn next(net: &Net) -> Option<Landed> {
+    match net.plugs[1].port().unwrap().next() {
+        Next::Landed(landed) => Some(landed),
+        Next::Filling | Next::Waiting | Next::Nothing => None,
+    }
+}
+
+fn stage(options: [PortOptions; 2]) -> (Net, Memory) {
+    let mut net = Net::new(options);
+    net.send(1, &frame(ALL, mac(1), b"here I am"));
+    assert!(net.next(0).is_some());
+    (net, Memory::new(1 << 20).unwrap())
+}
+
+fn read(memory: &Memory, at: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    memory.read_slice(&mut bytes, GuestAddress(at)).unwrap();
+    bytes
+}
+
+#[test]
+fn a_frame_is_copied_into_as_many_buffers_as_it_takes_with_its_tag_or_without() {
+    for tagged_too in [false, true] {
+        let to = if tagged_too { PortOptions::trunk([1]) } else { PortOptions::access(1) };
+        let (mut net, memory) = stage([PortOptions::access(1), PortOptions::access(1)]);
+        net.ports[1].set_options(&to).unwrap();
+        post(&net, &memory, 0x1000, &[100, 700, 300, 4000], true);
+        let sent = frame(mac(1), mac(0), &[7; 900]);
+        net.send(0, &sent);
+        let landed = next(&net).expect("it has landed");
+        let seen = if tagged_too { tagged(mac(1), mac(0), &[(VLAN, 1)], &[7; 900]) } else { sent };
+        assert_eq!((landed.buffers, landed.len, landed.header), (3, seen.len(), [0; 12]));
+        let there = [
+            read(&memory, 0x1000 + 12, 88),
+            read(&memory, 0x1000 + 116, 700),
+            read(&memory, 0x1000 + 832, 300),
+        ];
+        assert_eq!(there.concat()[..seen.len()], seen);
+        assert!(next(&net).is_none());
+    }
+}
+
+#[test]
+fn nothing_overtakes_a_frame_that_waits_and_nothing_lands_where_there_is_no_room() {
+    let (mut net, memory) = stage([PortOptions::access(1), PortOptions::access(1)]);
+    // The header needs the beginning of the first; and one alone is not enough for what may not be in several.
+    for (sizes, mergeable) in [(&[8, 4000][..], true), (&[100, 4000], false), (&[100, 100], true)] {
+        post(&net, &memory, 0x1000, sizes, mergeable);
+        net.send(0, &frame(mac(1), mac(0), &[1; 500]));
+        net.send(0, &frame(mac(1), mac(0), &[2; 20]));
+        assert!(matches!(net.plugs[1].port().unwrap().next(), Next::Waiting), "{sizes:?}");
+        for byte in [1, 2] {
+            assert_eq!(net.next(1).expect("it waits").1.last(), Some(&byte));
+        }
+        net.plugs[1].port().unwrap().withdraw();
+    }
+    post(&net, &memory, 0x1000, &[700], false);
+    net.send(0, &frame(mac(1), mac(0), &[1; 500]));
+    net.send(0, &frame(mac(1), mac(0), &[2; 20]));
+    assert_eq!(next(&net).map(|landed| landed.len), Some(514));
+    assert!(net.next(1).is_some_and(|(_, frame)| frame.len() == 34));
+}
+
+#[test]
+fn what_is_not_finished_is_no_frame_and_buffers_come_back_when_nobody_copies() {
+    let (net, memory) = stage([PortOptions::access(1), PortOptions::access(1)]);
+    post(&net, &memory, 0x1000, &[700, 700, 700], true);
+    let queue = net.plugs[1].port().unwrap();
+    let (first, second) = (queue.land(100).expect("room"), queue.land(200).expect("room"));
+    second.done([3; 12], 200);
+    assert!(matches!(queue.next(), Next::Filling), "the first is before it");
+    // Somebody takes back what is posted, and has it when the last copy has ended.
+    std::thread::scope(|scope| {
+        let (sender, done) = mpsc::channel();
+        scope.spawn(move || {
+            queue.withdraw();
+            sender.send(()).unwrap();
+        });
+        assert!(done.recv_timeout(Duration::from_millis(200)).is_err(), "one is being filled");
+        drop(first);
+        done.recv_timeout(Duration::from_secs(60)).expect("waited for the buffers to be given back");
+    });
+    assert!(queue.land(100).is_none(), "nothing is posted");
+    assert_eq!(next(&net).map(|landed| (landed.buffers, landed.len)), Some((1, 0)));
+    assert_eq!(next(&net).map(|landed| (landed.buffers, landed.len, landed.header)), Some((1, 200, [3; 12])));
+}
+
+#[test]
+fn a_copy_that_ends_after_its_port_was_closed_leaves_nothing() {
+    let (mut net, memory) = stage([PortOptions::access(1), PortOptions::access(1)]);
+    post(&net, &memory, 0x1000, &[700, 700], true);
+    let port = net.ports[1].port.clone();
+    let landing = port.queue.land(100).expect("room");
+    port.queue.close();
+    port.queue.open();
+    net.send(0, &frame(mac(1), mac(0), &[1; 50]));
+    landing.done([0; 12], 100);
+    let queue = net.plugs[1].port().unwrap();
+    queue.withdraw();
+    assert!(matches!(queue.next(), Next::Landed(landed) if landed.len == 64), "only what came later");
+    assert!(matches!(queue.next(), Next::Nothing));
+}
+
+#[test]
+fn buffers_outside_of_the_memory_or_of_another_are_not_taken() {
+    let (memory, other) = (Memory::new(1 << 20).unwrap(), Memory::new(1 << 20).unwrap());
+    let mut buffers = Buffers::new(memory.clone());
+    for (at, len) in [((1 << 20) - 8, 9), (0xc000_0000, 1), (u64::MAX - 3, 8)] {
+        assert!(!buffers.push([(GuestAddress(0), 4), (GuestAddress(at), len)].into_iter()));
+    }
+    let mut foreign = Buffers::new(other);
+    assert!(foreign.push([(GuestAddress(0), 4)].into_iter()));
+    assert!(!buffers.append(&mut foreign) && buffers.len() == 0 && foreign.len() == 1);
+    assert!(buffers.append(&mut buffers.beside()));
+}
