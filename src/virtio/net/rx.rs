@@ -157,6 +157,11 @@ impl Rx {
         Ok(())
     }
 
+    /// Whether no frame waits here, and the next may pass without being looked at.
+    pub fn may_pass(&self) -> bool {
+        self.overflow.kept == 0 && self.control.is_open()
+    }
+
     /// Gives the buffers that wait for a frame back to the ring.
     pub fn let_go(&mut self) {
         let held = std::mem::take(&mut self.held);
