@@ -1114,6 +1114,18 @@ int32_t vmbed_block_complete(vmbed_block *disk,
 
 /* Network cards, and networks of your own ------------------------------------------------------------------ */
 
+/** vmbed serves the card. */
+#define VMBED_VHOST_OFF 0
+
+/**
+ * The host's kernel does (vhost-net) where `/dev/vhost-net` is there and may be opened, and the card is on a TAP interface;
+ * vmbed_vm_get_net_statistics() says whether.
+ */
+#define VMBED_VHOST_IF_PRESENT 1
+
+/** The same; the VM is not built where it cannot. */
+#define VMBED_VHOST_REQUIRED 2
+
 /** A virtio-net card. */
 typedef struct {
     /** sizeof(struct vmbed_net) */
@@ -1153,6 +1165,15 @@ typedef struct {
      * (`passt --socket PATH`): it needs no privilege. It is looked for again when it goes away. Instead of `tap`; NULL: none.
      */
     const char *stream;
+    /**
+     * Whether the host's kernel carries the frames itself, between the guest's queues and a TAP interface, one of VMBED_VHOST_*. It
+     * counts nothing and knows no addresses: statistics have only what it did not carry, and the guest gets whatever comes through
+     * the interface. While there is something that it cannot do (a limit, a cable that is not plugged in), and after it has found a
+     * queue malformed, vmbed serves the card as it serves others.
+     */
+    int32_t vhost;
+    /** Zero. */
+    uint32_t reserved;
 } vmbed_net;
 
 /**
@@ -1182,7 +1203,10 @@ typedef struct {
     vmbed_destroy_fn destroy;
 } vmbed_net_ops;
 
-/** What a card has carried since the VM was built. Bytes count from the Ethernet header on. */
+/**
+ * What a card has carried since the VM was built. Bytes count from the Ethernet header on. What the host's kernel carries by itself
+ * (vmbed_net.vhost) is not counted here, but at the TAP interface (`ip -s link`).
+ */
 typedef struct {
     /** sizeof(struct vmbed_net_statistics) */
     size_t size;
@@ -1203,6 +1227,8 @@ typedef struct {
     uint64_t tx_dropped;
     /** Frames that the guest's driver has said that it does not want: for other addresses or VLANs. */
     uint64_t rx_filtered;
+    /** Pairs of queues that the host's kernel serves now; 0 while the VM is paused, and before its guest's driver has begun. */
+    uint64_t vhost;
 } vmbed_net_statistics;
 
 /** Adds a card; events call them `net0`, `net1`, ... What it points to is copied. */

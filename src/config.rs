@@ -14,7 +14,7 @@ use crate::units::Bytes;
 pub use backing::{BackingConfig, BackingKind, HugePages};
 pub use cgroup::CgroupConfig;
 pub use disk::{CacheMode, DiskBacking, DiskConfig, DiskEngine, DiskFormat, Passphrase};
-pub use net::{MacAddress, NetConfig};
+pub use net::{MacAddress, NetConfig, Vhost};
 pub use rate::RateLimit;
 
 mod backing;

@@ -7,6 +7,7 @@
 //! Without a KVM (tests, fuzzing, in-process drivers) the same types work in memory: a vector's eventfd
 //! then simply counts what was raised.
 
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, Weak};
 
 use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KVM_MSI_VALID_DEVID, KvmIrqRouting, kvm_irq_routing_entry};
@@ -216,6 +217,11 @@ impl Vector {
         if !*lock(&self.attached) {
             let _ = self.event.read();
         }
+    }
+
+    /// Its eventfd, for who raises it in the kernel.
+    pub fn bell(&self) -> BorrowedFd<'_> {
+        fd::borrow(&self.event)
     }
 
     /// Its eventfd: readable when it is raised; for drivers without a KVM.

@@ -89,7 +89,7 @@ pub use config::{
     BackingConfig, BackingKind, BalloonConfig, BareBoot, Boot, CacheMode, CgroupConfig, ConsoleKind,
     CpuConfig, CpuMode, CpuidMask, CpuidRegister, DiskBacking, DiskConfig, DiskEngine, DiskFormat, HugePages,
     LinuxBoot, MacAddress, NetConfig, Passphrase, PciAddress, Platform, PromiseConfig, RateLimit, Uuid,
-    VmConfig,
+    Vhost, VmConfig,
 };
 pub use units::Bytes;
 

@@ -294,6 +294,14 @@ impl Place {
         }
     }
 
+    /// Does `f` on the thread that calls its workers, where that is the VM's, and waits for what it returns.
+    pub fn run<R: Send + 'static>(&self, f: impl FnOnce() -> R + Send + 'static) -> Result<R> {
+        match self {
+            Self::Loop(event_loop, _) => event_loop.meanwhile(f)(),
+            Self::Caller => Ok(f()),
+        }
+    }
+
     /// Hands `worker` to its place.
     pub fn attach<W: Worker>(&self, worker: W, device: &str) -> Result<Attached<W>> {
         match self {

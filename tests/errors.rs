@@ -7,7 +7,8 @@ use std::process::{Command, ExitCode};
 
 use libtest_mimic::{Arguments, Trial};
 use vmbed::{
-    BareBoot, Boot, Bytes, CpuMode, DiskConfig, ErrorKind, Host, HostConfig, LinuxBoot, NetConfig, VmConfig,
+    BareBoot, Boot, Bytes, CpuMode, DiskConfig, ErrorKind, Host, HostConfig, LinuxBoot, NetConfig, Vhost,
+    VmConfig,
 };
 
 /// Set in the copy of this program that has a network namespace of its own.
@@ -202,8 +203,33 @@ fn taps() {
     refused(with_tap("vmberr0"), ErrorKind::Busy, &["net0", "vmberr0", "in use"]);
     drop(first);
     drop(host.build(with_tap("vmberr0")).unwrap());
+    vhost(&host);
     ip(&["link", "add", "vmberr1", "type", "bridge"]);
     refused(with_tap("vmberr1"), ErrorKind::InvalidArgument, &["net0", "vmberr1", "no TAP interface"]);
+}
+
+/// With /dev/vhost-net and without it.
+fn vhost(host: &Host) {
+    let by_kernel = |wanted| {
+        let mut config = with_tap("vmberr0");
+        config.nets[0].vhost = wanted;
+        config
+    };
+    let vm = host.build(by_kernel(Vhost::IfPresent)).unwrap();
+    assert_eq!(vm.net_statistics(0).unwrap().vhost, 0, "its guest has no driver");
+    drop(vm);
+    let path = "/dev/vhost-net";
+    match fs::File::options().read(true).write(true).open(path).map_err(|e| e.kind()) {
+        Ok(_) => drop(host.build(by_kernel(Vhost::Required)).unwrap()),
+        Err(std::io::ErrorKind::PermissionDenied) => {
+            let words = ["net0", path, "read and write access"];
+            refused(by_kernel(Vhost::Required), ErrorKind::PermissionDenied, &words);
+        }
+        Err(_) => {
+            let words = ["net0", path, "modprobe vhost_net"];
+            refused(by_kernel(Vhost::Required), ErrorKind::NotFound, &words);
+        }
+    }
 }
 
 fn ip(arguments: &[&str]) {

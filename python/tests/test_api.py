@@ -683,7 +683,7 @@ def test_a_network_of_ones_own() -> None:
     steps = [(SEND, 0, 60, 5), (RECEIVE, 0, 0, 0), (SEND, 0, 99, 5), (SEND, 0, 5, 5)]
     with start(vmbed.Host().builder(driver(nets=1)).net_backend(0, echo), steps) as vm:
         assert finish(vm, len(steps))[1] == (0, 72, 300)
-        assert vm.net_statistics() == (1, 60, 0, 1, 60, 2, 0)
+        assert vm.net_statistics() == (1, 60, 0, 1, 60, 2, 0, 0)
         with pytest.raises(vmbed.InvalidArgument, match="net1"):
             vm.net_statistics(1)
         assert not vm.exceptions
@@ -694,7 +694,7 @@ def test_a_network_of_ones_own() -> None:
     other = Echo()
     with start(vmbed.Host().builder(unplugged).net_backend(0, other), [(SEND, 0, 60, 5), (SEND, 0, 99, 5)]) as vm:
         finish(vm, 2)
-        assert vm.net_statistics() == (0, 0, 0, 0, 0, 2, 0)
+        assert vm.net_statistics() == (0, 0, 0, 0, 0, 2, 0, 0)
         vm.set_link(True)
         vm.announce_net()
         vm.set_net_rates(None, rate)
@@ -707,6 +707,15 @@ def test_a_network_of_ones_own() -> None:
     outside.nets = [vmbed.Net(stream="/nonexistent/socket")]
     with pytest.raises(vmbed.NotFound, match="net0: connecting to /nonexistent/socket"):
         vmbed.Host().build(outside)
+    required = driver()
+    required.nets = [vmbed.Net(vhost=vmbed.Vhost.REQUIRED)]
+    echo = Echo()
+    with pytest.raises(vmbed.InvalidArgument, match="net0: vhost is required"):
+        vmbed.Host().builder(required).net_backend(0, echo).build()
+    os.close(echo.bell)
+    required.nets[0].receive_rate = rate
+    with pytest.raises(vmbed.InvalidArgument, match="vhost"):
+        required.validate()
     unplugged.nets[0].queues = 17
     with pytest.raises(vmbed.InvalidArgument, match="queues"):
         unplugged.validate()

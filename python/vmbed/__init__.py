@@ -20,7 +20,7 @@ import logging
 
 from ._lib import call, ffi, hold, let_go, lib, text
 from .backend import BlockBackend, BlockOp, BlockRequest, NetBackend
-from .config import Backing, BackingKind, Balloon, BareConfig, Cgroup, CacheMode, Config, Console, CpuidMask, Disk, DiskEngine, DiskFormat, HugePages, LinuxConfig, Mode, Net, Platform, create_disk
+from .config import Backing, BackingKind, Balloon, BareConfig, Cgroup, CacheMode, Config, Console, CpuidMask, Disk, DiskEngine, DiskFormat, HugePages, LinuxConfig, Mode, Net, Platform, Vhost, create_disk
 from .device import Device, log_line
 from .errors import (
     BadImage,
@@ -101,6 +101,6 @@ __all__ = [
     "LinuxConfig", "Memory", "Mode", "Net", "NetBackend", "NetStatistics", "NotFound", "PermissionDenied",
     "Platform", "PortOptions", "PortStatistics", "Pressure", "Probe", "Rate", "Reclaim", "Refused", "Registers",
     "Shares", "Slack", "Stage", "State", "Switch", "SwitchPort", "ThreadRole", "TimedOut", "Traffic",
-    "UNLIMITED", "UNLIMITED_RATE", "Unsupported", "Usage", "VcpuReturn", "VcpuStatistics", "Verdict", "Vm", "Wiring",
+    "UNLIMITED", "UNLIMITED_RATE", "Unsupported", "Usage", "VcpuReturn", "VcpuStatistics", "Verdict", "Vhost", "Vm", "Wiring",
     "create_disk", "features", "handle_sigbus", "has_feature", "log_to",
 ]  # fmt: skip

@@ -117,6 +117,16 @@ class Disk:
     rate: Rate = Rate()
 
 
+class Vhost(IntEnum):
+    """Whether the host's kernel serves a card on a TAP interface (vhost-net)."""
+
+    OFF = 0
+    #: Where `/dev/vhost-net` is there and may be opened; ``Vm.net_statistics().vhost`` says whether.
+    IF_PRESENT = 1
+    #: The VM is not built where it cannot.
+    REQUIRED = 2
+
+
 @dataclass
 class Net:
     """A network card: on a TAP interface that exists, or on what :meth:`Builder.net_fd` or `net_backend` attaches."""
@@ -139,6 +149,9 @@ class Net:
     #: How much the guest may receive and send; operations are frames. :meth:`Vm.set_net_rates` changes it.
     receive_rate: Rate = Rate()
     send_rate: Rate = Rate()
+    #: Whether the host's kernel carries the frames itself. It counts nothing and knows no addresses; while there is something that it
+    #: cannot do (a limit, a cable that is not plugged in), vmbed serves the card.
+    vhost: Vhost = Vhost.OFF
 
 
 @dataclass
@@ -305,7 +318,7 @@ class _Common:
             made = structure(
                 "vmbed_net", tap=keep[0], mac=keep[1], pci=keep[2], mtu=net.mtu or 0, speed=net.speed or 0,
                 link_down=int(not net.link), queues=net.queues, receive_rate=tuple(net.receive_rate), send_rate=tuple(net.send_rate),
-                stream=keep[3],
+                stream=keep[3], vhost=net.vhost,
             )  # fmt: skip
             call(lib.vmbed_config_add_net, config, made)
         if self.balloon is not None:

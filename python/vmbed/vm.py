@@ -104,7 +104,8 @@ class DiskStatistics(NamedTuple):
 
 
 class NetStatistics(NamedTuple):
-    """What a card has carried since the VM was built: frames, and their bytes from the Ethernet header on."""
+    """What a card has carried since the VM was built: frames, and their bytes from the Ethernet header on. What the host's kernel
+    carries by itself (``Net.vhost``) is counted at the TAP interface."""
 
     rx_frames: int
     rx_bytes: int
@@ -114,6 +115,8 @@ class NetStatistics(NamedTuple):
     tx_dropped: int
     #: What the guest's driver has said that it does not want.
     rx_filtered: int
+    #: Pairs of queues that the host's kernel serves now; 0 while the VM is paused, and before its guest's driver has begun.
+    vhost: int
 
 
 class BalloonStatistics(NamedTuple):

@@ -9,18 +9,26 @@ use std::path::Path;
 use super::arguments::{Sized_, fd, fill, invalid, optional, path, structure, text};
 use super::block::{outcome, vmbed_piece};
 use super::call;
-use super::config::{attach, change, vmbed_builder, vmbed_config};
+use super::config::{attach, change, reserved, vmbed_builder, vmbed_config};
 use super::device::{UserData, vmbed_destroy_fn};
 use super::disk::vmbed_rate;
 use super::error::vmbed_error;
 use super::handle;
 use super::switch::vmbed_port;
 use super::vm::vmbed_vm;
-use crate::config::NetConfig;
+use crate::config::{NetConfig, Vhost};
 use crate::error::{Error, Result};
 use crate::net::NetBackend;
 use crate::sys::io::IoList;
 use crate::vm::Network;
+
+/// vmbed serves the card.
+pub const VMBED_VHOST_OFF: i32 = 0;
+/// The host's kernel does (vhost-net) where `/dev/vhost-net` is there and may be opened, and the card is on a TAP interface;
+/// vmbed_vm_get_net_statistics() says whether.
+pub const VMBED_VHOST_IF_PRESENT: i32 = 1;
+/// The same; the VM is not built where it cannot.
+pub const VMBED_VHOST_REQUIRED: i32 = 2;
 
 /// A virtio-net card.
 #[repr(C)]
@@ -53,6 +61,13 @@ pub struct vmbed_net {
     /// The path of the Unix socket of a network in user space that speaks the protocol of QEMU's `-netdev stream`, as passt does
     /// (`passt --socket PATH`): it needs no privilege. It is looked for again when it goes away. Instead of `tap`; NULL: none.
     pub stream: *const c_char,
+    /// Whether the host's kernel carries the frames itself, between the guest's queues and a TAP interface, one of VMBED_VHOST_*. It
+    /// counts nothing and knows no addresses: statistics have only what it did not carry, and the guest gets whatever comes through
+    /// the interface. While there is something that it cannot do (a limit, a cable that is not plugged in), and after it has found a
+    /// queue malformed, vmbed serves the card as it serves others.
+    pub vhost: i32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 // SAFETY: it is repr(C) with its size first, and all zeroes is a value.
@@ -83,6 +98,13 @@ pub unsafe extern "C" fn vmbed_config_add_net(
         net.speed = field(given.speed);
         net.link = given.link_down == 0;
         (net.receive_rate, net.send_rate) = (given.receive_rate.limit(), given.send_rate.limit());
+        reserved("vmbed_net", given.reserved)?;
+        net.vhost = match given.vhost {
+            VMBED_VHOST_OFF => Vhost::Off,
+            VMBED_VHOST_IF_PRESENT => Vhost::IfPresent,
+            VMBED_VHOST_REQUIRED => Vhost::Required,
+            other => return Err(invalid(format!("vmbed_net.vhost is {other}, not one of VMBED_VHOST_*"))),
+        };
         c.nets.push(net);
         Ok(())
     })
@@ -310,7 +332,8 @@ impl NetBackend for ForeignNet {
     }
 }
 
-/// What a card has carried since the VM was built. Bytes count from the Ethernet header on.
+/// What a card has carried since the VM was built. Bytes count from the Ethernet header on. What the host's kernel carries by itself
+/// (vmbed_net.vhost) is not counted here, but at the TAP interface (`ip -s link`).
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct vmbed_net_statistics {
@@ -331,6 +354,8 @@ pub struct vmbed_net_statistics {
     pub tx_dropped: u64,
     /// Frames that the guest's driver has said that it does not want: for other addresses or VLANs.
     pub rx_filtered: u64,
+    /// Pairs of queues that the host's kernel serves now; 0 while the VM is paused, and before its guest's driver has begun.
+    pub vhost: u64,
 }
 
 // SAFETY: it is repr(C) with its size first, and all zeroes is a value.
@@ -359,6 +384,7 @@ pub unsafe extern "C" fn vmbed_vm_get_net_statistics(
             tx_bytes: now.tx_bytes,
             tx_dropped: now.tx_dropped,
             rx_filtered: now.rx_filtered,
+            vhost: now.vhost.into(),
         };
         fill(statistics, &value)
     })

@@ -52,6 +52,28 @@ pub struct NetConfig {
     /// How much it may send; what is beyond it waits in the guest's queue. Default: any amount.
     #[cfg_attr(feature = "serde", serde(default))]
     pub send_rate: RateLimit,
+    /// Whether the host's kernel is to carry the frames itself, between the guest's queues and a TAP interface, named or by descriptor:
+    /// vhost-net. Default: no.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub vhost: Vhost,
+}
+
+/// Whether the host's kernel serves a card on a TAP interface (vhost-net), in a thread of its own for each pair of queues. It counts nothing
+/// and knows no addresses: [`NetStatistics`](crate::NetStatistics) has only what it did not carry, and the guest gets whatever comes
+/// through the interface. While there is something that it cannot do (a limit, a cable that is not plugged in), and after it has found a
+/// queue malformed, vmbed serves the card as it serves others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "snake_case"))]
+#[non_exhaustive]
+pub enum Vhost {
+    /// It does not.
+    #[default]
+    Off,
+    /// It does where it can: where `/dev/vhost-net` is there and may be opened, and the card is on a TAP interface.
+    /// [`NetStatistics::vhost`](crate::NetStatistics::vhost) says whether.
+    IfPresent,
+    /// The VM is not built where it cannot.
+    Required,
 }
 
 #[cfg(feature = "serde")]
@@ -88,6 +110,7 @@ impl NetConfig {
             link: true,
             receive_rate: RateLimit::NONE,
             send_rate: RateLimit::NONE,
+            vhost: Vhost::Off,
         }
     }
 }

@@ -7,7 +7,7 @@ use super::disk::MAX_QUEUES;
 use super::topology::Topology;
 use super::{
     BackingConfig, BackingKind, BareBoot, Boot, CgroupConfig, CpuConfig, CpuMode, DiskFormat, HugePages,
-    LinuxBoot, PciAddress, Platform, VmConfig,
+    LinuxBoot, NetConfig, PciAddress, Platform, Vhost, VmConfig,
 };
 use crate::error::FieldError;
 use crate::memory::layout;
@@ -258,6 +258,7 @@ impl Found {
             if net.mac.is_some_and(|mac| mac.0 == [0; 6]) {
                 self.add(format!("nets[{i}].mac"), "is all zero", "None lets vmbed choose one");
             }
+            self.vhost(i, net);
         }
         for pair in 0..config.nets.len() {
             let Some(tap) = &config.nets[pair].tap else { continue };
@@ -268,6 +269,18 @@ impl Found {
                     "one card a TAP",
                 );
             }
+        }
+    }
+
+    /// What the kernel cannot serve, whatever the host.
+    fn vhost(&mut self, index: usize, net: &NetConfig) {
+        let field = format!("nets[{index}].vhost");
+        if net.vhost != Vhost::Off && net.stream.is_some() {
+            self.add(&field, "is set, and the network is a stream", "Vhost::Off, or a TAP interface");
+        }
+        let limited = !(net.receive_rate.is_none() && net.send_rate.is_none());
+        if net.vhost == Vhost::Required && limited {
+            self.add(&field, "is required, and the card is limited", "no limit, or Vhost::IfPresent");
         }
     }
 
@@ -344,6 +357,8 @@ mod tests {
             vec![NetConfig::tap("much-too-long-a-name"), NetConfig::tap("t0"), NetConfig::tap("t0")];
         config.nets[1].mac = Some(MacAddress([1, 0, 0, 0, 0, 0]));
         (config.nets[1].stream, config.nets[1].queues) = (Some("here".into()), 17);
+        config.nets[1].vhost = Vhost::IfPresent;
+        (config.nets[2].vhost, config.nets[2].send_rate) = (Vhost::Required, RateLimit::NONE.ops(1, 1));
         let fields = [
             "name",
             "cpus.count",
@@ -358,6 +373,8 @@ mod tests {
             "nets[1].mac",
             "nets[1].stream",
             "nets[1].queues",
+            "nets[1].vhost",
+            "nets[2].vhost",
             "nets[2].tap",
             "disks[1].pci",
         ];

@@ -96,6 +96,12 @@ pub trait NetBackend: Send + 'static {
         None
     }
 
+    /// The queue of a TAP interface that it is, where the host's kernel may carry frames between that and a guest by itself
+    /// ([`NetConfig::vhost`](crate::NetConfig::vhost)): meanwhile nothing is received or sent here.
+    fn tap(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
     /// Polls readable while a frame waits, writable while there is room, and with an error when the
     /// other side is gone. The same one all the time; another one after `reopen`.
     fn fd(&self) -> BorrowedFd<'_>;

@@ -154,6 +154,10 @@ impl NetBackend for Tap {
         self.file.as_fd()
     }
 
+    fn tap(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
+    }
+
     fn offloads(&self) -> Offloads {
         self.known
     }

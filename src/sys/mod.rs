@@ -26,6 +26,7 @@ pub(crate) mod tap;
 pub(crate) mod thread;
 pub(crate) mod tsc;
 pub(crate) mod uring;
+pub(crate) mod vhost;
 
 /// Locks, also after a panic elsewhere: what our locks guard is left consistent at every step, and a
 /// panicking thread has already ended its VM.

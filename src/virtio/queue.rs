@@ -139,6 +139,27 @@ impl Queue {
         }
     }
 
+    /// Where its table, its available and its used ring are, and the next available index, for somebody else who serves it.
+    pub fn place(&self) -> ([GuestAddress; 3], u16) {
+        let ring = &self.ring;
+        let at = [ring.desc_table(), ring.avail_ring(), ring.used_ring()];
+        (at.map(GuestAddress), ring.next_avail())
+    }
+
+    /// Who raises its interrupt, if the driver wants one.
+    pub fn interrupt(&self) -> Option<&Arc<Vector>> {
+        self.interrupt.as_ref()
+    }
+
+    /// Somebody else has served it, who completes chains in the order of the available ring: it goes on from where the used ring says.
+    /// What was taken and not completed is taken again.
+    pub fn take_over(&mut self, memory: &Memory) {
+        let Some(used) = self.load(memory, self.ring.used_ring() + 2) else { return };
+        self.ring.set_next_avail(used);
+        self.ring.set_next_used(used);
+        (self.avail_seen, self.told) = (used, used);
+    }
+
     /// Where it stands in the two rings: the next available and the next used index.
     #[cfg(test)]
     pub fn position(&self) -> (u16, u16) {

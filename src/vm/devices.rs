@@ -15,7 +15,7 @@ use crate::reactor::{EventLoop, Place};
 use crate::virtio::balloon::{self, Balloon};
 use crate::virtio::blk::{Blk, Control};
 use crate::virtio::console::ConsolePort;
-use crate::virtio::net::{self, Net};
+use crate::virtio::net::{self, Net, Vhost};
 use crate::virtio::rng::Rng;
 use crate::virtio::transport::pci::BAR_SIZE;
 use crate::virtio::{Signals, VirtioDevice};
@@ -111,7 +111,8 @@ pub(super) fn make(
             };
             lanes.push((backend, place(&on)));
         }
-        let device = Net::new(control.clone(), lanes);
+        let halves = Vhost::open_all(&control, card.vhost, &lanes)?;
+        let device = Net::new(control.clone(), lanes).with_kernel(halves);
         nets.push(control);
         add(places.take(card.pci), Box::new(device), signals);
     }

@@ -340,6 +340,8 @@ void a_network_of_ones_own(void)
     card.queues = 1;
     card.mtu = 65536;
     FAILS(VMBED_ERR_INVALID_ARGUMENT, "mtu is 65536", vmbed_config_add_net(g.config, &card, &error));
+    card.mtu = 1500, card.vhost = VMBED_VHOST_REQUIRED + 1;
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "vhost is 3", vmbed_config_add_net(g.config, &card, &error));
     OK(vmbed_builder_new(g.host, g.config, &g.builder, &error));
     echo = (struct echo){.bell = echo.bell};
     OK(vmbed_builder_net_backend(g.builder, 0, &echo_ops, echo.bell, &echo, &error));
@@ -366,6 +368,18 @@ void a_network_of_ones_own(void)
     FAILS(VMBED_ERR_INVALID_ARGUMENT, "no open file descriptor",
           vmbed_builder_net_backend(g.builder, 0, &echo_ops, -1, &echo, &error));
     CHECK(echo.destroyed == 4);
+    drop(&g);
+    close(echo.bell);
+
+    echo = (struct echo){.bell = eventfd(0, EFD_CLOEXEC)};
+    card = (vmbed_net){.size = sizeof card, .vhost = VMBED_VHOST_REQUIRED};
+    vmbed_vm *refused;
+    g = prepare(0, 0, NULL);
+    vmbed_builder_free(g.builder);
+    OK(vmbed_config_add_net(g.config, &card, &error));
+    OK(vmbed_builder_new(g.host, g.config, &g.builder, &error));
+    OK(vmbed_builder_net_backend(g.builder, 0, &echo_ops, echo.bell, &echo, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "no TAP interface", vmbed_builder_build(g.builder, &refused, &error));
     drop(&g);
     close(echo.bell);
 

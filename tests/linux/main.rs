@@ -30,6 +30,7 @@ mod net;
 mod storm;
 mod switch;
 mod time;
+mod vhost;
 mod watchdog;
 mod wiring;
 
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
     switch::add(&mut trials);
     c::add(&mut trials);
     time::add(&mut trials);
+    vhost::add(&mut trials);
     many::add(&mut trials);
     wiring::add(&mut trials);
     if let Some(half) = std::env::var(HALF).ok().and_then(|h| h.parse::<usize>().ok()) {

@@ -38,7 +38,7 @@ impl Tap {
     }
 
     /// With several queues.
-    fn with_queues() -> Self {
+    pub fn with_queues() -> Self {
         Self::made(&["multi_queue"])
     }
 
@@ -51,7 +51,7 @@ impl Tap {
     }
 
     /// Makes the interface, anew where it was deleted.
-    fn plug(&self, how: &[&str]) {
+    pub fn plug(&self, how: &[&str]) {
         let tap = self;
         ip(&[&["tuntap", "add", &tap.name, "mode", "tap"], how].concat());
         ip(&["addr", "add", &format!("{}/24", tap.host()), "dev", &tap.name]);
@@ -78,7 +78,7 @@ impl Drop for Tap {
     }
 }
 
-fn ip(arguments: &[&str]) {
+pub fn ip(arguments: &[&str]) {
     let output =
         Command::new("ip").args(arguments).output().expect("ip (package iproute2) must be installed");
     assert!(output.status.success(), "ip {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
@@ -160,7 +160,7 @@ fn sizes() {
 }
 
 /// A server that ends with the test.
-struct Server(std::process::Child);
+pub struct Server(std::process::Child);
 
 impl Drop for Server {
     fn drop(&mut self) {
@@ -216,14 +216,14 @@ fn streams() {
 }
 
 /// iperf3's other end, on that port.
-fn server(port: &str) -> Server {
+pub fn server(port: &str) -> Server {
     let mut server = Command::new("iperf3");
     let started = server.args(["-s", "-p", port]).stdout(std::process::Stdio::null()).spawn();
     Server(started.expect("iperf3 must be installed"))
 }
 
 /// Shell lines that mount the tools.
-const TOOLS: &str = "mkdir -p /mnt; mount -t ext4 -o ro /dev/vda /mnt; ln -s /mnt/lib64 /lib64; export LD_LIBRARY_PATH=/mnt/lib\n";
+pub const TOOLS: &str = "mkdir -p /mnt; mount -t ext4 -o ro /dev/vda /mnt; ln -s /mnt/lib64 /lib64; export LD_LIBRARY_PATH=/mnt/lib\n";
 
 /// Eight pairs of queues for two vCPUs, of which the guest uses more and fewer, while everything that can happen to a card does.
 fn queues() {

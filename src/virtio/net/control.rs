@@ -1,21 +1,22 @@
 #![forbid(unsafe_code)]
 //! What may be changed of a card, and what is known of it, on any thread while it is served.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_MTU, VIRTIO_NET_F_SPEED_DUPLEX, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
 };
+use vmm_sys_util::eventfd::EventFd;
 
 use super::filter::Filter;
 use super::statistics::{Counters, NetStatistics};
-use crate::config::{MacAddress, NetConfig, RateLimit};
+use crate::config::{MacAddress, NetConfig, RateLimit, Vhost};
 use crate::error::{Error, ErrorKind, Result};
 use crate::net::{NetBackend, Offloads};
 use crate::rate::TokenBucket;
-use crate::sys::lock;
+use crate::sys::{fd, lock};
 use crate::virtio::Signals;
 
 /// `struct virtio_net_config` up to `duplex` (5.1.4).
@@ -49,6 +50,12 @@ pub(crate) struct Control {
     pub(super) send: Limit,
     /// For each pair of queues.
     pub(super) counters: Vec<Arc<Counters>>,
+    /// Whether the kernel is to serve it.
+    vhost: Vhost,
+    /// Pairs of queues that it serves now.
+    by_kernel: AtomicU16,
+    /// Rung where the kernel may serve it no more, or again.
+    changes: Mutex<Vec<EventFd>>,
 }
 
 /// How much may pass one way.
@@ -89,6 +96,9 @@ impl Control {
             announcing: AtomicBool::new(false),
             offered: AtomicU32::new(0),
             spare: Mutex::default(),
+            vhost: config.vhost,
+            by_kernel: AtomicU16::new(0),
+            changes: Mutex::default(),
         }
     }
 
@@ -126,6 +136,9 @@ impl Control {
                 "the guest's driver was offered {missing:?} when the VM was built, which the other network does not know"
             ));
         }
+        if self.vhost == Vhost::Required && other.iter().any(|one| one.tap().is_none()) {
+            return invalid("vhost is required, and the other network is no TAP interface".into());
+        }
         *self.spare() = other;
         Ok(())
     }
@@ -136,7 +149,32 @@ impl Control {
 
     /// What it has carried.
     pub fn statistics(&self) -> NetStatistics {
-        self.counters.iter().fold(NetStatistics::default(), |sum, pair| sum.plus(pair))
+        let carried = self.counters.iter().fold(NetStatistics::default(), |sum, pair| sum.plus(pair));
+        NetStatistics { vhost: self.by_kernel.load(Ordering::SeqCst), ..carried }
+    }
+
+    /// Has `bell` rung where the kernel may serve it no more, or again.
+    pub(super) fn listen(&self, bell: EventFd) {
+        lock(&self.changes).push(bell);
+    }
+
+    fn tell(&self) {
+        lock(&self.changes).iter().for_each(fd::ring);
+    }
+
+    /// The kernel begins to serve a pair of queues, or ends.
+    pub(super) fn kernel_serves(&self, begins: bool) {
+        if begins {
+            self.by_kernel.fetch_add(1, Ordering::SeqCst);
+        } else {
+            self.by_kernel.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Whether every frame may pass, and nobody has to look at it.
+    pub(super) fn is_open(&self) -> bool {
+        let limited = |limit: &Limit| limit.is_there.load(Ordering::SeqCst);
+        self.is_up() && !limited(&self.receive) && !limited(&self.send)
     }
 
     /// Plugs the cable in or out, and tells the driver.
@@ -146,6 +184,7 @@ impl Control {
         {
             signals.config_changed();
         }
+        self.tell();
     }
 
     /// Has the driver tell the networks that it is on where it can be reached, once it is served. Whether it knows how, nobody is told.
@@ -207,6 +246,7 @@ impl Control {
         let now = self.begun.elapsed();
         self.receive.set(receive, now);
         self.send.set(send, now);
+        self.tell();
     }
 
     /// How long until another frame may pass; `None` where it may at once.

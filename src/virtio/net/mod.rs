@@ -20,7 +20,7 @@ use crate::reactor::{Attached, Place};
 use commands::Commander;
 use rx::{Overflow, Rx};
 use tx::Tx;
-use worker::{Timers, Worker};
+use worker::{Parts, Timers, Worker};
 
 mod commands;
 mod control;
@@ -29,10 +29,12 @@ mod header;
 mod rx;
 mod statistics;
 mod tx;
+mod vhost;
 mod worker;
 
 pub(crate) use control::Control;
 pub use statistics::NetStatistics;
+pub(crate) use vhost::Vhost;
 
 /// Entries of each queue.
 const QUEUE_SIZE: u16 = 256;
@@ -70,7 +72,7 @@ struct Pair {
 }
 
 enum State {
-    Idle(Box<dyn NetBackend>, Overflow),
+    Idle(Parts, Overflow),
     Active(Attached<Worker>),
     /// Its backend went down with the loop that it was on.
     Lost,
@@ -91,10 +93,23 @@ impl Net {
         let place = lanes.first().map_or(Place::Caller, |(_, place)| place.clone());
         let pair = |(index, (mut backend, place)): (usize, (Box<dyn NetBackend>, Place))| {
             backend.set_active(index == 0);
-            Pair { place, state: State::Idle(backend, Overflow::default()) }
+            Pair { place, state: State::Idle(Parts { backend, vhost: None }, Overflow::default()) }
         };
         let pairs = lanes.into_iter().enumerate().map(pair).collect();
         Self { control, features, sizes, pairs, place, commands: None, commands_at: 2 }
+    }
+
+    /// The same with the kernel's half of each lane, if it has any.
+    pub fn with_kernel(mut self, halves: Vec<Vhost>) -> Self {
+        if !halves.is_empty() {
+            self.features &= !vhost::UNKNOWN;
+        }
+        for (pair, half) in self.pairs.iter_mut().zip(halves) {
+            if let State::Idle(parts, _) = &mut pair.state {
+                parts.vhost = Some(half);
+            }
+        }
+        self
     }
 
     /// One with nothing special.
@@ -144,8 +159,8 @@ impl Net {
             || TimerFd::new().map_err(|e| Error::errno_of(format!("{id}: creating a timer (timerfd)"), e));
         let timers = Timers { retry: timer()?, limit: timer()? };
         let Some(pair) = self.pairs.get_mut(index) else { return Ok(()) };
-        let (mut backend, overflow) = match std::mem::replace(&mut pair.state, State::Lost) {
-            State::Idle(backend, overflow) => (backend, overflow),
+        let (mut parts, overflow) = match std::mem::replace(&mut pair.state, State::Lost) {
+            State::Idle(parts, overflow) => (parts, overflow),
             other => {
                 pair.state = other;
                 return Err(self.refused("is active already, or its event loop has ended"));
@@ -153,10 +168,13 @@ impl Net {
         };
         let mergeable = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         let (may, takes) = header::accepted(features & self.features);
-        backend.set_offloads(takes);
+        parts.backend.set_offloads(takes);
+        if let Some(vhost) = &mut parts.vhost {
+            vhost.begin(features, memory);
+        }
         let rx = Rx::new(rx, mergeable, takes, overflow, (self.control.clone(), index));
         let tx = Tx::new(tx, may, (self.control.clone(), index));
-        let mut worker = Worker::new(rx, tx, memory.clone(), signals.clone(), backend, timers);
+        let mut worker = Worker::new(rx, tx, memory.clone(), signals.clone(), parts, timers);
         worker.set_active(self.control.uses(index));
         pair.state = State::Active(pair.place.attach(worker, self.control.id())?);
         Ok(())
@@ -250,8 +268,8 @@ impl VirtioDevice for Net {
             match std::mem::replace(&mut pair.state, State::Lost) {
                 State::Active(worker) => match worker.detach() {
                     Ok(worker) => {
-                        let ([rx, tx], backend, overflow) = worker.finish();
-                        pair.state = State::Idle(backend, overflow);
+                        let ([rx, tx], parts, overflow) = worker.finish();
+                        pair.state = State::Idle(parts, overflow);
                         places[0] = Some(rx);
                         if let Some(place) = places.get_mut(1) {
                             *place = Some(tx);
@@ -270,7 +288,7 @@ impl VirtioDevice for Net {
         // What was there before is left for whoever asked for it.
         for (pair, new) in self.pairs.iter_mut().zip(other.iter_mut()) {
             match &mut pair.state {
-                State::Idle(backend, _) => std::mem::swap(backend, new),
+                State::Idle(parts, _) => std::mem::swap(&mut parts.backend, new),
                 State::Active(_) | State::Lost => {}
             }
         }

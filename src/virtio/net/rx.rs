@@ -173,6 +173,11 @@ impl Rx {
         Ok(())
     }
 
+    /// Whether no frame waits here, and the next may pass without being looked at.
+    pub fn may_pass(&self) -> bool {
+        self.overflow.kept == 0 && self.control.is_open()
+    }
+
     /// How much to have ready: the longest frame where one may be of many segments, so that none is copied; else a buffer, which
     /// holds any but a jumbo frame.
     fn wanted(&self) -> u64 {

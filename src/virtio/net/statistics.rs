@@ -3,7 +3,8 @@
 
 use crate::units::Count;
 
-/// What a card has carried since the VM was built. Bytes count from the Ethernet header on.
+/// What a card has carried since the VM was built. Bytes count from the Ethernet header on. What the host's kernel carries by itself
+/// ([`NetConfig::vhost`](crate::NetConfig::vhost)) is not counted here, but at the TAP interface (`ip -s link`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct NetStatistics {
@@ -22,6 +23,8 @@ pub struct NetStatistics {
     pub tx_bytes: u64,
     /// Frames of the guest's that did not go out: malformed, or the network failed or was gone.
     pub tx_dropped: u64,
+    /// Pairs of queues that the host's kernel serves now; 0 while the VM is paused, and before its guest's driver has begun.
+    pub vhost: u16,
 }
 
 /// The same, while it is being counted: for each pair of queues by its thread alone, read by anyone.
@@ -67,6 +70,7 @@ impl NetStatistics {
             tx_frames: self.tx_frames + tx.frames.get(),
             tx_bytes: self.tx_bytes + tx.bytes.get(),
             tx_dropped: self.tx_dropped + tx.dropped.get(),
+            vhost: self.vhost,
         }
     }
 }

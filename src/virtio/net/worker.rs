@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! Serves a card's two queues and its backend on one loop.
 
+use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
@@ -9,9 +10,11 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::rx::{Overflow, Received, Rx};
 use super::tx::{Sent, Tx, report};
+use super::vhost::Vhost;
 use crate::memory::Memory;
 use crate::net::NetBackend;
 use crate::reactor::{self, Watch};
+use crate::sys::fd;
 use crate::virtio::Signals;
 use crate::virtio::queue::{Queue, QueueFault};
 
@@ -24,6 +27,8 @@ pub(super) struct Worker {
     memory: Memory,
     signals: Signals,
     backend: Box<dyn NetBackend>,
+    /// The kernel's half, which serves instead of us where it may.
+    vhost: Option<Vhost>,
     /// The driver uses this pair.
     active: bool,
     link: Link,
@@ -31,10 +36,18 @@ pub(super) struct Worker {
     wants: EventSet,
     /// What it is registered for.
     watched: Option<(RawFd, EventSet)>,
+    /// The doorbells are registered.
+    hears: bool,
     timers: Timers,
     /// How long until a limit lets a frame pass.
     limited: Option<Duration>,
     broken: bool,
+}
+
+/// What it serves a pair with, which outlives it.
+pub(super) struct Parts {
+    pub backend: Box<dyn NetBackend>,
+    pub vhost: Option<Vhost>,
 }
 
 /// What wakes it besides its descriptors.
@@ -60,7 +73,7 @@ impl Worker {
         tx: Tx,
         memory: Memory,
         signals: Signals,
-        backend: Box<dyn NetBackend>,
+        Parts { backend, vhost }: Parts,
         timers: Timers,
     ) -> Self {
         Self {
@@ -69,10 +82,12 @@ impl Worker {
             memory,
             signals,
             backend,
+            vhost,
             active: true,
             link: Link::Up,
             wants: EventSet::empty(),
             watched: None,
+            hears: false,
             timers,
             limited: None,
             broken: false,
@@ -82,14 +97,22 @@ impl Worker {
     /// The driver begins to use this pair, or ends. What it sends meanwhile is dropped.
     pub fn set_active(&mut self, active: bool) {
         self.active = active;
+        self.stop_kernel();
         self.backend.set_active(active);
         // Its own loop looks at everything again.
         self.rx.queue.rearm();
+        if let Some(vhost) = &self.vhost {
+            fd::ring(&vhost.changes);
+        }
     }
 
     /// One wake-up's work, both ways.
     pub fn process_queues(&mut self) {
         if self.broken {
+            return;
+        }
+        if self.kernel_serves() {
+            self.wants = EventSet::empty();
             return;
         }
         let served = self.receive().and_then(|()| self.send());
@@ -104,9 +127,51 @@ impl Worker {
     }
 
     /// Gives everything back, in the order of the queues.
-    pub fn finish(mut self) -> ([Queue; 2], Box<dyn NetBackend>, Overflow) {
+    pub fn finish(mut self) -> ([Queue; 2], Parts, Overflow) {
+        self.stop_kernel();
         self.rx.let_go(&self.memory, &*self.backend);
-        ([self.rx.queue, self.tx.queue], self.backend, self.rx.overflow)
+        let Self { rx, tx, backend, vhost, .. } = self;
+        ([rx.queue, tx.queue], Parts { backend, vhost }, rx.overflow)
+    }
+
+    /// Whether the kernel serves the pair: brings that in line with what may be.
+    fn kernel_serves(&mut self) -> bool {
+        let may = self.vhost.is_some() && self.active && self.rx.may_pass() && self.find_backend();
+        let Some(vhost) = &mut self.vhost else { return false };
+        if may && !vhost.serves() {
+            self.rx.let_go(&self.memory, &*self.backend);
+        }
+        vhost.turn(may, [&mut self.rx.queue, &mut self.tx.queue], &*self.backend)
+    }
+
+    fn stop_kernel(&mut self) {
+        if let Some(vhost) = &mut self.vhost {
+            vhost.stop([&mut self.rx.queue, &mut self.tx.queue]);
+        }
+    }
+
+    /// Whether that is one of the kernel's half, which has something to say.
+    fn hear_kernel(&mut self, fd: RawFd) -> bool {
+        let Some(vhost) = &mut self.vhost else { return false };
+        if !vhost.fds().contains(&fd) {
+            return false;
+        }
+        // Either may ring, whichever this turn is for.
+        let _ = vhost.changes.read();
+        let failed = vhost.errors.read().is_ok();
+        if !vhost.serves() {
+            // Rung before it was stopped. A timer that has run out would ring on.
+            let _ = vhost.look.clear();
+            return true;
+        }
+        vhost.look_later();
+        // It sees no difference between an interface that is gone and a queue that it cannot read.
+        if self.backend.is_gone() {
+            self.gone(&io::Error::from_raw_os_error(libc::ENETDOWN));
+        } else if failed {
+            vhost.fail(&"it has found a queue malformed, or memory missing");
+        }
+        true
     }
 
     fn receive(&mut self) -> Result<(), QueueFault> {
@@ -160,7 +225,7 @@ impl Worker {
         }
     }
 
-    fn gone(&mut self, error: &std::io::Error) {
+    fn gone(&mut self, error: &io::Error) {
         report(&self.signals, error);
         self.wants = EventSet::empty();
         self.look_later();
@@ -184,9 +249,25 @@ impl Worker {
         let _ = self.timers.retry.reset(RETRY + Duration::from_millis(1), None);
     }
 
+    /// Hears the doorbells unless the kernel does.
+    fn watch_doorbells(&mut self, ops: &mut Watch) {
+        let wanted = !self.vhost.as_ref().is_some_and(Vhost::serves);
+        if std::mem::replace(&mut self.hears, wanted) == wanted {
+            return;
+        }
+        for bell in [&self.rx.queue, &self.tx.queue].map(|queue| queue.doorbell().as_raw_fd()) {
+            let bell = Events::new_raw(bell, EventSet::IN);
+            let done = if wanted { ops.add(bell) } else { ops.remove(bell) };
+            if let Err(error) = done {
+                return self.unwatchable(error);
+            }
+        }
+    }
+
     /// Brings the loop's registration in line with what is wanted. What wants nothing is not registered
     /// at all: epoll reports errors unasked, for ever.
     fn watch(&mut self, ops: &mut Watch) {
+        self.watch_doorbells(ops);
         let fd = self.backend.fd().as_raw_fd();
         let wanted = (!self.wants.is_empty()).then_some((fd, self.wants));
         if wanted == self.watched {
@@ -210,30 +291,30 @@ impl Worker {
 
     fn unwatchable(&mut self, error: event_manager::Error) {
         self.broken = true;
+        self.stop_kernel();
         self.signals.needs_reset(format_args!("the host cannot watch its descriptors: {error}"));
     }
 }
 
 impl reactor::Worker for Worker {
     fn init(&mut self, ops: &mut Watch) {
-        let fds = [
-            self.rx.queue.doorbell().as_raw_fd(),
-            self.tx.queue.doorbell().as_raw_fd(),
-            self.timers.retry.as_raw_fd(),
-            self.timers.limit.as_raw_fd(),
-        ];
-        for fd in fds {
+        let timers = [self.timers.retry.as_raw_fd(), self.timers.limit.as_raw_fd()];
+        let kernel = self.vhost.iter().flat_map(Vhost::fds);
+        for fd in kernel.chain(timers).collect::<Vec<_>>() {
             if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
                 return self.unwatchable(error);
             }
         }
+        self.watch_doorbells(ops);
         // What waits already may have been announced before we listened.
         self.rx.queue.rearm();
     }
 
     fn process(&mut self, events: Events, ops: &mut Watch) {
         let fd = events.fd();
-        if fd == self.rx.queue.doorbell().as_raw_fd() {
+        if self.hear_kernel(fd) {
+            // The kernel goes on, or we do.
+        } else if fd == self.rx.queue.doorbell().as_raw_fd() {
             self.rx.queue.silence();
         } else if fd == self.tx.queue.doorbell().as_raw_fd() {
             self.tx.queue.silence();
@@ -249,7 +330,7 @@ impl reactor::Worker for Worker {
             && matches!(self.link, Link::Up)
             && self.active
         {
-            self.gone(&std::io::Error::from_raw_os_error(libc::ENETDOWN));
+            self.gone(&io::Error::from_raw_os_error(libc::ENETDOWN));
         }
         self.process_queues();
         self.watch(ops);
@@ -286,7 +367,7 @@ mod tests {
             Tx::new(far.queue(), Offloads::empty(), (control, 0)),
             memory,
             signals("net0").0,
-            Box::new(backend),
+            Parts { backend: Box::new(backend), vhost: None },
             timers,
         );
         worker.link = Link::Gone { look: Instant::now() };

@@ -34,6 +34,35 @@ fn chains_come_in_order_and_go_back_with_their_length() {
     }
 }
 
+/// vhost-net serves a queue, and gives it back; or it has lost what it was about to send.
+#[test]
+fn who_takes_a_queue_over_goes_on_behind_the_last_chain_that_was_completed() {
+    let mut driver = driver().with_event_idx();
+    let (mut queue, mut other) = (driver.queue(), driver.queue());
+    for turn in 0..30 {
+        let heads = [(); 5].map(|()| driver.send(&[(0x1_0000, 16, 0)]));
+        other.take_over(&driver.memory);
+        for head in &heads[..3] {
+            assert_eq!(pop(&driver, &mut other).unwrap().unwrap().head, *head);
+            other.complete(&driver.memory, *head, 0).unwrap();
+        }
+        // Taken, and never completed.
+        let mut lost = driver.queue();
+        lost.take_over(&driver.memory);
+        assert_eq!(pop(&driver, &mut lost).unwrap().unwrap().head, heads[3]);
+        queue.take_over(&driver.memory);
+        assert_eq!(queue.place().1, turn * 5 + 3);
+        for head in &heads[3..] {
+            assert_eq!(pop(&driver, &mut queue).unwrap().unwrap().head, *head);
+            queue.complete(&driver.memory, *head, 0).unwrap();
+        }
+        assert!(pop(&driver, &mut queue).unwrap().is_none());
+        assert_eq!([(); 5].map(|()| driver.take_used().unwrap().0), heads);
+        queue.notify(&driver.memory);
+        assert!(driver.interrupt.take_raised() > 0, "of the last two");
+    }
+}
+
 #[test]
 fn registers_that_cannot_be_are_refused() {
     let driver = driver();

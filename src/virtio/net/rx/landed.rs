@@ -97,6 +97,8 @@ impl Rx {
             {}
         }
         self.held.withdraw();
+        // Somebody else may say whether the doorbell is wanted meanwhile.
+        self.quiet = false;
         // The last one taken first. One that was passed over, because its frame was dropped, cannot go back once later ones are done.
         while let Some(head) = self.held.remove_last(self.queue.next_avail()) {
             self.queue.give_back(head);
