@@ -1,6 +1,7 @@
 //! The fuzz targets over their committed inputs, without a fuzzer: nothing panics, and the inputs go as
 //! deep as they are kept for. `make fuzz` goes on from them.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -10,12 +11,20 @@ mod balloon;
 mod bent;
 #[path = "../fuzz/bodies/blk.rs"]
 mod blk;
+#[path = "../fuzz/bodies/boot.rs"]
+mod boot;
 #[path = "../fuzz/bodies/config.rs"]
 mod config;
+#[path = "../fuzz/bodies/ioapic.rs"]
+mod ioapic;
 #[path = "../fuzz/bodies/kernel.rs"]
 mod kernel;
+#[path = "../fuzz/bodies/ledger.rs"]
+mod ledger;
 #[path = "../fuzz/bodies/legacy.rs"]
 mod legacy;
+#[path = "../fuzz/bodies/msix.rs"]
+mod msix;
 #[path = "../fuzz/bodies/net.rs"]
 mod net;
 #[path = "../fuzz/bodies/pci.rs"]
@@ -24,6 +33,12 @@ mod pci;
 mod ports;
 #[path = "../fuzz/bodies/qcow2.rs"]
 mod qcow2;
+#[path = "../fuzz/bodies/queue.rs"]
+mod queue;
+#[path = "../fuzz/bodies/rate.rs"]
+mod rate;
+#[path = "../fuzz/bodies/structures.rs"]
+mod structures;
 #[path = "../fuzz/bodies/switch.rs"]
 mod switch;
 
@@ -47,6 +62,27 @@ fn made_up(seed: u64) -> Vec<u8> {
         (state >> 24) as u8
     };
     (0..1 + seed * 7 % 1500).map(|_| byte()).collect()
+}
+
+/// What the counters of a target's committed inputs add up to, each of them above 0; those made up must only end.
+fn reached(target: &str, run: impl Fn(&[u8]) -> Vec<(&'static str, u64)>) -> BTreeMap<&'static str, u64> {
+    let (kept, more) = inputs(target);
+    let mut sums = BTreeMap::new();
+    for (name, count) in kept.iter().flat_map(|input| run(input)) {
+        *sums.entry(name).or_default() += count;
+    }
+    assert!(sums.values().all(|sum| *sum > 0), "{target}: {sums:?}");
+    for input in &more {
+        run(input);
+    }
+    sums
+}
+
+/// Whether these counters have at least so much.
+fn at_least(sums: &BTreeMap<&'static str, u64>, floors: &[(&str, u64)]) {
+    for (name, least) in floors {
+        assert!(sums[name] >= *least, "{name}: {sums:?}");
+    }
 }
 
 #[test]
@@ -165,4 +201,50 @@ fn qcow2_opens_reads_and_writes() {
         [sum(|d| d.opened), sum(|d| d.refused), sum(|d| d.read), sum(|d| d.written), sum(|d| d.cleared)];
     assert!(reached.iter().zip([100, 30, 300, 150, 50]).all(|(sum, least)| *sum >= least), "{reached:?}");
     assert!(sum(|d| d.failed) >= 100);
+}
+
+#[test]
+fn queues_do_what_they_do_on_paper() {
+    let sums = reached("queue", |input| queue::run(input).counters());
+    at_least(&sums, &[("taken", 60), ("completed", 40), ("moved", 4000), ("drained", 15), ("left", 3)]);
+    at_least(&sums, &[("Size", 5), ("AvailAhead", 5), ("NotInUse", 20), ("Broken", 10), ("Short", 30)]);
+}
+
+#[test]
+fn msix_holds_back_and_delivers() {
+    let sums = reached("msix", |input| msix::run(input).counters());
+    at_least(&sums, &[("written", 50), ("delivered", 10), ("late", 5), ("masked", 10), ("refused", 15)]);
+}
+
+#[test]
+fn ioapic_sends_edges_and_levels() {
+    let sums = reached("ioapic", |input| ioapic::run(input).counters());
+    at_least(&sums, &[("written", 60), ("edges", 3), ("levels", 10), ("again", 3), ("lost", 10)]);
+}
+
+#[test]
+fn rates_hold_to_the_nanosecond() {
+    let sums = reached("rate", |input| rate::run(input).counters());
+    at_least(&sums, &[("passed", 40), ("no_bytes", 20), ("no_ops", 5), ("waited", 20), ("filled", 10)]);
+}
+
+#[test]
+fn ledgers_answer_as_on_paper() {
+    let sums = reached("ledger", |input| ledger::run(input).counters());
+    at_least(&sums, &[("claimed", 30), ("changed", 15), ("cores", 10), ("relieved", 5), ("stale", 5)]);
+    // Each constraint has refused something.
+    assert!(vmbed::Constraint::ALL.iter().all(|constraint| sums[constraint.name()] >= 3), "{sums:?}");
+}
+
+#[test]
+fn kernels_find_what_they_are_told() {
+    let sums = reached("boot", |input| boot::run(input).counters());
+    at_least(&sums, &[("cmdline", 1000), ("initrd", 100_000)]);
+}
+
+#[test]
+fn structures_of_c_cross_as_they_are() {
+    let sums = reached("structures", |input| structures::run(input).counters());
+    at_least(&sums, &[("disks", 3), ("nets", 3), ("ports", 3), ("hosts", 3), ("older", 5), ("newer", 5)]);
+    at_least(&sums, &[("sizes", 5), ("unknown", 4), ("null", 5), ("freed", 3), ("values", 10)]);
 }

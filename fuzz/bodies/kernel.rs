@@ -78,12 +78,12 @@ fn image(u: &mut Unstructured<'_>) -> Result<Image> {
     Ok((kind < 5, kernel, initrd, cmdline, kaslr))
 }
 
-fn put(image: &mut [u8], at: usize, bytes: &[u8]) {
+pub fn put(image: &mut [u8], at: usize, bytes: &[u8]) {
     image[at..at + bytes.len()].copy_from_slice(bytes);
 }
 
 /// Boot protocol 2.12, whose payload is what follows.
-fn bzimage(u: &mut Unstructured<'_>) -> Result<Vec<u8>> {
+pub fn bzimage(u: &mut Unstructured<'_>) -> Result<Vec<u8>> {
     let mut image = vec![0x90; 0x400 + 0x2000];
     put(&mut image, 0x1f1, &[0; 0x7f]);
     put(&mut image, 0x1f1, &[1]);
@@ -127,7 +127,7 @@ fn lz4(bytes: &[u8]) -> Vec<u8> {
 }
 
 /// An ELF image with a PVH note and up to three segments.
-fn elf(u: &mut Unstructured<'_>) -> Result<Vec<u8>> {
+pub fn elf(u: &mut Unstructured<'_>) -> Result<Vec<u8>> {
     let mut image = vec![0; 0x1000];
     put(&mut image, 0, &[0x7f, b'E', b'L', b'F', 2, 1, 1]);
     put(&mut image, 16, &[2, 0, 62, 0, 1, 0, 0, 0]);
