@@ -20,6 +20,8 @@ pub struct Depth {
     pub initrd: u64,
     /// Initrds that lie at a page, since there is no room to have their huge pages alone.
     pub tight: u32,
+    /// Kernels that were told of none, though their image speaks of one.
+    pub denied: u32,
     /// Command lines that are too long for the configuration, or for the kernel; and those with a NUL.
     pub long: u32,
     pub too_long: u32,
@@ -38,6 +40,7 @@ impl Depth {
             ("cmdline", self.cmdline),
             ("initrd", self.initrd),
             ("tight", self.tight.into()),
+            ("denied", self.denied.into()),
             ("long", self.long.into()),
             ("too_long", self.too_long.into()),
             ("nul", self.nul.into()),
@@ -81,7 +84,7 @@ fn attempt(u: &mut Unstructured<'_>, depth: &mut Depth) -> Result<()> {
     let initrd = initrd(u, memory)?;
     let kaslr = u.arbitrary()?;
     let mut kernel = if is_linux { bzimage(u)? } else { elf(u)? };
-    let (mut longest, mut highest) = (MAX_CMDLINE, u64::from(u32::MAX));
+    let (mut longest, mut highest, mut speaks) = (MAX_CMDLINE, u64::from(u32::MAX), false);
     if is_linux {
         highest = 0x7fff_ffff;
         if u.arbitrary()? {
@@ -93,6 +96,11 @@ fn attempt(u: &mut Unstructured<'_>, depth: &mut Depth) -> Result<()> {
             let most = *u.choose(&[0x37ff_ffffu32, 0x7f_ffff, 0x3f_ffff, 0x20_0fff, 0, u32::MAX])?;
             put(&mut kernel, 0x22c, &most.to_le_bytes());
             highest = most.into();
+        }
+        if u.ratio(1u8, 4u8)? {
+            // An image that speaks of an initrd.
+            put(&mut kernel, 0x218, &u.arbitrary::<[u8; 8]>()?);
+            speaks = kernel[0x21c..0x220] != [0; 4];
         }
     }
     let has_nul = cmdline.contains('\0');
@@ -131,6 +139,7 @@ fn attempt(u: &mut Unstructured<'_>, depth: &mut Depth) -> Result<()> {
     depth.cmdline += cmdline.len() as u64;
     let filled = &loaded.filled[0];
     assert_eq!(told.initrd.is_some(), initrd.is_some());
+    depth.denied += u32::from(speaks && !loaded.pvh && initrd.is_none());
     let ram: Vec<_> =
         told.map.iter().filter(|(_, kind)| *kind == 1).map(|(range, _)| range.clone()).collect();
     for pair in told.map.windows(2) {
