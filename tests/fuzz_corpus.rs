@@ -15,6 +15,8 @@ mod blk;
 mod boot;
 #[path = "../fuzz/bodies/config.rs"]
 mod config;
+#[path = "../fuzz/bodies/given.rs"]
+mod given;
 #[path = "../fuzz/bodies/ioapic.rs"]
 mod ioapic;
 #[path = "../fuzz/bodies/kernel.rs"]

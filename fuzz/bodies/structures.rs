@@ -2,21 +2,22 @@
 //! C's structures with sizes, as programs of other versions pass them to the real functions: every size, tails that are not
 //! known, NULL, numbers out of range. What crosses is what the same would be in Rust.
 
-use std::ffi::{CString, c_char, c_void};
-use std::path::PathBuf;
+use std::ffi::{c_char, c_void};
 use std::ptr::null_mut;
 
 use arbitrary::{Result, Unstructured};
 use vmbed::internals::crossed;
 use vmbed::{
     BackingConfig, BackingKind, BalloonConfig, CacheMode, DiskConfig, DiskEngine, DiskFormat, HugePages,
-    IpPrefix, MacAddress, NetConfig, PciAddress, PortOptions, PortVlan, RateLimit, Switch, SwitchOptions,
+    IpPrefix, NetConfig, PortOptions, PortVlan, RateLimit, Switch, SwitchOptions,
+};
+
+use super::given::{
+    Given, INVALID, Kind, Text, UNSUPPORTED, count, file, mac, maybe, number, numbers, pci, rate, utf8, words,
 };
 
 const STEPS: usize = 64;
 const OK: i32 = 0;
-const INVALID: i32 = -1;
-const UNSUPPORTED: i32 = -6;
 
 type Handle = *mut c_void;
 type Add = unsafe extern "C" fn(Handle, *const c_void, *mut Handle) -> i32;
@@ -91,14 +92,6 @@ impl Depth {
     }
 }
 
-/// What the header says of a structure: how long its first version was and this one is, and where it has pointers and
-/// the lengths of what they point to.
-struct Kind {
-    first: usize,
-    full: usize,
-    pointers: &'static [usize],
-}
-
 const DISK: Kind = Kind { first: 40, full: 136, pointers: &[8, 16, 24, 96, 104, 112, 120, 128] };
 const NET: Kind = Kind { first: 32, full: 120, pointers: &[8, 16, 24, 112] };
 const BALLOON: Kind = Kind { first: 32, full: 32, pointers: &[8] };
@@ -108,181 +101,10 @@ const PORT: Kind = Kind { first: 152, full: 152, pointers: &[16, 40, 48] };
 const HOST: Kind = Kind { first: 48, full: 104, pointers: &[8, 88, 96] };
 const STATISTICS: Kind = Kind { first: 288, full: 288, pointers: &[] };
 
-/// A structure in a C program's memory: as many bytes as its size says, where that is a size.
-struct Given {
-    /// Behind them nothing is this program's; words, for alignment.
-    words: Vec<u64>,
-    size: usize,
-    /// What its functions see of it: the rest is zero.
-    seen: Vec<u8>,
-    /// What a size or a tail alone is refused with.
-    refusal: Option<i32>,
-}
-
-impl Given {
-    /// `fields` are offsets and bytes, pointers among them.
-    fn new(
-        u: &mut Unstructured<'_>,
-        kind: &Kind,
-        fields: &[(usize, Vec<u8>)],
-        depth: &mut Depth,
-    ) -> Result<Self> {
-        let mut seen = vec![0; kind.full];
-        for (at, bytes) in fields {
-            seen[*at..at + bytes.len()].copy_from_slice(bytes);
-        }
-        let mut tail = 0;
-        let size = match u.int_in_range(0..=11u8)? {
-            0..5 => kind.full,
-            5..8 => u.int_in_range(kind.first..=kind.full)?,
-            8 => kind.full + u.int_in_range(0..=300)?,
-            9 => {
-                tail = u.int_in_range(1..=255u8)?;
-                kind.full + u.int_in_range(1..=300)?
-            }
-            10 => u.int_in_range(0..=kind.first - 1)?,
-            _ => *u.choose(&[(1 << 16) + 1, 1 << 17, usize::MAX, isize::MAX as usize, 1 << 63])?,
-        };
-        let wrong = size < kind.first || size > 1 << 16;
-        // A function may look at the size, and where that is wrong at nothing else.
-        let length = if wrong { 8 } else { size };
-        let mut bytes = vec![0; length];
-        let known = length.min(kind.full);
-        // A program that knows half a pointer does not exist.
-        if let Some(cut) = kind.pointers.iter().find(|at| (**at + 1..**at + 8).contains(&known)) {
-            seen[*cut..cut + 8].fill(0);
-        }
-        seen[known..].fill(0);
-        bytes[..known].copy_from_slice(&seen[..known]);
-        bytes[..8].copy_from_slice(&size.to_le_bytes());
-        if tail != 0 && !wrong {
-            let at = u.int_in_range(kind.full..=size - 1)?;
-            bytes[at] = tail;
-        }
-        depth.older += u32::from(!wrong && size < kind.full);
-        depth.newer += u32::from(!wrong && size > kind.full && tail == 0);
-        let refusal = match (wrong, tail) {
-            (true, _) => Some(INVALID),
-            (_, 0) => None,
-            _ => Some(UNSUPPORTED),
-        };
-        let words = bytes.chunks(8).map(|part| {
-            let mut word = [0; 8];
-            word[..part.len()].copy_from_slice(part);
-            u64::from_le_bytes(word)
-        });
-        Ok(Self { words: words.collect(), size, seen, refusal })
-    }
-
-    fn pointer(&self) -> *const c_void {
-        self.words.as_ptr().cast()
-    }
-
-    fn word(&self, at: usize) -> u64 {
-        u64::from_le_bytes(self.seen[at..at + 8].try_into().unwrap())
-    }
-
-    fn number(&self, at: usize) -> u32 {
-        u32::from_le_bytes(self.seen[at..at + 4].try_into().unwrap())
-    }
-
-    /// Whether the text at a pointer has crossed: `None` where the pointer is NULL.
-    fn text<'a>(&self, at: usize, text: &'a Text) -> Option<&'a [u8]> {
-        (self.word(at) != 0).then(|| text.0.as_ref().map_or(&[][..], |text| text.as_bytes()))
-    }
-
-    fn rate(&self, at: usize) -> RateLimit {
-        let limit = RateLimit::NONE.bytes(self.word(at), self.word(at + 8));
-        limit.ops(self.word(at + 16), self.word(at + 24))
-    }
-}
-
-/// A string of the C program's, or NULL.
-struct Text(Option<CString>);
-
-impl Text {
-    /// Mostly one of the good ones.
-    fn new(u: &mut Unstructured<'_>, good: &[&str]) -> Result<Self> {
-        if u.ratio(1u8, 3u8)? {
-            return Ok(Self(None));
-        }
-        let mut bytes = u.choose(good)?.as_bytes().to_vec();
-        if u.ratio(1u8, 5u8)? && !bytes.is_empty() {
-            let at = u.choose_index(bytes.len())?;
-            bytes[at] = u.int_in_range(1..=255)?;
-        }
-        Ok(Self(Some(CString::new(bytes).unwrap())))
-    }
-
-    fn field(&self, at: usize) -> (usize, Vec<u8>) {
-        let pointer = self.0.as_ref().map_or(0, |text| text.as_ptr() as usize);
-        (at, pointer.to_le_bytes().to_vec())
-    }
-}
-
 /// Good ones, and some that are not.
 const PLACES: [&str; 4] = ["00:03.0", "0000:00:1f.7", "00:00.0", "01:02.0"];
 const MACS: [&str; 3] = ["52:54:00:12:34:56", "02:00:00:00:00:01", "ff:ff:ff:ff:ff:ff"];
 const PATHS: [&str; 3] = ["/images/disk.img", "x", ""];
-
-/// Six pairs of digits.
-fn mac(text: &[u8]) -> Option<MacAddress> {
-    let digit = |b: u8| (b as char).to_digit(16).map(|d| d as u8);
-    let parts: Vec<&[u8]> = text.split(|b| *b == b':').collect();
-    let bytes = parts.iter().map(|part| match part {
-        [a, b] => Some(digit(*a)? << 4 | digit(*b)?),
-        _ => None,
-    });
-    Some(MacAddress(bytes.collect::<Option<Vec<u8>>>()?.try_into().ok()?))
-}
-
-fn utf8(bytes: &[u8]) -> Option<String> {
-    String::from_utf8(bytes.to_vec()).ok()
-}
-
-fn file(bytes: &[u8]) -> PathBuf {
-    use std::os::unix::ffi::OsStrExt;
-    std::ffi::OsStr::from_bytes(bytes).into()
-}
-
-/// `Some(None)` for nothing, `None` where it is wrong.
-fn maybe<T>(text: Option<&[u8]>, read: impl FnOnce(&[u8]) -> Option<T>) -> Option<Option<T>> {
-    match text {
-        None => Some(None),
-        Some(text) => read(text).map(Some),
-    }
-}
-
-fn pci(text: &[u8]) -> Option<PciAddress> {
-    std::str::from_utf8(text).ok()?.parse().ok()
-}
-
-/// Numbers that a field is given: mostly such as there are.
-fn number(u: &mut Unstructured<'_>, most: u32) -> Result<u32> {
-    if u.ratio(7u8, 8u8)? { u.int_in_range(0..=most) } else { u.arbitrary() }
-}
-
-fn words(at: usize, words: &[u64]) -> (usize, Vec<u8>) {
-    (at, words.iter().flat_map(|word| word.to_le_bytes()).collect())
-}
-
-fn numbers(at: usize, numbers: &[u32]) -> (usize, Vec<u8>) {
-    (at, numbers.iter().flat_map(|number| number.to_le_bytes()).collect())
-}
-
-fn rate(u: &mut Unstructured<'_>, at: usize) -> Result<(usize, Vec<u8>)> {
-    let mut all = [0u64; 4];
-    for word in &mut all {
-        *word = if u.arbitrary()? { 0 } else { u.arbitrary()? };
-    }
-    Ok(words(at, &all))
-}
-
-/// How many elements an array is said to have: as many as there are, or more than any memory holds.
-fn count(u: &mut Unstructured<'_>, there: usize) -> Result<u64> {
-    let wild = u.ratio(1u8, 10u8)?;
-    Ok(if wild { *u.choose(&[u64::MAX, i64::MAX as u64 + 1, 1 << 62])? } else { there as u64 })
-}
 
 struct Caller {
     config: Handle,
@@ -361,6 +183,13 @@ impl Caller {
         }
     }
 
+    fn given(&mut self, u: &mut Unstructured<'_>, kind: &Kind, fields: &[(usize, Vec<u8>)]) -> Result<Given> {
+        let given = Given::new(u, kind, fields)?;
+        self.depth.older += u32::from(given.older);
+        self.depth.newer += u32::from(given.newer);
+        Ok(given)
+    }
+
     /// NULL where there must be something, and a handle that was freed.
     fn nothing(&mut self, u: &mut Unstructured<'_>) -> Result<()> {
         let calls: [Add; 4] =
@@ -425,42 +254,12 @@ impl Caller {
             data.field(112),
             words(120, &[keys_at, key_count]),
         ];
-        let given = Given::new(u, &DISK, &fields, &mut self.depth)?;
-        let expected = || {
-            let mut disk = DiskConfig::attached();
-            disk.path = given.text(8, &path).map(file);
-            disk.serial = maybe(given.text(16, &serial), utf8)?.unwrap_or_default();
-            disk.pci = maybe(given.text(24, &place), pci)?;
-            disk.readonly = given.number(32) != 0;
-            let formats = [DiskFormat::Raw, DiskFormat::Qcow2];
-            disk.format = *formats.get(given.number(40) as usize).filter(|_| given.number(36) == 0)?;
-            let caches =
-                [CacheMode::Writeback, CacheMode::Writethrough, CacheMode::Direct, CacheMode::Unsafe];
-            disk.cache = *caches.get(given.number(44) as usize)?;
-            let engines = [DiskEngine::Auto, DiskEngine::Sync, DiskEngine::IoUring];
-            disk.engine = *engines.get(given.number(48) as usize)?;
-            disk.queues = given.number(52).clamp(1, u16::MAX.into()) as u16;
-            (disk.discard, disk.lock) = (given.number(56) == 0, given.number(60) == 0);
-            disk.rate = given.rate(64);
-            let list = |at: usize| {
-                let (pointer, count) = (given.word(at), given.word(at + 8));
-                (count == 0 || pointer != 0 && count <= 2).then_some(count)
-            };
-            for index in 0..list(96)? {
-                let number = if index == 0 { 0 } else { second };
-                let format = formats.get(number as usize).filter(|_| index == 0 || !spare)?;
-                disk = disk.based_on("below", *format);
-            }
-            disk.data_file = given.text(112, &data).map(file);
-            for _ in 0..list(120)? {
-                disk = disk.unlocked_by("secret");
-            }
-            Some(disk)
-        };
+        let given = self.given(u, &DISK, &fields)?;
+        let expected = disk_config(&given, [&path, &serial, &place, &data], (second, spare));
         // SAFETY: a structure as long as its size says, whose pointers are good.
         let status =
             Self::status(|error| unsafe { vmbed_config_add_disk(self.config, given.pointer(), error) });
-        if let Some(disk) = self.outcome(&given, expected(), status) {
+        if let Some(disk) = self.outcome(&given, expected, status) {
             assert_eq!(crossed::config(self.config).unwrap().disks.last(), Some(&disk));
             self.depth.disks += 1;
         }
@@ -479,7 +278,7 @@ impl Caller {
             rate(u, 80)?,
             stream.field(112),
         ];
-        let given = Given::new(u, &NET, &fields, &mut self.depth)?;
+        let given = self.given(u, &NET, &fields)?;
         let expected = || {
             let mut net = NetConfig::attached();
             net.tap = maybe(given.text(8, &tap), utf8)?;
@@ -507,7 +306,7 @@ impl Caller {
         let place = Text::new(u, &PLACES)?;
         let reserved = if u.ratio(1u8, 10u8)? { u.arbitrary()? } else { 0 };
         let fields = [place.field(8), numbers(16, &[number(u, 1)?, number(u, 1)?, number(u, 1)?, reserved])];
-        let given = Given::new(u, &BALLOON, &fields, &mut self.depth)?;
+        let given = self.given(u, &BALLOON, &fields)?;
         let expected = || {
             let [keep, silent, hinting] = [16, 20, 24].map(|at| given.number(at) != 0);
             let pci = maybe(given.text(8, &place), pci).filter(|_| given.number(28) == 0)?;
@@ -536,7 +335,7 @@ impl Caller {
             numbers(8, &[number(u, 3)?, number(u, 2)?, number(u, 1)?, number(u, 1)?]),
             words(24, &[at, count(u, there)?]),
         ];
-        let given = Given::new(u, &BACKING, &fields, &mut self.depth)?;
+        let given = self.given(u, &BACKING, &fields)?;
         let expected = || {
             let kinds =
                 [BackingKind::Memfd, BackingKind::Anonymous, BackingKind::Huge2M, BackingKind::Huge1G];
@@ -567,7 +366,7 @@ impl Caller {
         // Addresses cost memory: what is too many is refused before any is taken.
         let addresses = *u.choose(&[0u32, 1, 100, 1 << 21, u32::MAX])?;
         let fields = [numbers(8, &[addresses, number(u, 1000)?])];
-        let given = Given::new(u, &SWITCH, &fields, &mut self.depth)?;
+        let given = self.given(u, &SWITCH, &fields)?;
         let mut options = SwitchOptions::default();
         if addresses > 0 {
             options.addresses = addresses;
@@ -604,51 +403,11 @@ impl Caller {
             rate(u, 88)?,
             rate(u, 120)?,
         ];
-        let given = Given::new(u, &PORT, &fields, &mut self.depth)?;
-        let expected = || {
-            let small = |number: u32| u16::try_from(number).ok();
-            let mut port = PortOptions::default();
-            port.vlan = match (given.word(16), length, given.number(8)) {
-                (0, 0, vlan) => PortVlan::Access(small(vlan.max(1))?),
-                (0, ..) => return None,
-                (_, _, native) => {
-                    let vlans = trunk[..length as usize].iter().map(|vlan| small(*vlan));
-                    let native = if native == 0 { None } else { Some(small(native)?) };
-                    PortVlan::Trunk { vlans: vlans.collect::<Option<_>>()?, native }
-                }
-            };
-            (port.isolated, port.unknown_unicast) = (given.number(24) != 0, given.number(28) == 0);
-            port.max_addresses = match given.number(32) {
-                0 => 1024,
-                most => most,
-            };
-            port.guard.router = given.number(36) != 0;
-            let list = utf8(given.text(40, &macs).unwrap_or_default())?;
-            port.guard.macs =
-                list.split_whitespace().map(|text| mac(text.as_bytes())).collect::<Option<_>>()?;
-            let list = maybe(given.text(48, &addresses), utf8)?;
-            let parse = |list: String| {
-                list.split_whitespace().map(|t| t.parse::<IpPrefix>().ok()).collect::<Option<Vec<_>>>()
-            };
-            port.guard.addresses = match list.map(parse) {
-                Some(parsed) => Some(parsed?),
-                None => None,
-            };
-            (port.rate_in, port.rate_out) = (given.rate(56), given.rate(88));
-            port.storm = match given.rate(120) {
-                storm if storm.is_none() => RateLimit::NONE.ops(10_000, 2_000),
-                storm if storm.ops_per_second == u64::MAX => {
-                    RateLimit::NONE.bytes(storm.bytes_per_second, storm.bytes_burst)
-                }
-                storm => storm,
-            };
-            // What Rust says of it.
-            Switch::new(&SwitchOptions::default()).unwrap().add_port("other", &port).ok()?;
-            Some(port)
-        };
+        let given = self.given(u, &PORT, &fields)?;
         if self.ports >= 30 {
             return Ok(());
         }
+        let expected = port_options(&given, &trunk[..length as usize], &macs, &addresses);
         let mut made = null_mut();
         let (switch, name) = (self.switch, c"port".as_ptr());
         // SAFETY: as above; a place for the result.
@@ -656,7 +415,7 @@ impl Caller {
             vmbed_switch_add_port(switch, name, given.pointer(), &mut made, error)
         });
         assert_eq!(made.is_null(), status != OK);
-        if let Some(port) = self.outcome(&given, expected(), status) {
+        if let Some(port) = self.outcome(&given, expected, status) {
             assert_eq!(crossed::port_options(made).unwrap(), port);
             (self.depth.ports, self.ports) = (self.depth.ports + 1, self.ports + 1);
         }
@@ -675,7 +434,7 @@ impl Caller {
             *number = if u.arbitrary()? { 0 } else { u.arbitrary()? };
         }
         let fields = [kvm.field(8), words(16, &numbers), words(88, &[at, count(u, there)?])];
-        let given = Given::new(u, &HOST, &fields, &mut self.depth)?;
+        let given = self.given(u, &HOST, &fields)?;
         let made = crossed::host(given.pointer());
         let status = match &made {
             Ok(_) => OK,
@@ -712,7 +471,7 @@ impl Caller {
 
     /// A structure that is filled: as much as its size says, zeroes where nothing is known, and nothing behind.
     fn statistics(&mut self, u: &mut Unstructured<'_>) -> Result<()> {
-        let mut given = Given::new(u, &STATISTICS, &[], &mut self.depth)?;
+        let mut given = self.given(u, &STATISTICS, &[])?;
         let fill = 0x5a5a_5a5a_5a5a_5a5a;
         given.words[1..].fill(fill);
         // What lies behind is the program's own.
@@ -737,4 +496,80 @@ impl Caller {
         self.depth.statistics += 1;
         Ok(())
     }
+}
+
+/// The same in Rust: of `texts` path, serial number, place and data file; of the second file that it is based on
+/// the format, and whether that is spoilt.
+fn disk_config(given: &Given, texts: [&Text; 4], (second, spoilt): (u32, bool)) -> Option<DiskConfig> {
+    let [path, serial, place, data] = texts;
+    let mut disk = DiskConfig::attached();
+    disk.path = given.text(8, path).map(file);
+    disk.serial = maybe(given.text(16, serial), utf8)?.unwrap_or_default();
+    disk.pci = maybe(given.text(24, place), pci)?;
+    disk.readonly = given.number(32) != 0;
+    let formats = [DiskFormat::Raw, DiskFormat::Qcow2];
+    disk.format = *formats.get(given.number(40) as usize).filter(|_| given.number(36) == 0)?;
+    let caches = [CacheMode::Writeback, CacheMode::Writethrough, CacheMode::Direct, CacheMode::Unsafe];
+    disk.cache = *caches.get(given.number(44) as usize)?;
+    let engines = [DiskEngine::Auto, DiskEngine::Sync, DiskEngine::IoUring];
+    disk.engine = *engines.get(given.number(48) as usize)?;
+    disk.queues = given.number(52).clamp(1, u16::MAX.into()) as u16;
+    (disk.discard, disk.lock) = (given.number(56) == 0, given.number(60) == 0);
+    disk.rate = given.rate(64);
+    let list = |at: usize| {
+        let (pointer, count) = (given.word(at), given.word(at + 8));
+        (count == 0 || pointer != 0 && count <= 2).then_some(count)
+    };
+    for index in 0..list(96)? {
+        let number = if index == 0 { 0 } else { second };
+        let format = formats.get(number as usize).filter(|_| index == 0 || !spoilt)?;
+        disk = disk.based_on("below", *format);
+    }
+    disk.data_file = given.text(112, data).map(file);
+    for _ in 0..list(120)? {
+        disk = disk.unlocked_by("secret");
+    }
+    Some(disk)
+}
+
+/// The same in Rust, which may say that it will not do.
+fn port_options(given: &Given, trunk: &[u32], macs: &Text, addresses: &Text) -> Option<PortOptions> {
+    let small = |number: u32| u16::try_from(number).ok();
+    let mut port = PortOptions::default();
+    port.vlan = match (given.word(16), trunk.len(), given.number(8)) {
+        (0, 0, vlan) => PortVlan::Access(small(vlan.max(1))?),
+        (0, ..) => return None,
+        (_, _, native) => {
+            let vlans = trunk.iter().map(|vlan| small(*vlan));
+            let native = if native == 0 { None } else { Some(small(native)?) };
+            PortVlan::Trunk { vlans: vlans.collect::<Option<_>>()?, native }
+        }
+    };
+    (port.isolated, port.unknown_unicast) = (given.number(24) != 0, given.number(28) == 0);
+    port.max_addresses = match given.number(32) {
+        0 => 1024,
+        most => most,
+    };
+    port.guard.router = given.number(36) != 0;
+    let list = utf8(given.text(40, macs).unwrap_or_default())?;
+    port.guard.macs = list.split_whitespace().map(|text| mac(text.as_bytes())).collect::<Option<_>>()?;
+    let list = maybe(given.text(48, addresses), utf8)?;
+    let parse = |list: String| {
+        list.split_whitespace().map(|t| t.parse::<IpPrefix>().ok()).collect::<Option<Vec<_>>>()
+    };
+    port.guard.addresses = match list.map(parse) {
+        Some(parsed) => Some(parsed?),
+        None => None,
+    };
+    (port.rate_in, port.rate_out) = (given.rate(56), given.rate(88));
+    port.storm = match given.rate(120) {
+        storm if storm.is_none() => RateLimit::NONE.ops(10_000, 2_000),
+        storm if storm.ops_per_second == u64::MAX => {
+            RateLimit::NONE.bytes(storm.bytes_per_second, storm.bytes_burst)
+        }
+        storm => storm,
+    };
+    // What Rust says of it.
+    Switch::new(&SwitchOptions::default()).unwrap().add_port("other", &port).ok()?;
+    Some(port)
 }

@@ -2,6 +2,8 @@
 
 #[path = "../bodies/structures.rs"]
 mod body;
+#[path = "../bodies/given.rs"]
+mod given;
 mod report;
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| report::add(&body::run(data).counters()));
