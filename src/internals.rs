@@ -43,13 +43,23 @@ use crate::virtio::transport::{Bells, Doorbells, VirtioPci};
 
 mod bench;
 pub mod driver;
+mod interrupts;
 mod kernel;
 mod ledger;
+mod rate;
+mod ring;
 mod served;
 
 pub use bench::{BenchBus, BenchQueue, BenchSwitch};
+/// What structures of C's have become.
+pub mod crossed {
+    pub use crate::capi::crossed::{config, host, port_options};
+}
+pub use interrupts::{BareIoapic, BareMsix, IOAPIC_PINS};
 pub use kernel::{Loaded, load_kernel};
-pub use ledger::{PlacementInventory, PlacementLedger};
+pub use ledger::{Accounts, FreeMemory, HostTerms, PlacementInventory, PlacementLedger, Promises, VmTerms};
+pub use rate::Bucket;
+pub use ring::{BareQueue, RingSetup, Taken};
 use served::{Device, Handle};
 
 /// Where the memory-mapped configuration space is.

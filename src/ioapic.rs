@@ -240,7 +240,7 @@ impl IrqLine {
     }
 
     /// Drives the line high or low.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "internals"))]
     pub fn set_level(&self, high: bool) {
         self.ioapic.drive(&mut lock(&self.ioapic.state), self.pin, high);
     }

@@ -38,7 +38,7 @@ pub(crate) struct Routes {
     vm: Option<Arc<VmFd>>,
     table: Mutex<Table>,
     /// What was signalled without a KVM, for tests of what raises it.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "internals"))]
     signalled: Mutex<Vec<Msi>>,
 }
 
@@ -62,7 +62,7 @@ impl Routes {
         Arc::new(Self {
             vm,
             table: Mutex::new(table),
-            #[cfg(test)]
+            #[cfg(any(test, feature = "internals"))]
             signalled: Mutex::default(),
         })
     }
@@ -99,9 +99,11 @@ impl Routes {
 
     /// Delivers a message now.
     pub fn signal(&self, msi: Msi) -> Result<()> {
-        #[cfg(test)]
-        lock(&self.signalled).push(msi);
-        let Some(vm) = &self.vm else { return Ok(()) };
+        let Some(vm) = &self.vm else {
+            #[cfg(any(test, feature = "internals"))]
+            lock(&self.signalled).push(msi);
+            return Ok(());
+        };
         let message = kvm_bindings::kvm_msi {
             address_lo: msi.address as u32,
             address_hi: (msi.address >> 32) as u32,
@@ -115,14 +117,24 @@ impl Routes {
     }
 
     /// The messages delivered since the last call.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "internals"))]
     pub fn take_signalled(&self) -> Vec<Msi> {
         std::mem::take(&mut lock(&self.signalled))
     }
 
-    #[cfg(test)]
+    /// What the table has for a pin.
+    #[cfg(any(test, feature = "internals"))]
     pub fn pin(&self, pin: usize) -> Option<Msi> {
         lock(&self.table).pins[pin]
+    }
+
+    /// What the table has for a vector.
+    #[cfg(feature = "internals")]
+    fn slot(&self, gsi: Gsi) -> Option<Msi> {
+        match lock(&self.table).vectors.get((gsi.0 - IOAPIC_PINS) as usize) {
+            Some(Slot::Routed(msi)) => Some(*msi),
+            _ => None,
+        }
     }
 
     fn set_slot(&self, gsi: Gsi, slot: Slot) -> Result<()> {
@@ -229,6 +241,13 @@ impl Vector {
     #[cfg(any(test, feature = "internals"))]
     pub fn event(&self) -> Result<EventFd> {
         self.event.try_clone().map_err(|e| Error::os("duplicating an interrupt's eventfd", e))
+    }
+
+    /// The message that it is let through as, as the routing table has it.
+    #[cfg(feature = "internals")]
+    pub fn route(&self) -> Option<Msi> {
+        let routes = self.routes.upgrade().filter(|_| *lock(&self.attached))?;
+        routes.slot(self.gsi)
     }
 
     /// How often it was raised since the last call; for drivers without a KVM.

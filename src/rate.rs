@@ -103,8 +103,9 @@ impl Tokens {
         let elapsed = now.saturating_sub(self.at);
         let gained = u128::from(elapsed) * u128::from(self.rate) + u128::from(self.fraction);
         self.at = self.at.max(now);
-        let whole = i64::try_from(gained / u128::from(SECOND)).unwrap_or(i64::MAX);
-        self.level = self.level.saturating_add(whole);
+        // One that has paid the largest debt back is more than an i64 holds.
+        let level = i128::from(self.level) + (gained / u128::from(SECOND)) as i128;
+        self.level = i64::try_from(level).unwrap_or(i64::MAX);
         self.fraction = (gained % u128::from(SECOND)) as u64;
         if self.level >= self.burst {
             (self.level, self.fraction) = (self.burst, 0);
@@ -199,6 +200,10 @@ mod tests {
         let mut slow = TokenBucket::new(RateLimit::NONE.bytes(1, 0), ms(0));
         assert_eq!(slow.take(u64::MAX, ms(0)), Ok(()));
         assert!(slow.take(1, ms(0)).is_err_and(|wait| wait > Duration::from_secs(1 << 33)));
+        let mut fast = TokenBucket::new(RateLimit::NONE.bytes(1 << 53, 0), ms(0));
+        assert_eq!(fast.take(u64::MAX, ms(0)), Ok(()));
+        let paid = fast.take(1, ms(0)).unwrap_err();
+        assert_eq!(fast.take(1, paid), Ok(()), "the largest debt is paid back in one piece");
         assert_eq!(RateLimit::NONE.ops(5, 0).ops_burst, 1);
     }
 

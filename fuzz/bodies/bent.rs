@@ -72,5 +72,10 @@ pub fn break_rings(board: &Board, rings: &mut Rings, u: &mut Unstructured<'_>) -
 
 /// Takes what was completed: no more than the ring holds, even where the used ring was overwritten.
 pub fn collect(board: &Board, rings: &mut Rings) -> u32 {
-    (0..rings.size).map_while(|_| rings.take_used(board)).count() as u32
+    lengths(board, rings).len() as u32
+}
+
+/// The same, with how much of each was filled.
+pub fn lengths(board: &Board, rings: &mut Rings) -> Vec<u32> {
+    (0..rings.size).map_while(|_| rings.take_used(board)).map(|(_, length)| length).collect()
 }

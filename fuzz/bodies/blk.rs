@@ -22,8 +22,12 @@ const STEPS: usize = 64;
 pub struct Depth {
     /// Requests that the device has answered.
     pub completed: u32,
-    /// Of those, with the status OK.
+    /// Of those, with the status OK, IOERR and UNSUPP, of the last one at each look.
     pub succeeded: u32,
+    pub failed: u32,
+    pub unsupported: u32,
+    /// Those that have no place for a status.
+    pub mute: u32,
     /// How often it gave up until the reset.
     pub resets: u32,
 }
@@ -38,10 +42,13 @@ struct Guest {
 impl Depth {
     /// What a campaign sums up.
     #[allow(dead_code, reason = "a replay looks at the fields")]
-    pub fn counters(&self) -> [(&'static str, u64); 3] {
+    pub fn counters(&self) -> [(&'static str, u64); 6] {
         [
             ("completed", self.completed.into()),
             ("succeeded", self.succeeded.into()),
+            ("failed", self.failed.into()),
+            ("unsupported", self.unsupported.into()),
+            ("mute", self.mute.into()),
             ("resets", self.resets.into()),
         ]
     }
@@ -151,7 +158,13 @@ impl Guest {
     }
 
     fn collect(&mut self) {
-        self.depth.completed += collect(&self.board, &mut self.rings);
-        self.depth.succeeded += u32::from(bytes::<1>(&self.board, STATUS) == [0]);
+        let completed = collect(&self.board, &mut self.rings);
+        self.depth.completed += completed;
+        match bytes::<1>(&self.board, STATUS)[0] {
+            0 => self.depth.succeeded += 1,
+            1 => self.depth.failed += 1,
+            2 => self.depth.unsupported += 1,
+            _ => self.depth.mute += u32::from(completed > 0),
+        }
     }
 }

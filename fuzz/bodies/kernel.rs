@@ -5,6 +5,19 @@ use vmbed::internals::load_kernel;
 
 const MEMORY: u64 = 16 << 20;
 
+/// Why an image is refused: a name, and what the error says.
+const REASONS: [(&str, &[&str]); 9] = [
+    ("foreign", &["is not an x86", "for another architecture", "no 64-bit"]),
+    ("old", &["boot protocol"]),
+    ("truncated", &["is truncated", "ends within", "is empty"]),
+    ("damaged", &["damaged", "empty payload"]),
+    ("headers", &["program headers"]),
+    ("segments", &["program header ", "no segment"]),
+    ("no_entry", &["no PVH entry", "outside of its segments"]),
+    ("no_room", &["to unpack itself", "too large"]),
+    ("cmdline", &["the command line"]),
+];
+
 /// How deep an input went, for the replay of the corpus.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Depth {
@@ -16,18 +29,21 @@ pub struct Depth {
     pub unpacked: bool,
     /// It was refused, with a text.
     pub refused: bool,
+    /// The text was of these reasons.
+    pub reasons: [bool; REASONS.len()],
 }
 
 impl Depth {
     /// What a campaign sums up.
-    #[allow(dead_code, reason = "a replay looks at the fields")]
-    pub fn counters(&self) -> [(&'static str, u64); 4] {
-        [
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        let mut all = vec![
             ("loaded", self.loaded.into()),
             ("pvh", self.pvh.into()),
             ("unpacked", self.unpacked.into()),
             ("refused", self.refused.into()),
-        ]
+        ];
+        all.extend(REASONS.iter().zip(self.reasons).map(|((name, _), met)| (*name, met.into())));
+        all
     }
 }
 
@@ -43,11 +59,13 @@ pub fn run(data: &[u8]) -> Depth {
             assert!(loaded.filled[0].contains(&loaded.rip), "{loaded:x?}");
             // The decompressor's own entry is 0x200 further on.
             let unpacked = packed && loaded.rip == 0x10_0000;
-            Depth { loaded: true, pvh: loaded.pvh, unpacked, refused: false }
+            Depth { loaded: true, pvh: loaded.pvh, unpacked, ..Depth::default() }
         }
         Err(error) => {
-            assert!(!error.to_string().is_empty());
-            Depth { refused: true, ..Depth::default() }
+            let text = error.to_string();
+            let reasons = REASONS.map(|(_, texts)| texts.iter().any(|part| text.contains(part)));
+            assert!(reasons.contains(&true), "a reason that is not known here: {text}");
+            Depth { refused: true, reasons, ..Depth::default() }
         }
     }
 }
@@ -71,6 +89,10 @@ fn image(u: &mut Unstructured<'_>) -> Result<Image> {
             *byte = u.arbitrary()?;
         }
     }
+    if kind < 5 && u.ratio(1u8, 12u8)? {
+        // Of another version.
+        put(&mut kernel, 0x206, &(u.arbitrary::<u16>()? & 0x3ff).to_le_bytes());
+    }
     if u.ratio(1u8, 8u8)? {
         kernel.truncate(u.int_in_range(0..=kernel.len())?);
     }
@@ -78,12 +100,12 @@ fn image(u: &mut Unstructured<'_>) -> Result<Image> {
     Ok((kind < 5, kernel, initrd, cmdline, kaslr))
 }
 
-fn put(image: &mut [u8], at: usize, bytes: &[u8]) {
+pub fn put(image: &mut [u8], at: usize, bytes: &[u8]) {
     image[at..at + bytes.len()].copy_from_slice(bytes);
 }
 
 /// Boot protocol 2.12, whose payload is what follows.
-fn bzimage(u: &mut Unstructured<'_>) -> Result<Vec<u8>> {
+pub fn bzimage(u: &mut Unstructured<'_>) -> Result<Vec<u8>> {
     let mut image = vec![0x90; 0x400 + 0x2000];
     put(&mut image, 0x1f1, &[0; 0x7f]);
     put(&mut image, 0x1f1, &[1]);
@@ -127,7 +149,7 @@ fn lz4(bytes: &[u8]) -> Vec<u8> {
 }
 
 /// An ELF image with a PVH note and up to three segments.
-fn elf(u: &mut Unstructured<'_>) -> Result<Vec<u8>> {
+pub fn elf(u: &mut Unstructured<'_>) -> Result<Vec<u8>> {
     let mut image = vec![0; 0x1000];
     put(&mut image, 0, &[0x7f, b'E', b'L', b'F', 2, 1, 1]);
     put(&mut image, 16, &[2, 0, 62, 0, 1, 0, 0, 0]);

@@ -5,7 +5,7 @@ use vmbed::internals::driver::status::NEEDS_RESET;
 use vmbed::internals::driver::{EVENT_IDX, INDIRECT_DESC, Registers, Rings, VERSION_1, WRITE};
 use vmbed::internals::{Board, Part};
 
-use super::bent::{MEMORY, bend, break_rings, collect, indirect};
+use super::bent::{MEMORY, bend, break_rings, indirect, lengths};
 
 const RINGS: [u64; 3] = [0x8_0000, 0x9_0000, 0xa_0000];
 const TABLE: u64 = 0x4000;
@@ -21,6 +21,11 @@ pub struct Depth {
     pub read: u32,
     /// Chains of console output that were taken.
     pub written: u32,
+    /// Requests for random bytes that got none, and for input: their buffers are nowhere, empty, or to be read.
+    pub no_random: u32,
+    pub no_input: u32,
+    /// Bytes that came out of the console, up to what it remembers.
+    pub said: u64,
     /// How often a device gave up until the reset.
     pub resets: u32,
 }
@@ -28,11 +33,14 @@ pub struct Depth {
 impl Depth {
     /// What a campaign sums up.
     #[allow(dead_code, reason = "a replay looks at the fields")]
-    pub fn counters(&self) -> [(&'static str, u64); 4] {
+    pub fn counters(&self) -> [(&'static str, u64); 7] {
         [
             ("random", self.random.into()),
             ("read", self.read.into()),
             ("written", self.written.into()),
+            ("no_random", self.no_random.into()),
+            ("no_input", self.no_input.into()),
+            ("said", self.said),
             ("resets", self.resets.into()),
         ]
     }
@@ -115,10 +123,17 @@ impl Guest {
             self.board.process_all();
         }
         let [random, read, written] = &mut self.rings;
-        self.depth.random += collect(&self.board, random);
-        self.depth.read += collect(&self.board, read);
-        self.depth.written += collect(&self.board, written);
-        assert!(self.board.output().len() <= 64 << 10);
+        for length in lengths(&self.board, random) {
+            self.depth.random += 1;
+            self.depth.no_random += u32::from(length == 0);
+        }
+        for length in lengths(&self.board, read) {
+            self.depth.read += 1;
+            self.depth.no_input += u32::from(length == 0);
+        }
+        self.depth.written += lengths(&self.board, written).len() as u32;
+        self.depth.said = self.board.output().len() as u64;
+        assert!(self.depth.said <= 64 << 10);
         match u.arbitrary::<u8>()? {
             0..8 => {
                 self.board.pause();

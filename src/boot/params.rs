@@ -57,11 +57,10 @@ pub(super) fn write_zero_page(
     let mut page = boot_params { hdr: *setup, acpi_rsdp_addr: acpi::RSDP, ..boot_params::default() };
     page.hdr.type_of_loader = LOADER_UNDEFINED;
     page.hdr.cmd_line_ptr = place::CMDLINE as u32;
-    if let Some(initrd) = initrd {
-        // Below 4 GiB: the header's 32-bit limit was kept.
-        page.hdr.ramdisk_image = initrd.start as u32;
-        page.hdr.ramdisk_size = (initrd.end - initrd.start) as u32;
-    }
+    // Below 4 GiB: the header's 32-bit limit was kept. What the image says itself is nothing that was loaded.
+    let initrd = initrd.unwrap_or(0..0);
+    page.hdr.ramdisk_image = initrd.start as u32;
+    page.hdr.ramdisk_size = (initrd.end - initrd.start) as u32;
     let map = memory_map(memory);
     page.e820_entries = map.len() as u8;
     for (entry, (range, kind)) in page.e820_table.iter_mut().zip(map) {

@@ -143,11 +143,14 @@ fn the_zero_page_holds_the_kernels_own_header_and_zeroes_behind_it() {
     let mut image = bzimage(b"packed otherwise", false);
     // The header ends at 0x268 by its jump; what follows in the file is code.
     put(&mut image, 0x268, &[0xcc; 0x80]);
+    // An initrd that nobody has loaded.
+    put(&mut image, 0x218, &[0xee; 8]);
     let (_, memory) = load_bytes(&image).unwrap();
     let mut page = [0; 4096];
     memory.read_slice(&mut page, GuestAddress(place::ZERO_PAGE)).unwrap();
     let mut header = image[0x1f1..0x268].to_vec();
     header[0x210 - 0x1f1] = 0xff;
+    put(&mut header, 0x218 - 0x1f1, &[0; 8]);
     put(&mut header, 0x228 - 0x1f1, &(place::CMDLINE as u32).to_le_bytes());
     assert_eq!(page[0x1f1..0x268], header);
     assert!(page[0x268..0x2d0].iter().all(|b| *b == 0), "no code behind the header");

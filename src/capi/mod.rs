@@ -16,6 +16,8 @@ mod arguments;
 mod balloon;
 mod block;
 mod config;
+#[cfg(feature = "internals")]
+pub(crate) mod crossed;
 mod device;
 mod disk;
 mod drive;

@@ -138,7 +138,9 @@ impl FromStr for MacAddress {
         let parse = || -> Option<[u8; 6]> {
             let bytes: Option<Vec<u8>> = text
                 .split(':')
-                .map(|p| (p.len() == 2).then(|| u8::from_str_radix(p, 16).ok()).flatten())
+                // Digits alone: a number may have a sign.
+                .map(|p| (p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit())).then_some(p))
+                .map(|p| u8::from_str_radix(p?, 16).ok())
                 .collect();
             bytes?.try_into().ok()
         };

@@ -464,7 +464,7 @@ mod tests {
         }
         let mac = "52:54:00:12:34:56";
         assert_eq!(mac.parse::<MacAddress>().unwrap().to_string(), mac);
-        for text in ["52:54:00:12:34", "52:54:00:12:34:5", "52:54:00:12:34:56:78", "+2:54:00:12:34:5g"] {
+        for text in ["52:54:00:12:34", "52:54:00:12:34:5", "52:54:00:12:34:56:78", "+2:54:00:12:34:56"] {
             assert!(text.parse::<MacAddress>().is_err(), "{text}");
         }
         let uuid = "01234567-89ab-cdef-0123-456789abcdef";

@@ -7,7 +7,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-use super::memory_file;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use super::{memory_file, outside};
 use crate::boot::{self, Identity, Protocol};
 use crate::config::{LinuxBoot, Uuid, VmConfig};
 use crate::error::{Error, Result};
@@ -22,6 +24,21 @@ pub struct Loaded {
     pub pvh: bool,
     /// What was filled: the kernel, then the initrd.
     pub filled: Vec<Range<u64>>,
+    /// What the kernel is told, as it finds it by its protocol's pointers.
+    pub told: Told,
+}
+
+/// What a kernel finds.
+#[derive(Clone, Debug, Default)]
+pub struct Told {
+    /// Its command line, up to the NUL.
+    pub cmdline: Vec<u8>,
+    /// Where its initrd is said to be.
+    pub initrd: Option<Range<u64>>,
+    /// What is there.
+    pub initrd_bytes: Vec<u8>,
+    /// The memory map; 1 is RAM.
+    pub map: Vec<(Range<u64>, u32)>,
 }
 
 /// Loads a kernel into `size` bytes of fresh guest memory, with its tables, as a build of a VM does.
@@ -46,7 +63,43 @@ pub fn load_kernel(
     let identity = Identity { uuid: Uuid([0; 16]), name: "internals".into() };
     let entry = boot::linux(&memory, &linux, &machine, &identity)?;
     let pvh = matches!(entry.protocol, Protocol::Pvh { .. });
-    Ok(Loaded { rip: entry.rip, pvh, filled: entry.filled })
+    let told = told(&memory, &entry.protocol).map_err(|e| outside(0, e))?;
+    Ok(Loaded { rip: entry.rip, pvh, filled: entry.filled, told })
+}
+
+/// Follows the pointers: those of the zero page (Documentation/arch/x86/zero-page.rst), or of `hvm_start_info`.
+fn told(memory: &Memory, protocol: &Protocol) -> std::result::Result<Told, GuestMemoryError> {
+    let long = |at: u64| memory.read_obj::<u64>(GuestAddress(at));
+    let word = |at: u64| memory.read_obj::<u32>(GuestAddress(at)).map(u64::from);
+    let (cmdline, initrd, table, count, step) = match *protocol {
+        Protocol::Linux64 { zero_page: at } => {
+            let count = memory.read_obj::<u8>(GuestAddress(at + 0x1e8))?.into();
+            (word(at + 0x228)?, (word(at + 0x218)?, word(at + 0x21c)?), at + 0x2d0, count, 20)
+        }
+        Protocol::Pvh { start_info: at } => {
+            let modules = long(at + 16)?;
+            let initrd = if word(at + 12)? > 0 { (long(modules)?, long(modules + 8)?) } else { (0, 0) };
+            (long(at + 24)?, initrd, long(at + 40)?, word(at + 48)?, 24)
+        }
+        Protocol::Bare { .. } => return Ok(Told::default()),
+    };
+    let mut found = Told::default();
+    for at in cmdline.. {
+        match memory.read_obj::<u8>(GuestAddress(at))? {
+            0 => break,
+            byte => found.cmdline.push(byte),
+        }
+    }
+    for at in (table..).step_by(step).take(count as usize) {
+        let start = long(at)?;
+        found.map.push((start..start + long(at + 8)?, word(at + 16)? as u32));
+    }
+    if let (start, length @ 1..) = initrd {
+        found.initrd = Some(start..start + length);
+        found.initrd_bytes = vec![0; length as usize];
+        memory.read_slice(&mut found.initrd_bytes, GuestAddress(start))?;
+    }
+    Ok(found)
 }
 
 /// A file in memory, and a path that opens it while the file lives.

@@ -379,7 +379,7 @@ impl SwitchPort {
     }
 
     /// What it is told now; `None` once it was removed.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "internals"))]
     pub(crate) fn options(&self) -> Option<PortOptions> {
         let (map, _) = self.owner.shared.map();
         map.get(&self.port).map(|entry| entry.rules.options.clone())
