@@ -12,7 +12,10 @@ use vmbed::internals::driver::status::{DRIVER_OK, NEEDS_RESET};
 use vmbed::internals::driver::{Buffer, INDIRECT_DESC, Registers, Rings, VERSION_1, WRITE, bytes};
 use vmbed::internals::{Board, Part, memory_file};
 
+mod driven;
 mod frames;
+#[path = "../guests/mod.rs"]
+mod guests;
 mod host;
 mod registers;
 mod rows;
