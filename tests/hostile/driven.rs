@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use vmbed::internals::memory_file;
@@ -89,10 +89,13 @@ struct Rogue {
 
 impl Rogue {
     fn start(host: &Host) -> Self {
-        let guest = guests::hostile(Path::new(env!("CARGO_TARGET_TMPDIR")));
-        let code = std::fs::read(&guest).unwrap();
-        std::fs::remove_file(guest).unwrap();
-        let mut boot = BareBoot::new(CpuMode::Long, guests::ENTRY, code);
+        static CODE: LazyLock<Vec<u8>> = LazyLock::new(|| {
+            let guest = guests::hostile(Path::new(env!("CARGO_TARGET_TMPDIR")));
+            let code = std::fs::read(&guest).unwrap();
+            std::fs::remove_file(guest).unwrap();
+            code
+        });
+        let mut boot = BareBoot::new(CpuMode::Long, guests::ENTRY, CODE.clone());
         boot.stack = guests::STACK;
         let mut config = VmConfig::bare(boot);
         (config.platform, config.memory, config.rng) = (Platform::Pc, Bytes(guests::MEMORY), true);
