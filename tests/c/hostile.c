@@ -1,6 +1,6 @@
 /*
  * Guests that break the rules, through C: tests/guests/hostile.c, at $VMBED_HOSTILE_GUEST, does every row of hostile-rows.h with the devices of one
- * VM, and a second VM must not notice. tests/hostile/driven.rs does the same in Rust.
+ * VM, and a second VM must not notice. tests/hostile/driven.rs does the same in Rust. lies.c has the rows about the host.
  */
 #include "guest.h"
 #include <fcntl.h>
@@ -9,6 +9,7 @@
 #include <time.h>
 
 void guests_that_break_the_rules(void);
+void beside_another_vm(void (*happens)(vmbed_host *));
 
 enum { MEMORY = 4 << 20, SECTORS = 1024, END = 255 };
 
@@ -195,24 +196,38 @@ static void attack(struct rogue *rogue, uint32_t row, const char *name)
     disk_is_unharmed(rogue);
 }
 
-void guests_that_break_the_rules(void)
+void beside_another_vm(void (*happens)(vmbed_host *))
 {
     static uint8_t before[MEMORY], after[MEMORY];
-    static struct rogue rogue, bystander;
+    static struct rogue bystander;
+    vmbed_usage usage = {.size = sizeof usage};
     vmbed_host *host;
     OK(vmbed_host_open(NULL, &host, &error));
     begin(&bystander, host);
     CHECK(does(&bystander, 0, "") == 0 && told(&bystander) == 0);
     OK(vmbed_vm_read_memory(bystander.vm, 0, before, sizeof before, &error));
-    begin(&rogue, host);
-#define ROW(number, name) attack(&rogue, number, #name);
-#include "../guests/hostile-rows.h"
-#undef ROW
-    end(&rogue);
+    happens(host);
+    OK(vmbed_host_usage(host, &usage, &error));
+    CHECK(usage.vms == 1);
     OK(vmbed_vm_read_memory(bystander.vm, 0, after, sizeof after, &error));
     CHECK(!memcmp(before, after, sizeof before));
     CHECK(does(&bystander, 0, "") == 0 && told(&bystander) == 0);
     disk_is_unharmed(&bystander);
     end(&bystander);
     vmbed_host_free(host);
+}
+
+static void every_row(vmbed_host *host)
+{
+    static struct rogue rogue;
+    begin(&rogue, host);
+#define ROW(number, name) attack(&rogue, number, #name);
+#include "../guests/hostile-rows.h"
+#undef ROW
+    end(&rogue);
+}
+
+void guests_that_break_the_rules(void)
+{
+    beside_another_vm(every_row);
 }

@@ -1,7 +1,7 @@
 /*
  * A bare guest that breaks the rules of every device that it has, by the registers and rings that a guest reaches. It asks the test at
- * ASK which row of hostile-rows.h it is to do (0: use every device as one should; END: reset the machine) and says there when it has
- * been done. The last thing of each row is that every device serves again. What it finds wrong it leaves in `report`, at RESULTS.
+ * ASK which row of hostile-rows.h it is to do (0: use every device as one should; SEND: frames that may get lost; SUBMIT: flushes that nobody
+ * answers; RESTART: every device anew; END: reset the machine) and says there when it has been done. The last thing of each row is that every device serves again. What it finds wrong it leaves in `report`, at RESULTS.
  *
  * It has a disk of 1024 sectors, two cards that are the two ends of one cable, a source of random numbers, a console port, and a balloon with
  * everything. virtio.c beside it is the guest that keeps to the rules.
@@ -23,6 +23,9 @@ typedef unsigned long u64;
 #define SECTORS 1024UL
 #define SIZE 32 /* entries of each queue */
 #define ASK 0x10
+#define RESTART 252
+#define SUBMIT 253
+#define SEND 254
 #define END 255
 
 enum { NEXT = 1, WRITE = 2, INDIRECT = 4 };
@@ -72,7 +75,7 @@ static volatile struct {
     u64 found, wanted;
 } *const report = (void *)RESULTS;
 
-static u8 round = 1;
+static u8 round = 1, has_room;
 
 static inline void out32(u16 port, u32 value) { __asm__ volatile("outl %0, %1" : : "a"(value), "Nd"(port)); }
 static inline u32 in32(u16 port)
@@ -336,20 +339,35 @@ static void good_disk(void)
         SAME(get(DATA + i, 1), round);
 }
 
+/* A frame to everybody, of a type for experiments. */
+static void sends_a_frame(void)
+{
+    fill(DATA, 12, 0), fill(DATA + 12, 60, round), fill(DATA + 12, 6, 0xff);
+    set(DATA + 18, 8, 0xb588070000000002);
+    tries(&sender, DATA, 72, 0, 0);
+}
+
+/* A buffer for a frame that comes in. */
+static void makes_room(void)
+{
+    if (!has_room)
+        send(&receiver.queue[0], ROOM, 2048, WRITE), ring(&receiver, &receiver.queue[0]);
+    has_room = 1;
+}
+
 /* A frame for the other card: it may have to come after what is on the cable already. */
 static void good_cards(void)
 {
     struct queue *queue = &receiver.queue[0];
     u32 length;
-    fill(DATA, 12, 0), fill(DATA + 12, 60, round);
-    tries(&sender, DATA, 72, 0, 0);
-    for (;;) {
-        u16 head = send(queue, ROOM, 2048, WRITE);
-        ring(&receiver, queue);
-        SAME(take(queue, &length), head);
-        if (length == 72 && get(ROOM + 12, 1) == round && get(ROOM + 71, 1) == round)
-            return;
+    sends_a_frame();
+    for (;; has_room = 0) {
+        makes_room();
+        take(queue, &length);
+        if (length == 72 && get(ROOM + 26, 1) == round && get(ROOM + 71, 1) == round)
+            break;
     }
+    has_room = 0;
 }
 
 static void good_balloon(void)
@@ -900,6 +918,25 @@ static void input_that_nobody_reads(void)
     }
 }
 
+/* Flushes, as many as there is room for, and then the same again and again, for a disk that does not answer. */
+static void submits_without_waiting(void)
+{
+    struct queue *queue = &disk.queue[0];
+    u16 heads[SIZE / 2];
+    header(4, 0);
+    for (u32 i = 0; i < SIZE / 2; i++) {
+        add(queue, HEADER, 16, 0), add(queue, STATUS, 1, WRITE);
+        heads[i] = offer(queue, 2);
+        ring(&disk, queue);
+    }
+    for (u32 i = 0; i < 2 * SIZE; i++) {
+        make_available(queue, heads[i % (SIZE / 2)]);
+        ring(&disk, queue);
+    }
+    report->broken++;
+    WAIT(status(&disk) & NEEDS_RESET);
+}
+
 static int is_dangerous(u32 port)
 {
     /* The test's own, the reset by the keyboard controller, the panic, power, and where PCI is configured. */
@@ -946,6 +983,18 @@ static const struct {
 static void run(u32 row)
 {
     report->broken = 0;
+    if (row == SUBMIT) {
+        submits_without_waiting();
+        return;
+    }
+    for (u32 i = 0; i < 6 && row == RESTART; i++)
+        restart(all[i]);
+    if (row == SEND) {
+        makes_room();
+        for (u32 i = 0; i < 10; i++)
+            sends_a_frame();
+        return;
+    }
     for (u32 i = 0; i < sizeof rows / sizeof *rows; i++)
         if (rows[i].number == row)
             rows[i].run();

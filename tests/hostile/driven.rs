@@ -5,13 +5,14 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use vmbed::internals::memory_file;
 use vmbed::{
-    Access, BalloonConfig, BareBoot, Bytes, ConsoleKind, CpuMode, Device, DiskConfig, EventKind, Host, NetConfig,
-    Platform, Result, StopCause, Vm, VmConfig,
+    Access, BalloonConfig, BareBoot, BlockBackend, BlockOp, BlockRequest, Bytes, ConsoleKind, CpuMode,
+    Device, DiskConfig, EventKind, Host, NetConfig, Platform, Result, StopCause, Vm, VmBuilder, VmConfig,
 };
 
 use crate::guests;
@@ -19,7 +20,13 @@ use crate::guests;
 /// What the guest is told at its end.
 const END: u32 = 255;
 /// No row: every device is used as it should be.
-const USE: u32 = 0;
+pub const USE: u32 = 0;
+/// No row: flushes that nobody answers, again and again.
+const SUBMIT: u32 = 253;
+/// No row: every device from its reset on.
+const RESTART: u32 = 252;
+/// No row: ten frames, of which all may get lost.
+pub const SEND: u32 = 254;
 const SECTORS: u64 = 1024;
 const LONG: Duration = Duration::from_secs(120);
 
@@ -81,14 +88,27 @@ impl Device for Ask {
 }
 
 /// A VM with every device, and the guest.
-struct Rogue {
-    vm: Vm,
+pub struct Rogue {
+    pub vm: Vm,
     ask: Arc<Ask>,
     disk: File,
 }
 
 impl Rogue {
-    fn start(host: &Host) -> Self {
+    pub fn start(host: &Host) -> Self {
+        let (near, far) = UnixDatagram::pair().unwrap();
+        let attached = vec![NetConfig::attached(); 2];
+        Self::with(host, attached, |b, disk| {
+            b.disk_fd(0, disk).unwrap().net_fd(0, near).unwrap().net_fd(1, far).unwrap()
+        })
+    }
+
+    /// With these cards instead of two ends of a cable, and what is attached to them and as its disk: that file, or another thing.
+    pub fn with(
+        host: &Host,
+        nets: Vec<NetConfig>,
+        attach: impl FnOnce(VmBuilder, &File) -> VmBuilder,
+    ) -> Self {
         static CODE: LazyLock<Vec<u8>> = LazyLock::new(|| {
             let guest = guests::hostile(Path::new(env!("CARGO_TARGET_TMPDIR")));
             let code = std::fs::read(&guest).unwrap();
@@ -99,21 +119,20 @@ impl Rogue {
         boot.stack = guests::STACK;
         let mut config = VmConfig::bare(boot);
         (config.platform, config.memory, config.rng) = (Platform::Pc, Bytes(guests::MEMORY), true);
-        (config.disks, config.nets) = (vec![DiskConfig::attached()], vec![NetConfig::attached(); 2]);
+        (config.disks, config.nets) = (vec![DiskConfig::attached()], nets);
         config.console = ConsoleKind::Virtio;
         let balloon = config.balloon.insert(BalloonConfig::default());
         balloon.hinting = true;
         let (ask, disk) = (Arc::new(Ask::default()), memory_file(512 * SECTORS).unwrap());
-        let (near, far) = UnixDatagram::pair().unwrap();
         let builder = host.builder(config).pio_device("ask", guests::SAY, 8, ask.clone());
-        let builder = builder.disk_fd(0, &disk).unwrap().net_fd(0, near).unwrap().net_fd(1, far).unwrap();
+        let builder = attach(builder, &disk);
         let rogue = Self { vm: builder.build().unwrap(), ask, disk };
         rogue.vm.start().unwrap();
         rogue
     }
 
     /// How often it made a device ask for a reset in that row. Every device serves at its end.
-    fn does(&self, row: u32) -> u32 {
+    pub fn does(&self, row: u32) -> u32 {
         let said = self.ask.give(row);
         let mut report = [0; 32];
         self.vm.read_memory(guests::RESULTS, &mut report).unwrap();
@@ -127,7 +146,7 @@ impl Rogue {
     }
 
     /// What the embedder has been told since the last time, but for balloons.
-    fn events(&self) -> Vec<EventKind> {
+    pub fn events(&self) -> Vec<EventKind> {
         let events = std::iter::from_fn(|| self.vm.events().next_event()).map(|event| event.kind);
         events.filter(|kind| !matches!(kind, EventKind::Balloon { .. } | EventKind::Started)).collect()
     }
@@ -175,15 +194,30 @@ impl Bystander {
     }
 }
 
+/// Something happens, and another VM of this process must not notice.
+pub fn beside(happens: impl FnOnce(&Host)) {
+    let host = Host::open().unwrap();
+    let bystander = Bystander::start(&host);
+    happens(&host);
+    assert_eq!(host.usage().vms, 1, "what was built is gone");
+    bystander.undisturbed();
+}
+
 /// One VM does a row, and the other one must not notice.
 fn attack(row: u32) {
-    let host = Host::open().unwrap();
-    let (bystander, rogue) = (Bystander::start(&host), Rogue::start(&host));
+    beside(|host| does(host, row));
+}
+
+fn does(host: &Host, row: u32) {
+    let rogue = Rogue::start(host);
     let typed = if row == 22 { types_without_end(&rogue.vm) } else { 0 };
     let broken = rogue.does(row);
     let told = rogue.events();
     let resets = told.iter().filter(|kind| matches!(kind, EventKind::DeviceNeedsReset { .. })).count();
-    assert!(resets == told.len() && (resets > 0) == (broken > 0) && resets <= broken as usize, "{broken}: {told:?}");
+    assert!(
+        resets == told.len() && (resets > 0) == (broken > 0) && resets <= broken as usize,
+        "{broken}: {told:?}"
+    );
     rogue.disk_is_unharmed();
     match row {
         // 5, 7, 8: the number of what is done, so that none of it is left out.
@@ -196,7 +230,6 @@ fn attack(row: u32) {
     }
     rogue.ask.end();
     assert_eq!(rogue.vm.wait_timeout(LONG).unwrap(), Some(StopCause::GuestReset));
-    bystander.undisturbed();
 }
 
 /// How much of it was taken, with nobody reading.
@@ -209,6 +242,60 @@ fn types_without_end(vm: &Vm) -> usize {
             more => taken += more,
         }
     }
+}
+
+/// A disk of one sector, wherever that is, that keeps its requests, or answers them.
+#[derive(Clone, Default)]
+struct Keeps(Arc<(Mutex<Vec<BlockRequest>>, AtomicBool, Mutex<Vec<u8>>)>);
+
+impl BlockBackend for Keeps {
+    fn size(&self) -> u64 {
+        512 * SECTORS
+    }
+
+    fn submit(&mut self, mut request: BlockRequest) {
+        let (kept, answers, sector) = &*self.0;
+        if !answers.load(Ordering::SeqCst) {
+            return kept.lock().unwrap().push(request);
+        }
+        let mut sector = sector.lock().unwrap();
+        sector.resize(512, 0);
+        match request.op() {
+            BlockOp::Read => drop(request.copy_from(0, &sector)),
+            BlockOp::Write { .. } => drop(request.copy_to(0, &mut sector)),
+            _ => {}
+        }
+        request.complete(Ok(()));
+    }
+}
+
+/// Whatever the guest offers, what waits for its host is no more than its queue holds.
+#[test]
+fn row_12_a_disk_that_does_not_answer_keeps_no_more_than_the_queue_holds() {
+    beside(|host| {
+        let disk = Keeps::default();
+        let (near, far) = UnixDatagram::pair().unwrap();
+        let rogue = Rogue::with(host, vec![NetConfig::attached(); 2], |builder, _| {
+            let builder = builder.net_fd(0, near).unwrap().net_fd(1, far).unwrap();
+            builder.disk_backend(0, disk.clone())
+        });
+        for round in 0..3 {
+            disk.0.1.store(false, Ordering::SeqCst);
+            assert_eq!(rogue.does(SUBMIT), 1);
+            let told = rogue.events();
+            let in_use = |why: &str| why.contains("while it is in use");
+            assert!(
+                matches!(&told[..], [EventKind::DeviceNeedsReset { why, .. }] if in_use(why)),
+                "{told:?}"
+            );
+            // Those before the first that was offered twice.
+            let kept = std::mem::take(&mut *disk.0.0.lock().unwrap());
+            assert_eq!(kept.len(), 16, "round {round}");
+            disk.0.1.store(true, Ordering::SeqCst);
+            kept.into_iter().for_each(|request| assert!(request.complete(Ok(()))));
+            assert_eq!(rogue.does(RESTART), 0);
+        }
+    });
 }
 
 macro_rules! rows {
