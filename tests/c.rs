@@ -17,7 +17,7 @@ mod guests;
 mod list;
 
 /// The program of the cases.
-const API: [&str; 10] = [
+const API: [&str; 12] = [
     "tests/c/api.c",
     "tests/c/races.c",
     "tests/c/callbacks.c",
@@ -28,6 +28,8 @@ const API: [&str; 10] = [
     "tests/c/wiring.c",
     "tests/c/memory.c",
     "tests/c/reclaim.c",
+    "tests/c/hostile.c",
+    "tests/c/lies.c",
 ];
 const WARNINGS: [&str; 5] = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror"];
 
@@ -82,13 +84,15 @@ struct Stage {
     flags: Vec<String>,
     /// The guest for disks and cards.
     guest: PathBuf,
+    /// The one that breaks the rules.
+    hostile: PathBuf,
 }
 
 impl Stage {
     fn make() -> Self {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let directory = std::env::temp_dir().join(format!("vmbed-c-{}", std::process::id()));
-        let mut stage = Self { directory, flags: Vec::new(), guest: PathBuf::new() };
+        let mut stage = Self { directory, flags: Vec::new(), guest: PathBuf::new(), hostile: PathBuf::new() };
         let mut make = Command::new("make");
         make.current_dir(root).args(["--silent", "install", "PREFIX=/usr", "PROFILE=debug"]);
         make.arg(format!("DESTDIR={}", stage.directory.display()));
@@ -131,6 +135,7 @@ impl Stage {
         run(cc.arg(stage.directory.join("usr/lib/libvmbed.a")).args(libraries));
         stage.flags = flags;
         stage.guest = guests::virtio(&stage.directory);
+        stage.hostile = guests::hostile(&stage.directory);
         stage
     }
 
@@ -150,7 +155,8 @@ impl Stage {
         command.args(["--signal=KILL", "330"]).arg(self.directory.join(name));
         command.env("LD_LIBRARY_PATH", self.directory.join("usr/lib")).args(arguments);
         // What a program that is killed leaves behind lies there, and goes with it.
-        command.env("VMBED_GUEST", &self.guest).current_dir(&self.directory);
+        command.env("VMBED_GUEST", &self.guest).env("VMBED_HOSTILE_GUEST", &self.hostile);
+        command.current_dir(&self.directory);
         Box::new(command)
     }
 }
@@ -236,7 +242,7 @@ fn valgrind(stage: &Stage) {
         command.args(["--errors-for-leak-kinds=definite,indirect"]).arg(stage.directory.join("api"));
         command.current_dir(&stage.directory);
         command.env("LD_LIBRARY_PATH", stage.directory.join("usr/lib")).env("VMBED_ROUNDS", "100");
-        command.env("VMBED_GUEST", &stage.guest);
+        command.env("VMBED_GUEST", &stage.guest).env("VMBED_HOSTILE_GUEST", &stage.hostile);
         let output = run(command.arg(name));
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(!said.contains("Open file descriptor") || inherited(&said), "{name}: {said}");

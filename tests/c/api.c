@@ -29,6 +29,9 @@ void the_hosts_side_of_a_network(void);
 void what_is_done_when_memory_gets_short(void);
 void a_switch_drops_and_says_why(void);
 void disks_and_cards_by_descriptor(void);
+void guests_that_break_the_rules(void);
+void files_that_lie_and_fail(void);
+void vcpus_that_cannot_go_on(void);
 void the_hosts_side_of_a_network(void);
 void vcpus_on_the_callers_threads(void);
 void devices_on_the_callers_loop(void);
@@ -547,6 +550,9 @@ static const struct {
     CASE(what_is_done_when_memory_gets_short),
     CASE(a_switch_drops_and_says_why),
     CASE(disks_and_cards_by_descriptor),
+    CASE(guests_that_break_the_rules),
+    CASE(files_that_lie_and_fail),
+    CASE(vcpus_that_cannot_go_on),
     CASE(the_hosts_side_of_a_network),
 };
 

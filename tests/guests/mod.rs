@@ -58,9 +58,18 @@ pub fn outcome(results: &[u8], index: usize) -> Outcome {
 
 /// Compiles virtio.c into `directory`; the path of what goes to [`ENTRY`] in long mode.
 pub fn virtio(directory: &Path) -> PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guests/virtio.c");
+    compile("virtio", directory)
+}
+
+/// The same of hostile.c.
+pub fn hostile(directory: &Path) -> PathBuf {
+    compile("hostile", directory)
+}
+
+fn compile(what: &str, directory: &Path) -> PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/guests/{what}.c"));
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    let name = format!("virtio-guest-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    let name = format!("{what}-guest-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
     let out = directory.join(name);
     let mut cc = Command::new("cc");
     cc.args(["-std=c11", "-Wall", "-Wextra", "-Werror", "-O1", "-ffreestanding", "-fno-pic", "-no-pie"]);

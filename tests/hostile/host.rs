@@ -1,19 +1,40 @@
 //! The rows about a host that fails. (31's SIGBUS is in `tests/api/memory.rs`, in Rust, C and Python.)
 
+use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use vmbed::{BareBoot, Bytes, CpuMode, ErrorKind, Host, StopCause, VmConfig, VmState};
+use rustix::process::{Resource, Rlimit, Signal, getpid, getrlimit, kill_process, setrlimit};
+use vmbed::{
+    BareBoot, Boot, Bytes, CpuMode, DiskConfig, ErrorKind, EventKind, Host, NetConfig, Platform, StopCause,
+    VmConfig, VmState,
+};
 
-/// Says to this program, started anew, which of the trials below is its own.
-const INSIDE: &str = "VMBED_HOSTILE_INSIDE";
+use crate::driven::{Rogue, SEND, USE, beside};
+use crate::files::Scratch;
+use crate::guest::{run, wait_until};
 
-/// Runs the trial `name` of this program in a process of its own, with these limits (prlimit(1)).
-fn limited(name: &str, limits: &[&str]) {
+/// Says to this program, started anew, that it is the trial's own.
+pub const INSIDE: &str = "VMBED_HOSTILE_INSIDE";
+
+/// Runs the trial `name` of this program in a process of its own, which this command starts.
+pub fn inside(name: &str, around: &[&str]) {
     let mut command = Command::new("timeout");
-    command.args(["--signal=KILL", "120", "prlimit"]).args(limits).arg(std::env::current_exe().unwrap());
+    command.args(["--signal=KILL", "300"]).args(around).arg(std::env::current_exe().unwrap());
     let output = command.args(["--exact", name, "--test-threads=1"]).env(INSIDE, "1").output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && said.contains("1 passed"), "{limits:?}: {output:?}");
+    let failed = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success() && said.contains("1 passed"),
+        "{around:?}: {}\n{said}{failed}",
+        output.status
+    );
+}
+
+/// The same with these limits (prlimit(1)).
+fn limited(name: &str, limits: &[&str]) {
+    inside(name, &[&["prlimit"], limits].concat());
 }
 
 /// Halts at once.
@@ -53,4 +74,180 @@ fn row_31_a_memfd_that_may_not_be_so_large() {
         return limited("host::row_31_a_memfd_that_may_not_be_so_large", &["--fsize=2000000"]);
     }
     refused(Bytes::mib(4), ErrorKind::Exhausted, "RLIMIT_FSIZE");
+}
+
+fn ip(words: &str) -> String {
+    let output = Command::new("ip").args(words.split(' ')).output().expect("ip (package iproute2)");
+    assert!(output.status.success(), "ip {words}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+const TAPS: [&str; 2] = ["vmbhost0", "vmbhost1"];
+
+fn make_tap(name: &str) {
+    ip(&format!("tuntap add {name} mode tap"));
+    ip(&format!("link set {name} master vmbbr up"));
+}
+
+fn make_bridge() {
+    ip("link add vmbbr type bridge");
+    ip("link set vmbbr up");
+}
+
+/// Its card is on it, and the bridge passes frames on.
+fn wait_for_tap(name: &str) {
+    wait_until("a card is on its TAP interface again", || {
+        let shown = ip(&format!("-d link show {name}"));
+        shown.contains("LOWER_UP") && shown.contains("state forwarding")
+    });
+}
+
+/// The cards `net0` and `net1` of one VM are on one bridge: what the first sends comes to the second.
+fn without_a_network(host: &Host) {
+    let rogue =
+        Rogue::with(host, TAPS.map(NetConfig::tap).into(), |builder, disk| builder.disk_fd(0, disk).unwrap());
+    let works = || {
+        TAPS.iter().for_each(|tap| wait_for_tap(tap));
+        assert_eq!(rogue.does(USE), 0);
+    };
+    works();
+    for round in 0..2 {
+        ip("link del vmbbr");
+        rogue.does(SEND);
+        make_bridge();
+        TAPS.iter().for_each(|tap| drop(ip(&format!("link set {tap} master vmbbr"))));
+        works();
+        assert_eq!(rogue.events(), [], "round {round}: a bridge is not the card's");
+        for (card, tap) in ["net0", "net1"].iter().zip(TAPS) {
+            ip(&format!("link set {tap} down"));
+            rogue.does(SEND);
+            ip(&format!("link set {tap} up"));
+            works();
+            rogue.events();
+            ip(&format!("link del {tap}"));
+            rogue.does(SEND);
+            let mut told = Vec::new();
+            let seen = std::cell::RefCell::new(&mut told);
+            wait_until("the embedder is told that the TAP interface is gone", || {
+                seen.borrow_mut().extend(rogue.events());
+                !seen.borrow().is_empty()
+            });
+            for kind in &told {
+                let of_the_card = |device: &str| device == *card;
+                assert!(
+                    matches!(kind, EventKind::BackendError { device, .. } if of_the_card(device)),
+                    "{kind:?}"
+                );
+            }
+            assert_eq!(rogue.vm.state(), VmState::Running);
+            make_tap(tap);
+            works();
+            rogue.events();
+        }
+    }
+}
+
+/// In a network namespace of its own, with whose last process all of it is gone. Where this machine has no TAP interfaces, in the lab.
+#[test]
+fn row_29_a_tap_and_a_bridge_that_go_away() {
+    if std::env::var_os(INSIDE).is_none() {
+        let unshare = ["unshare", "--net", "--map-root-user"];
+        let lab = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/lab/run");
+        let around = if Path::new("/dev/net/tun").exists() { &[][..] } else { &[lab, "--"] };
+        return inside("host::row_29_a_tap_and_a_bridge_that_go_away", &[around, &unshare].concat());
+    }
+    make_bridge();
+    TAPS.iter().for_each(|tap| make_tap(tap));
+    beside(without_a_network);
+}
+
+/// A PC with two disks, which resets at once.
+fn hungry(scratch: &Scratch) -> VmConfig {
+    let mut config = config(Bytes::mib(1));
+    config.platform = Platform::Pc;
+    config.boot = Boot::Bare(BareBoot::new(CpuMode::Real, 0x1000, [0xb0, 0xfe, 0xe6, 0x64, 0xf4]));
+    config.disks = ["one", "two"].map(|name| DiskConfig::new(scratch.sparse(name, 1 << 20))).into();
+    config
+}
+
+fn descriptors() -> u64 {
+    std::fs::read_dir("/proc/self/fd").unwrap().count() as u64
+}
+
+#[test]
+fn row_32_too_few_descriptors_for_a_build() {
+    if std::env::var_os(INSIDE).is_none() {
+        return inside("host::row_32_too_few_descriptors_for_a_build", &[]);
+    }
+    let scratch = Scratch::new();
+    beside(|host| {
+        let config = hungry(&scratch);
+        drop(host.build(config.clone()).unwrap());
+        // What is counted of a VM is opened when somebody asks.
+        assert_eq!(host.usage().vms, 1);
+        let (all, before) = (getrlimit(Resource::Nofile), descriptors());
+        let (mut failed, mut built) = (0, 0);
+        for more in 0..100 {
+            let fewer = Rlimit { current: Some(before + more), maximum: all.maximum };
+            setrlimit(Resource::Nofile, fewer).unwrap();
+            let result = host.build(config.clone());
+            setrlimit(Resource::Nofile, all).unwrap();
+            match result {
+                Ok(vm) => {
+                    assert_eq!(run(&vm), StopCause::GuestReset);
+                    built += 1;
+                }
+                Err(error) => {
+                    assert!(error.to_string().contains("os error 24"), "{error}");
+                    failed += 1;
+                }
+            }
+            assert_eq!((descriptors(), host.usage().vms), (before, 1), "with {more} more");
+        }
+        assert!(
+            failed > 10 && built > 10,
+            "{failed} failed, {built} were built: the sweep has lost its ends"
+        );
+    });
+}
+
+/// Signals of the process, with handlers that interrupt calls, come all the time; VMs are built, work, and end.
+#[test]
+fn row_32_a_storm_of_signals() {
+    if std::env::var_os(INSIDE).is_none() {
+        return inside("host::row_32_a_storm_of_signals", &[]);
+    }
+    let over = Arc::new(AtomicBool::new(false));
+    let heard = [Signal::USR1, Signal::ALARM, Signal::URG].map(|signal| {
+        let heard = Arc::new(AtomicBool::new(false));
+        signal_hook::flag::register(signal.as_raw(), heard.clone()).unwrap();
+        heard
+    });
+    let storm = std::thread::spawn({
+        let over = over.clone();
+        move || {
+            while !over.load(Ordering::Relaxed) {
+                for signal in [Signal::USR1, Signal::ALARM, Signal::URG] {
+                    kill_process(getpid(), signal).unwrap();
+                }
+                std::thread::sleep(std::time::Duration::from_micros(200));
+            }
+        }
+    });
+    beside(|host| {
+        for _ in 0..3 {
+            let rogue = Rogue::start(host);
+            for row in [USE, 13, 17, USE] {
+                assert_eq!(rogue.does(row), 0);
+            }
+            assert_eq!(rogue.events(), []);
+        }
+        let scratch = Scratch::new();
+        for _ in 0..20 {
+            assert_eq!(run(&host.build(hungry(&scratch)).unwrap()), StopCause::GuestReset);
+        }
+    });
+    over.store(true, Ordering::Relaxed);
+    storm.join().unwrap();
+    assert!(heard.iter().all(|heard| heard.load(Ordering::Relaxed)), "there was a storm");
 }

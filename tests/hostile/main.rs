@@ -1,8 +1,10 @@
-//! Guests that break every rule, row by row of the project's table of inputs that have broken VMMs
-//! (the tests' names carry the rows' numbers), through registers and guest memory only.
+//! The project's table of inputs and faults that have broken VMMs, row by row (`list.rs`; the tests' names carry the rows' numbers).
 //!
-//! Each test shows the defence, that the device serves again afterwards, and that a second board in this
-//! process has not noticed.
+//! What is in this file is a board without a KVM and its hostile driver, which goes through registers and guest memory only: `rows.rs`,
+//! `registers.rs`, `frames.rs`. `driven.rs` has a bare guest do it on a KVM. `files.rs`, `ends.rs` and `host.rs` have the rows about
+//! what is not a device's.
+//!
+//! Each test shows the defence, that the device (or a VM) works afterwards, and that a second one in this process has not noticed.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -12,8 +14,18 @@ use vmbed::internals::driver::status::{DRIVER_OK, NEEDS_RESET};
 use vmbed::internals::driver::{Buffer, INDIRECT_DESC, Registers, Rings, VERSION_1, WRITE, bytes};
 use vmbed::internals::{Board, Part, memory_file};
 
+#[path = "../api/callbacks.rs"]
+mod callbacks;
+mod driven;
+mod ends;
+mod files;
 mod frames;
+#[path = "../api/guest.rs"]
+mod guest;
+#[path = "../guests/mod.rs"]
+mod guests;
 mod host;
+mod list;
 mod registers;
 mod rows;
 
@@ -63,6 +75,11 @@ impl Rig {
             Kind::Console => Part::Console,
             Kind::Balloon => Part::Balloon,
         };
+        Self::with(kind, part, disk)
+    }
+
+    /// The same with this device; `disk` is the file below it, if it is a disk.
+    fn with(kind: Kind, part: Part, disk: File) -> Self {
         let board = Board::new(MEMORY, vec![part]).unwrap();
         let regs = Registers::find(&board, 1).unwrap();
         let mut rig = Self { kind, board, regs, rings: Vec::new(), disk, rounds: 0 };

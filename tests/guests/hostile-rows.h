@@ -1,0 +1,25 @@
+/*
+ * What the guest hostile.c does to its devices, by rows of the project's table of inputs that have broken VMMs. One list for the guest, the
+ * Rust tests (tests/hostile/guests.rs) and the C ones (tests/c/hostile.c).
+ */
+ROW(2, queue_registers_after_driver_ok)
+ROW(3, queue_select_out_of_range)
+ROW(4, mad_accesses_to_msix)
+ROW(5, queue_sizes_that_cannot_be)
+ROW(6, doorbells_without_a_queue)
+ROW(7, available_index_too_far_ahead)
+ROW(8, malformed_chains)
+ROW(9, more_than_four_gib)
+ROW(10, addresses_that_wrap)
+ROW(11, a_head_that_is_in_flight)
+ROW(12, who_never_waits)
+ROW(13, chains_that_are_only_a_head)
+ROW(14, past_the_end_of_the_disk)
+ROW(15, buffers_of_the_wrong_direction)
+ROW(16, what_a_balloon_cannot_have)
+ROW(17, headers_in_pieces)
+ROW(18, receive_buffers_outside_memory)
+ROW(19, a_flood_without_buffers)
+ROW(20, frames_of_impossible_lengths)
+ROW(22, input_that_nobody_reads)
+ROW(23, every_port_and_many_addresses)
