@@ -64,7 +64,11 @@ lint: ## formatting, clippy with warnings denied, shellcheck
 test: setup lint ## everything that must pass, about 10 minutes on 2 cores
 	cargo test --features serde,internals --lib --examples --tests
 	cargo test --features serde,internals --doc
+	$(MAKE) models
 	tests/stranger/run
+
+models: ## where threads meet, in every order of theirs (loom); VMBED_PREEMPTIONS=1 for more of them
+	cargo run --features serde,internals --example models
 
 test-all: test ## and the long forms
 	VMBED_ROUNDS=100000 cargo test --features serde,internals --test c -- handles_from
@@ -74,6 +78,7 @@ test-all: test ## and the long forms
 	VMBED_DISKS=all VMBED_CUTS=20 VMBED_TRIAL_SECONDS=3000 cargo test --features serde,internals --test linux -- disks::
 	VMBED_STEPS=1000000 cargo test --features serde,internals --lib every_step
 	VMBED_FAULTS=all cargo test --features serde,internals --test faults
+	VMBED_PREEMPTIONS=1 $(MAKE) models
 	tests/lab/selftest
 	tests/placement/run
 
@@ -92,4 +97,4 @@ bench: setup ## measure, print each figure with its limit, fail beyond one
 	cargo bench --features internals
 	benches/figures/run
 
-.PHONY: fuzz mutants soak help setup build header abi install demo demo-overcommit demo-net lab lint test test-all bench
+.PHONY: fuzz models mutants soak help setup build header abi install demo demo-overcommit demo-net lab lint test test-all bench

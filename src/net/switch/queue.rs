@@ -8,13 +8,10 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::{Mutex, MutexGuard};
 use std::time::SystemTime;
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
-
 use crate::net::{HEADER_LEN, MAX_FRAME};
-use crate::sys::{fd, lock};
+use crate::sys::sync::{Bell, Mutex, MutexGuard, lock};
 
 /// Buffers of each size: room for most frames, and for any. 3 MiB at most, none before they are needed.
 const SIZES: [(usize, usize); 2] = [(2048, 512), (HEADER_LEN + MAX_FRAME, 32)];
@@ -42,7 +39,7 @@ pub(super) type Buffer = Box<[u8]>;
 
 pub(super) struct Queue {
     inner: Mutex<Inner>,
-    bell: EventFd,
+    bell: Bell,
 }
 
 #[derive(Default)]
@@ -71,13 +68,12 @@ impl Item {
 impl Queue {
     /// A closed one.
     pub fn new() -> io::Result<Self> {
-        let bell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let inner = Inner { closed: true, ..Inner::default() };
-        Ok(Self { inner: Mutex::new(inner), bell })
+        Ok(Self { inner: Mutex::new(inner), bell: Bell::new()? })
     }
 
     /// Readable while a frame waits, and always writable.
-    pub fn bell(&self) -> &EventFd {
+    pub fn bell(&self) -> &Bell {
         &self.bell
     }
 
@@ -134,7 +130,7 @@ impl Queue {
         if inner.rung == 0 {
             inner.rung = 1;
             drop(inner);
-            fd::ring(&self.bell);
+            self.bell.ring();
         }
     }
 
@@ -182,17 +178,17 @@ impl Inner {
     }
 
     /// The bell rings for nothing any more. It is read under the lock, so that no ring for something is lost.
-    fn hush(&mut self, bell: &EventFd) {
-        if self.rung > 0
-            && let Ok(count) = bell.read()
-        {
-            self.rung = self.rung.saturating_sub(count);
+    fn hush(&mut self, bell: &Bell) {
+        if self.rung > 0 {
+            self.rung = self.rung.saturating_sub(bell.silence());
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
 
     fn queue() -> Queue {
@@ -210,11 +206,7 @@ mod tests {
     }
 
     fn rings(queue: &Queue) -> bool {
-        let rings = queue.bell.read().is_ok();
-        if rings {
-            queue.bell.write(1).unwrap();
-        }
-        rings
+        crate::sys::fd::is_readable(queue.bell.as_fd())
     }
 
     #[test]
