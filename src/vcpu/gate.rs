@@ -133,6 +133,8 @@ impl Gate {
         let mut state = lock(&self.state);
         // From here on the thread's id may belong to someone else: never kick it again.
         state.seats[index] = Seat { left, ..Seat::default() };
+        // One that was sent until now is not for whoever the thread works for next: an embedder's may have a handler.
+        signal::consume_kick();
         self.settled.notify_all();
         state
     }

@@ -127,9 +127,11 @@ fn a_thread_that_is_wanted_back_comes_and_the_next_one_goes_on() {
                     break;
                 }
                 other.gate.give_back(0);
+                assert!(!signal::consume_kick(), "it would reach the embedder's handler");
                 returned += 1;
             }
             other.gate.leave(0);
+            assert!(!signal::consume_kick(), "it would reach the embedder's handler");
             returned
         });
         board.gate.interrupt(0);
