@@ -64,7 +64,17 @@ lint: ## formatting, clippy with warnings denied, shellcheck
 test: setup lint ## everything that must pass, about 10 minutes on 2 cores
 	cargo test --features serde,internals --lib --examples --tests
 	cargo test --features serde,internals --doc
+	$(MAKE) models
 	tests/stranger/run
+
+models: ## where threads meet, in every order of theirs (loom); VMBED_PREEMPTIONS=1 for more of them
+	cargo run --features serde,internals --example models
+
+miri := cargo +nightly miri
+miri: ## Miri over the ledger, frames, the C ABI's conversions and other code without system calls; needs a nightly with it
+	@$(miri) --version >/dev/null 2>&1 || { echo "no Miri here: rustup component add --toolchain nightly miri rust-src"; exit 1; }
+	PROPTEST_CASES=4 MIRIFLAGS=-Zmiri-disable-isolation $(miri) test --no-default-features --target-dir target/miri --lib -- \
+		budget:: units:: config:: net::ether:: net::packet:: net::switch::guard:: boot::lz4:: capi::arguments::
 
 test-all: test ## and the long forms
 	VMBED_ROUNDS=100000 cargo test --features serde,internals --test c -- handles_from
@@ -74,6 +84,8 @@ test-all: test ## and the long forms
 	VMBED_DISKS=all VMBED_CUTS=20 VMBED_TRIAL_SECONDS=3000 cargo test --features serde,internals --test linux -- disks::
 	VMBED_STEPS=1000000 cargo test --features serde,internals --lib every_step
 	VMBED_FAULTS=all cargo test --features serde,internals --test faults
+	VMBED_PREEMPTIONS=1 $(MAKE) models
+	if $(miri) --version >/dev/null 2>&1; then $(MAKE) miri; else echo "make miri was left out: this machine's nightly has none"; fi
 	tests/lab/selftest
 	tests/placement/run
 
@@ -92,4 +104,4 @@ bench: setup ## measure, print each figure with its limit, fail beyond one
 	cargo bench --features internals
 	benches/figures/run
 
-.PHONY: fuzz mutants soak help setup build header abi install demo demo-overcommit demo-net lab lint test test-all bench
+.PHONY: fuzz models miri mutants soak help setup build header abi install demo demo-overcommit demo-net lab lint test test-all bench

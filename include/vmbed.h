@@ -1331,7 +1331,7 @@ int32_t vmbed_vm_get_net_statistics(const vmbed_vm *vm,
 typedef struct {
     /** sizeof(struct vmbed_switch_options) */
     size_t size;
-    /** How many addresses are remembered, at most 1,048,576; each costs 32 bytes. 0: 8192. */
+    /** How many addresses are remembered, at most 1,048,576; each costs 48 bytes. 0: 8192. */
     uint32_t addresses;
     /** How many seconds an address is remembered that is not heard of. 0: 300. */
     uint32_t ageing;

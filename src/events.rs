@@ -4,15 +4,13 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
-
 use crate::error::{Error, Result};
-use crate::sys::fd;
-use crate::sys::{fork, lock};
+use crate::sys::fork;
+use crate::sys::sync::atomic::{AtomicBool, Ordering};
+use crate::sys::sync::{Bell, Condvar, Mutex, lock};
 use crate::units::Bytes;
 
 /// Something that happened to a VM.
@@ -191,7 +189,7 @@ struct Shared {
     process: u64,
     queue: Mutex<Queue>,
     /// Readable while the queue is not empty, and now and then once more.
-    ready: EventFd,
+    ready: Bell,
     arrived: Condvar,
 }
 
@@ -212,8 +210,7 @@ impl EventStream {
     /// # Errors
     /// `Exhausted` when the process has no file descriptor left.
     pub fn new() -> Result<Self> {
-        let ready = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
-            .map_err(|e| Error::os("creating the eventfd of an event stream", e))?;
+        let ready = Bell::new().map_err(|e| Error::os("creating the eventfd of an event stream", e))?;
         Ok(Self(Arc::new(Shared {
             process: fork::process(),
             queue: Mutex::default(),
@@ -230,8 +227,7 @@ impl EventStream {
         let mut queue = lock(&self.0.queue);
         let event = queue.pop();
         if queue.is_empty() {
-            // EAGAIN: it was not readable, which is what we want.
-            let _ = self.0.ready.read();
+            self.0.ready.silence();
         }
         event
     }
@@ -283,7 +279,7 @@ impl EventStream {
         // event by now: then the fd is readable in vain, until the next look at the stream.
         if was_empty {
             // The counter is far from full: this cannot fail for want of room.
-            fd::ring(&self.0.ready);
+            self.0.ready.ring();
         }
         // Waking nobody would be a system call, too.
         if waiting {
@@ -295,13 +291,13 @@ impl EventStream {
 impl AsFd for EventStream {
     /// Polls readable while an event waits; when several threads read, perhaps once too often. For `poll` only: read through [`EventStream::next_event`].
     fn as_fd(&self) -> BorrowedFd<'_> {
-        crate::sys::fd::borrow(&self.0.ready)
+        self.0.ready.as_fd()
     }
 }
 
 impl AsRawFd for EventStream {
     fn as_raw_fd(&self) -> std::os::fd::RawFd {
-        self.0.ready.as_raw_fd()
+        self.as_fd().as_raw_fd()
     }
 }
 
@@ -526,5 +522,7 @@ impl StopLine {
     }
 }
 
+// Named, since tests/models has this file under another path.
 #[cfg(test)]
+#[path = "events/tests.rs"]
 mod tests;

@@ -248,6 +248,35 @@ fn a_signal_for_the_embedder_is_handled_and_gives_the_thread_back() {
     assert_eq!(vm.stop().unwrap(), StopCause::HostStop);
 }
 
+static URGENT: AtomicU64 = AtomicU64::new(0);
+
+extern "C" fn urgent(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    URGENT.fetch_add(1, Ordering::Relaxed);
+}
+
+#[test]
+fn no_kick_reaches_a_handler_of_the_embedders() {
+    signal::register_signal_handler(libc::SIGURG, urgent).unwrap();
+    let (builder, _) = builder(&SPINS, 1);
+    let vm = Arc::new(builder.caller_vcpus().build().unwrap());
+    for last in [false, false, false, true] {
+        let own = vm.clone();
+        let thread = std::thread::spawn(move || own.run_vcpu(0).unwrap());
+        let inside = || vm.vcpu_statistics(0).unwrap().thread.is_some();
+        wait_until("a thread to be at the gate", inside);
+        // It stands there, outside the guest: the kick is not what brings it back.
+        let returned = if last {
+            vm.stop().unwrap();
+            VcpuReturn::Ended
+        } else {
+            vm.interrupt_vcpu(0).unwrap();
+            VcpuReturn::Interrupted
+        };
+        assert_eq!(thread.join().unwrap(), returned);
+    }
+    assert_eq!(URGENT.load(Ordering::Relaxed), 0);
+}
+
 /// A guest with a console: writes "hi", then what it reads, and asks for a reset when that is a 'q'.
 fn talker() -> VmConfig {
     let code = [

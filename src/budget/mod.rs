@@ -12,10 +12,10 @@
 //! OpenStack Placement counts them, generations included; `tests/placement` compares the two.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::lock;
+use crate::sys::sync::{Mutex, lock};
 use crate::units::Bytes;
 
 mod overhead;

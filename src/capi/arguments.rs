@@ -192,3 +192,6 @@ pub(super) fn fd<'a>(fd: i32, name: &str) -> Result<BorrowedFd<'a>> {
 pub(super) fn timeout(milliseconds: i64) -> Option<Duration> {
     u64::try_from(milliseconds).ok().map(Duration::from_millis)
 }
+
+#[cfg(test)]
+mod tests;

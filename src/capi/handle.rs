@@ -5,11 +5,12 @@
 //! answers an error: it cannot touch freed memory. An object lives until the last call on it returns.
 
 use std::ptr::null_mut;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, Ordering};
-use std::sync::{Arc, Mutex};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::{fork, lock};
+use crate::sys::fork;
+use crate::sys::sync::{Mutex, lock};
 
 /// What a handle points to, whatever C calls it.
 pub(super) struct Slot<T: 'static> {
@@ -41,7 +42,7 @@ impl<T> Spare<T> {
             if let Some(list) = unsafe { found.as_ref() }.filter(|list| list.process == process) {
                 return &list.slots;
             }
-            let new = Box::into_raw(Box::new(List { slots: Mutex::default(), process }));
+            let new = Box::into_raw(Box::new(List { slots: Mutex::new(Vec::new()), process }));
             if self.0.compare_exchange(found, new, Ordering::AcqRel, Ordering::Relaxed).is_err() {
                 // SAFETY: made above, and nobody else has seen it.
                 drop(unsafe { Box::from_raw(new) });

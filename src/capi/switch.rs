@@ -51,7 +51,7 @@ fn port_of(port: SwitchPort) -> Port {
 pub struct vmbed_switch_options {
     /// sizeof(struct vmbed_switch_options)
     pub size: usize,
-    /// How many addresses are remembered, at most 1,048,576; each costs 32 bytes. 0: 8192.
+    /// How many addresses are remembered, at most 1,048,576; each costs 48 bytes. 0: 8192.
     pub addresses: u32,
     /// How many seconds an address is remembered that is not heard of. 0: 300.
     pub ageing: u32,

@@ -119,7 +119,13 @@ fn open(path: &Path) -> std::result::Result<Kvm, (ErrorKind, String, String)> {
     let text = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).map_err(|_| {
         (ErrorKind::InvalidArgument, "the path holds a NUL".to_owned(), "name a device".to_owned())
     })?;
-    Kvm::new_with_path(&text).map_err(|e| {
+    let opened = loop {
+        match Kvm::new_with_path(&text) {
+            Err(error) if error.errno() == libc::EINTR => {}
+            opened => break opened,
+        }
+    };
+    opened.map_err(|e| {
         let os = std::io::Error::from_raw_os_error(e.errno());
         let (kind, remedy) = match e.errno() {
             libc::ENOENT => (ErrorKind::NotFound, no_device()),

@@ -112,7 +112,6 @@ pub(crate) fn receive(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize
     usize::try_from(count).map_err(|_| io::Error::last_os_error())
 }
 
-/// A new pseudo-terminal: its master end and its slave end.
 /// Adds one to an eventfd's count. Where that is at the top, it rings already; nothing else fails here, unless a filter or a tracer has it fail
 /// once: whoever waits for the bell would wait for good.
 pub(crate) fn ring(bell: &EventFd) {
@@ -121,6 +120,7 @@ pub(crate) fn ring(bell: &EventFd) {
     }
 }
 
+/// A new pseudo-terminal: its master end and its slave end.
 #[cfg(test)]
 pub(crate) fn pty() -> io::Result<(OwnedFd, OwnedFd)> {
     use std::os::fd::FromRawFd;

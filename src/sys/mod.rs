@@ -22,6 +22,7 @@ pub(crate) mod netlink;
 pub(crate) mod residency;
 pub(crate) mod sigbus;
 pub(crate) mod signal;
+pub(crate) mod sync;
 pub(crate) mod tap;
 pub(crate) mod thread;
 pub(crate) mod tsc;

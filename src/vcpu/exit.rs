@@ -7,6 +7,7 @@ use std::time::Instant;
 use kvm_ioctls::VcpuFd;
 
 use super::gate::Gate;
+use super::turns::Pause;
 use crate::bus::{Access, Bus, Device};
 use crate::error::{Error, Result};
 use crate::events::StopCause;
@@ -20,16 +21,6 @@ pub(crate) struct Surroundings {
     pub ioapic: Option<Arc<Ioapic>>,
     /// When the guest first reached for a device.
     pub first_exit: OnceLock<Instant>,
-}
-
-/// Why a vCPU came back from the guest for longer than an exit.
-pub(crate) enum Pause {
-    /// The gate wants it, or a signal came.
-    Attention,
-    /// It executed `HLT`, and nothing in this VM could wake it.
-    Halted,
-    /// The whole VM must end.
-    Ended(StopCause),
 }
 
 /// Runs vCPU `index` until it must pause. (Not a part of its caller: the loop wants the registers.)

@@ -1,11 +1,10 @@
 #![forbid(unsafe_code)]
 //! Where vCPUs wait: for the start, through a pause, and how they learn of the end.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use crate::sys::{lock, signal};
+use crate::sys::sync::atomic::{AtomicBool, Ordering};
+use crate::sys::sync::{Condvar, Mutex, MutexGuard, lock, signal};
 
 /// What the VM wants of its vCPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,6 +133,8 @@ impl Gate {
         let mut state = lock(&self.state);
         // From here on the thread's id may belong to someone else: never kick it again.
         state.seats[index] = Seat { left, ..Seat::default() };
+        // One that was sent until now is not for whoever the thread works for next: an embedder's may have a handler.
+        signal::consume_kick();
         self.settled.notify_all();
         state
     }

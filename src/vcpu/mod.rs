@@ -2,14 +2,14 @@
 //! Virtual processors, each on a thread of its own or of the embedder's, between the gate and the guest.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::error::{Error, Result};
 use crate::events::{StopCause, StopLine};
 use crate::reactor::panic_text;
-use crate::sys::signal::{self, KICK, SignalSet};
+use crate::sys::signal::{KICK, SignalSet};
 use crate::sys::{self, lock};
 
 pub(crate) mod cpuid;
@@ -18,9 +18,10 @@ mod gate;
 pub(crate) mod msrs;
 pub(crate) mod regs;
 mod times;
+mod turns;
 
 pub(crate) use exit::Surroundings;
-use gate::{Entered, Pass};
+use gate::Entered;
 pub(crate) use gate::{Gate, Target};
 
 /// A virtual processor. Its lock is held by the thread that runs it while the guest runs, and free while it stands
@@ -102,31 +103,8 @@ impl Vcpu {
             stop.pull(StopCause::VcpuFault { vcpu: self.index, why: error.to_string() });
             return false;
         }
-        loop {
-            match gate.pass(self.index as usize) {
-                Pass::Run => {}
-                Pass::Leave => return false,
-                Pass::Return => return true,
-            }
-            let mut fd = lock(&self.fd);
-            let mut returns = false;
-            let ended = match exit::run(&mut fd, self.index, around, gate) {
-                exit::Pause::Halted => return false,
-                exit::Pause::Ended(cause) => Some(cause),
-                exit::Pause::Attention => {
-                    // Neither a kick nor the gate: a signal for the embedder.
-                    returns = !signal::consume_kick() && theirs.is_some() && !gate.wants_attention();
-                    exit::complete_instruction(&mut fd, self.index, around, gate)
-                }
-            };
-            if let Some(cause) = ended {
-                stop.pull(cause);
-                return false;
-            }
-            if returns {
-                return true;
-            }
-        }
+        let take = || Inside { fd: lock(&self.fd), index: self.index, around, gate };
+        turns::run(gate, self.index as usize, stop, theirs.is_some(), take)
     }
 
     /// While the guest runs, `blocked` is blocked but for the kick.
@@ -149,5 +127,23 @@ impl Vcpu {
             Some(device) => StopCause::DeviceFault { device, why },
             None => StopCause::VcpuFault { vcpu: self.index, why },
         }
+    }
+}
+
+/// A vCPU in the hands of the thread that runs it.
+struct Inside<'a> {
+    fd: MutexGuard<'a, VcpuFd>,
+    index: u32,
+    around: &'a Surroundings,
+    gate: &'a Gate,
+}
+
+impl turns::Guest for Inside<'_> {
+    fn run(&mut self) -> turns::Pause {
+        exit::run(&mut self.fd, self.index, self.around, self.gate)
+    }
+
+    fn complete_instruction(&mut self) -> Option<StopCause> {
+        exit::complete_instruction(&mut self.fd, self.index, self.around, self.gate)
     }
 }

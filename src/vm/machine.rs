@@ -10,7 +10,6 @@
 //! line first names the cause and opens the gate outwards; the last vCPU to leave tidies up.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -27,6 +26,7 @@ use crate::events::{EventKind, EventStream, Reporter, StopCause, StopLine, VmId}
 use crate::memory::{Enrolled, Memory};
 use crate::reactor::own;
 use crate::sys::signal::SignalSet;
+use crate::sys::sync::atomic::{AtomicBool, Ordering};
 use crate::sys::{fork, lock};
 use crate::vcpu::{Gate, Served, Surroundings, Target, Vcpu};
 

@@ -1,10 +1,12 @@
-//! Any system call fails: those of ours, of the standard library and of dependencies. A child of this program lives through the life of a VM
-//! with a disk, a card and a balloon, and one call of it is answered with an error (seccomp's user notifications). Then it must end within
-//! its deadline, without a panic, with what it had before, and where its guest was told that something is on the disk, it is.
+//! Any system call fails, is interrupted, or comes short: those of ours, of the standard library and of dependencies. A child of this program
+//! lives through the life of a VM with a disk, a card and a balloon, and one call of it is answered with an error, or with a part of what it was
+//! to move (seccomp's user notifications). Then it must end within its deadline, without a panic, with what it had before, and where its guest was
+//! told that something is on the disk, it is. Of what was interrupted or came short nobody hears.
 //!
-//! A trial for each kind of call. `VMBED_FAULTS=all` goes on until no call of the kind is left.
+//! A trial for each kind of call, and for those of its calls that can come short; for each way to have a disk. `VMBED_FAULTS=all` goes on
+//! until no call of the kind is left.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
@@ -13,14 +15,44 @@ use libtest_mimic::{Arguments, Trial};
 #[path = "../guests/mod.rs"]
 mod guests;
 mod life;
+mod part;
 mod supervisor;
 
-/// What a child is told: which kind of call, which of them, what it answers.
+use life::Life;
+use part::Part;
+
+/// What a child is told: how it lives, which kind of call, which of them, what that answers.
 const FAULT: &str = "VMBED_FAULT";
 const GUEST: &str = "VMBED_FAULT_GUEST";
 
 /// Interrupted, out of something, broken, not now, forbidden.
 const ERRORS: [i32; 5] = [libc::EINTR, libc::ENOMEM, libc::EIO, libc::EAGAIN, libc::EPERM];
+
+/// Calls that a signal may end before they have done anything. They are made again, and nobody hears of it.
+const INTERRUPTIBLE: [libc::c_long; 22] = [
+    libc::SYS_read,
+    libc::SYS_pread64,
+    libc::SYS_readv,
+    libc::SYS_preadv,
+    libc::SYS_write,
+    libc::SYS_pwrite64,
+    libc::SYS_writev,
+    libc::SYS_pwritev2,
+    libc::SYS_sendto,
+    libc::SYS_recvfrom,
+    libc::SYS_sendmsg,
+    libc::SYS_recvmsg,
+    libc::SYS_connect,
+    libc::SYS_openat,
+    libc::SYS_fallocate,
+    libc::SYS_ftruncate,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_poll,
+    libc::SYS_epoll_wait,
+    libc::SYS_io_uring_enter,
+    libc::SYS_rt_sigtimedwait,
+];
 
 /// A kind of system call: its number, and for an ioctl what it asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -29,19 +61,74 @@ struct Kind {
     request: u32,
 }
 
-/// One call that fails.
+impl Kind {
+    /// Stands where an ioctl says what it asks for: those of the calls that can come short.
+    const PART: u32 = u32::MAX;
+
+    /// `ioctl_0xae80`, `part_0` or the number; strace and the kernel's tables have the names.
+    fn name(self) -> String {
+        match (self.request, self.number as libc::c_long) {
+            (Self::PART, number) => format!("part_{number}"),
+            (request, libc::SYS_ioctl) => format!("ioctl_{request:#x}"),
+            (_, number) => format!("call_{number}"),
+        }
+    }
+}
+
+/// What a call comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Answer {
+    Error(i32),
+    /// It does a part, and says how much.
+    Part(Part),
+}
+
+impl Answer {
+    const PARTS: [Self; 2] = [Self::Part(Part::Half), Self::Part(Part::Byte)];
+
+    fn number(self) -> i64 {
+        match self {
+            Self::Error(error) => error.into(),
+            Self::Part(Part::Half) => 0,
+            Self::Part(Part::Byte) => -1,
+        }
+    }
+
+    fn of(number: i64) -> Self {
+        match number {
+            0 => Self::PARTS[0],
+            -1 => Self::PARTS[1],
+            error => Self::Error(error as i32),
+        }
+    }
+
+    /// Whether that is nothing that anybody should hear of.
+    fn is_routine(self, kind: Kind) -> bool {
+        let interrupts = self == Self::Error(libc::EINTR);
+        interrupts && INTERRUPTIBLE.contains(&kind.number.into()) || matches!(self, Self::Part(_))
+    }
+}
+
+/// One call that does not do what it should.
 #[derive(Clone, Copy, Debug)]
 struct Fault {
+    life: Life,
     kind: Kind,
     nth: u64,
-    error: i32,
+    answer: Answer,
 }
 
 impl Fault {
     fn parse(text: &str) -> Self {
-        let numbers: Vec<u64> = text.split(' ').map(|n| n.parse().expect("a number")).collect();
-        let [number, request, nth, error] = numbers[..] else { panic!("{text:?} is no fault") };
-        Self { kind: Kind { number: number as u32, request: request as u32 }, nth, error: error as i32 }
+        let numbers: Vec<i64> = text.split(' ').map(|n| n.parse().expect("a number")).collect();
+        let [life, number, request, nth, answer] = numbers[..] else { panic!("{text:?} is no fault") };
+        let kind = Kind { number: number as u32, request: request as u32 };
+        Self { life: Life::ALL[life as usize], kind, nth: nth as u64, answer: Answer::of(answer) }
+    }
+
+    fn text(&self) -> String {
+        let Self { life, kind, nth, answer } = self;
+        format!("{} {} {} {nth} {}", *life as usize, kind.number, kind.request, answer.number())
     }
 }
 
@@ -57,32 +144,31 @@ fn main() -> ExitCode {
     unsafe {
         std::env::set_var(GUEST, &guest);
     }
-    // A life without a fault: which calls there are.
-    let whole = child(&Fault { kind: Kind::default(), nth: 0, error: 0 });
-    let kinds = kinds(&whole);
-    let trials = kinds.iter().map(|(kind, count)| {
-        let (kind, count) = (*kind, *count);
-        Trial::test(name(kind), move || {
-            sweep(kind, count);
-            Ok(())
-        })
-    });
-    let mut trials: Vec<_> = trials.collect();
+    let mut trials = Vec::new();
+    let mut everywhere: BTreeSet<Kind> = BTreeSet::new();
+    for life in Life::ALL {
+        // One without a fault: which calls there are.
+        let kinds = kinds(&child(&Fault { life, kind: Kind::default(), nth: 0, answer: Answer::Error(0) }));
+        for (&kind, &count) in &kinds {
+            // What another life has, too, is swept there.
+            if everywhere.insert(kind) || kind.request == Kind::PART || wants_all() {
+                let name = format!("{}_{}", life.name(), kind.name());
+                trials.push(Trial::test(name, move || {
+                    sweep(life, kind, count);
+                    Ok(())
+                }));
+            }
+        }
+    }
     trials.push(Trial::test("calls_of_every_kind_are_made", move || {
-        assert!(kinds.len() > 45, "{} kinds of calls: {kinds:?}", kinds.len());
+        let parts = everywhere.iter().filter(|kind| kind.request == Kind::PART).count();
+        assert!(everywhere.len() - parts > 45, "{} kinds of calls: {everywhere:?}", everywhere.len());
+        assert!(parts > 7, "{parts} of them can come short: {everywhere:?}");
         Ok(())
     }));
     let code = libtest_mimic::run(&arguments, trials).exit_code();
     let _ = std::fs::remove_file(guest);
     code
-}
-
-/// `ioctl(0xae80)` or the number; strace and the kernel's tables have the names.
-fn name(kind: Kind) -> String {
-    match kind.number as libc::c_long {
-        libc::SYS_ioctl => format!("ioctl_{:#x}", kind.request),
-        number => format!("call_{number}"),
-    }
 }
 
 /// What a child said of the calls that it made.
@@ -96,19 +182,30 @@ fn kinds(said: &str) -> BTreeMap<Kind, u64> {
         .collect()
 }
 
-fn sweep(kind: Kind, count: u64) {
-    let all = std::env::var("VMBED_FAULTS").is_ok_and(|which| which == "all");
+fn wants_all() -> bool {
+    std::env::var("VMBED_FAULTS").is_ok_and(|which| which == "all")
+}
+
+/// What the `nth` of a kind answers, one life each.
+fn answers(kind: Kind, nth: u64) -> Vec<Answer> {
+    if kind.request == Kind::PART {
+        return Answer::PARTS.to_vec();
+    }
+    let errors = match nth {
+        1 if wants_all() => ERRORS.to_vec(),
+        1 => ERRORS[..3].to_vec(),
+        _ => vec![libc::EINTR, ERRORS[1 + nth as usize % 4]],
+    };
+    errors.into_iter().map(Answer::Error).collect()
+}
+
+fn sweep(life: Life, kind: Kind, count: u64) {
     // Of many that are alike (a vCPU that goes on, a loop that waits), the first ones.
-    let most = if all { count.min(200) } else { count.min(2) };
+    let most = if wants_all() { count.min(200) } else { count.min(2) };
     let (mut hit, mut wrong) = (0, Vec::new());
     for nth in 1..=most {
-        let errors = match nth {
-            1 if all => &ERRORS[..],
-            1 => &ERRORS[..3],
-            _ => &ERRORS[nth as usize % 5..][..1],
-        };
-        for error in errors {
-            let fault = Fault { kind, nth, error: *error };
+        for answer in answers(kind, nth) {
+            let fault = Fault { life, kind, nth, answer };
             let said = child(&fault);
             hit += u64::from(said.contains("hit"));
             let bad =
@@ -117,6 +214,8 @@ fn sweep(kind: Kind, count: u64) {
                 wrong.push(format!("{fault:?}: {line}\n{said}"));
             } else if !said.contains("done") {
                 wrong.push(format!("{fault:?}: it ended before it was done:\n{said}"));
+            } else if answer.is_routine(kind) && !said.contains("it went well") {
+                wrong.push(format!("{fault:?}: that is none of its user's business:\n{said}"));
             }
         }
     }
@@ -126,9 +225,8 @@ fn sweep(kind: Kind, count: u64) {
 
 /// One life; what it said, on both of its streams.
 fn child(fault: &Fault) -> String {
-    let Fault { kind, nth, error } = fault;
     let mut command = Command::new(std::env::current_exe().expect("this program"));
-    command.env(FAULT, format!("{} {} {nth} {error}", kind.number, kind.request)).stdin(Stdio::null());
+    command.env(FAULT, fault.text()).stdin(Stdio::null());
     let log = std::env::temp_dir().join(format!(
         "vmbed-fault-{}-{:?}",
         std::process::id(),
@@ -137,7 +235,7 @@ fn child(fault: &Fault) -> String {
     let file = std::fs::File::create(&log).expect("a file for what it says");
     command.stdout(file.try_clone().expect("again")).stderr(file);
     let mut child = command.spawn().expect("this program starts");
-    let end = Instant::now() + Duration::from_secs(60);
+    let end = Instant::now() + Duration::from_secs(180);
     let ended = loop {
         if let Some(status) = child.try_wait().expect("waiting for it") {
             break Some(status);
@@ -145,6 +243,7 @@ fn child(fault: &Fault) -> String {
         if Instant::now() > end {
             let _ = child.kill();
             let _ = child.wait();
+            let _ = std::fs::remove_file(life::Disk::path(child.id()));
             break None;
         }
         std::thread::sleep(Duration::from_millis(5));
@@ -154,6 +253,6 @@ fn child(fault: &Fault) -> String {
     match ended {
         Some(status) if status.success() => said,
         Some(status) => format!("{said}\nit ended with {status}: PANIC or worse"),
-        None => format!("{said}\nHANGS: not ended after a minute"),
+        None => format!("{said}\nHANGS: not ended after three minutes"),
     }
 }

@@ -4,7 +4,8 @@
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 
-use crate::{Fault, Kind};
+use crate::part::{self, transfer};
+use crate::{Answer, Fault, Kind};
 
 /// Calls that cannot fail, that a thread cannot live without, or whose failure is an allocation's, which ends a Rust program by design.
 /// getrandom: the standard library's maps panic without it.
@@ -53,6 +54,7 @@ pub fn seen() -> impl Iterator<Item = (Kind, u64)> {
 
 /// Has this thread's calls, and those of the threads that it starts, be seen by another one that is started here.
 pub fn watch(fault: Fault) {
+    part::learn();
     std::thread::spawn(move || supervise(fault));
     // SAFETY: integers go in.
     assert_eq!(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }, 0);
@@ -112,7 +114,8 @@ fn supervise(fault: Fault) {
         let mut answer: libc::seccomp_notif_resp = unsafe { std::mem::zeroed() };
         answer.id = call.id;
         match decide(&fault, &call.data) {
-            Some(error) => answer.error = -error,
+            Some(result) if result < 0 => answer.error = result as i32,
+            Some(result) => answer.val = result,
             None => answer.flags = libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32,
         }
         // SAFETY: it is read, and lives until it returns. It fails where the call was interrupted: then it is made again.
@@ -120,23 +123,41 @@ fn supervise(fault: Fault) {
     }
 }
 
-fn decide(fault: &Fault, call: &libc::seccomp_data) -> Option<i32> {
+/// What the call comes to: its result, or an error below zero. `None`: it is made as it is.
+fn decide(fault: &Fault, call: &libc::seccomp_data) -> Option<i64> {
     if !ARMED.load(Ordering::SeqCst) {
         return None;
     }
     let request = if libc::c_long::from(call.nr) == libc::SYS_ioctl { call.args[1] as u32 } else { 0 };
     let kind = Kind { number: call.nr as u32, request };
+    let is_it = |kind: Kind| count(kind) == Some(fault.nth) && kind == fault.kind;
+    let hit = || {
+        HIT.fetch_add(1, Ordering::SeqCst);
+        eprintln!("answered: {} {:x?}", call.nr, call.args);
+    };
+    if is_it(kind)
+        && let Answer::Error(error) = fault.answer
+    {
+        hit();
+        return Some(-i64::from(error));
+    }
+    let transfer = transfer(call)?;
+    if is_it(Kind { request: Kind::PART, ..kind })
+        && let Answer::Part(part) = fault.answer
+    {
+        hit();
+        return transfer.perform(part);
+    }
+    None
+}
+
+/// Counts a call; which of its kind it is.
+fn count(kind: Kind) -> Option<u64> {
     let key = u64::from(kind.number) << 32 | u64::from(kind.request);
     let place = SEEN
         .iter()
         .find(|(seen, count)| count.load(Ordering::SeqCst) == 0 || seen.load(Ordering::SeqCst) == key);
     let (seen, count) = place?;
     seen.store(key, Ordering::SeqCst);
-    let nth = count.fetch_add(1, Ordering::SeqCst) + 1;
-    if kind == fault.kind && nth == fault.nth {
-        HIT.fetch_add(1, Ordering::SeqCst);
-        eprintln!("answered: {} {:x?}", call.nr, call.args);
-        return Some(fault.error);
-    }
-    None
+    Some(count.fetch_add(1, Ordering::SeqCst) + 1)
 }

@@ -2,7 +2,7 @@
 //! The end of a port that a card holds.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use super::Shared;
@@ -105,7 +105,7 @@ impl NetBackend for Plug {
     }
 
     fn fd(&self) -> BorrowedFd<'_> {
-        crate::sys::fd::borrow(self.port.queue.bell())
+        self.port.queue.bell().as_fd()
     }
 
     fn is_gone(&self) -> bool {

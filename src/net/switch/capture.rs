@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::io::{self, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -176,7 +176,7 @@ impl Writer {
 
 impl reactor::Worker for Writer {
     fn init(&mut self, watch: &mut Watch) {
-        let bell = self.sink.queue.bell().as_raw_fd();
+        let bell = self.sink.queue.bell().as_fd().as_raw_fd();
         if let Err(error) = watch.add(Events::new_raw(bell, EventSet::IN)) {
             self.failed = Some(io::Error::other(error.to_string()));
         }

@@ -5,13 +5,13 @@
 //! while a frame waits in a buffer of ours, which it would overtake.
 
 use std::sync::PoisonError;
-use std::sync::atomic::Ordering;
 
 use super::queue::{Entry, Inner, Queue};
 use crate::memory::Memory;
 use crate::net::HEADER_LEN;
 use crate::sys::io::{Buffers, IoReader, OwnedList, Pieces};
-use crate::sys::{fd, lock};
+use crate::sys::sync::atomic::Ordering;
+use crate::sys::sync::lock;
 
 /// The buffers that a card has posted, and who is filling some.
 #[derive(Default)]
@@ -188,7 +188,7 @@ impl Drop for Landing<'_> {
             self.queue.filled.notify_all();
         }
         if rings {
-            fd::ring(&self.queue.bell);
+            self.queue.bell.ring();
         }
     }
 }

@@ -18,7 +18,7 @@ const MAX_ADDRESSES: u32 = 1 << 20;
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct SwitchOptions {
-    /// How many addresses are remembered, 8192 unless told otherwise; at most 1,048,576. Each costs 32 bytes.
+    /// How many addresses are remembered, 8192 unless told otherwise; at most 1,048,576. Each costs 48 bytes.
     pub addresses: u32,
     /// How long an address is remembered that is not heard of, 300 s unless told otherwise.
     pub ageing: Duration,

@@ -8,15 +8,12 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::atomic::AtomicBool;
-use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::SystemTime;
-
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::landing::{Landed, Posted};
 use crate::net::{HEADER_LEN, MAX_FRAME};
-use crate::sys::{fd, lock};
+use crate::sys::sync::atomic::AtomicBool;
+use crate::sys::sync::{Bell, Condvar, Mutex, MutexGuard, lock};
 
 /// Buffers of each size: room for most frames, and for any. 3 MiB at most, none before they are needed.
 const SIZES: [(usize, usize); 2] = [(2048, 512), (HEADER_LEN + MAX_FRAME, 32)];
@@ -51,7 +48,7 @@ pub(super) type Buffer = Box<[u8]>;
 
 pub struct Queue {
     pub(super) inner: Mutex<Inner>,
-    pub(super) bell: EventFd,
+    pub(super) bell: Bell,
     /// Buffers may be posted: a hint.
     pub(super) open_to_land: AtomicBool,
     /// Nobody fills any.
@@ -87,18 +84,13 @@ impl Item {
 impl Queue {
     /// A closed one.
     pub(super) fn new() -> io::Result<Self> {
-        let bell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let inner = Inner { closed: true, ..Inner::default() };
-        Ok(Self {
-            inner: Mutex::new(inner),
-            bell,
-            open_to_land: AtomicBool::new(false),
-            filled: Condvar::new(),
-        })
+        let inner = Mutex::new(Inner { closed: true, ..Inner::default() });
+        let (open_to_land, filled) = (AtomicBool::new(false), Condvar::new());
+        Ok(Self { inner, bell: Bell::new()?, open_to_land, filled })
     }
 
     /// Readable while a frame waits, and always writable.
-    pub(super) fn bell(&self) -> &EventFd {
+    pub(super) fn bell(&self) -> &Bell {
         &self.bell
     }
 
@@ -156,7 +148,7 @@ impl Queue {
         if inner.rung == 0 {
             inner.rung = 1;
             drop(inner);
-            fd::ring(&self.bell);
+            self.bell.ring();
         }
     }
 
@@ -213,17 +205,17 @@ impl Inner {
     }
 
     /// The bell rings for nothing any more. It is read under the lock, so that no ring for something is lost.
-    pub fn hush(&mut self, bell: &EventFd) {
-        if self.rung > 0
-            && let Ok(count) = bell.read()
-        {
-            self.rung = self.rung.saturating_sub(count);
+    pub fn hush(&mut self, bell: &Bell) {
+        if self.rung > 0 {
+            self.rung = self.rung.saturating_sub(bell.silence());
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
 
     fn queue() -> Queue {
@@ -241,11 +233,7 @@ mod tests {
     }
 
     fn rings(queue: &Queue) -> bool {
-        let rings = queue.bell.read().is_ok();
-        if rings {
-            queue.bell.write(1).unwrap();
-        }
-        rings
+        crate::sys::fd::is_readable(queue.bell.as_fd())
     }
 
     #[test]

@@ -1,7 +1,7 @@
 #![forbid(unsafe_code)]
 //! Which port an address was last heard from, for each VLAN on its own.
 //!
-//! The table is as large as it will ever be from the beginning: buckets of eight entries, each of them two
+//! The table is as large as it will ever be from the beginning: buckets of eight entries, each of them three
 //! atomic words. Looking up and keeping an entry fresh take no lock. Whoever has to write a new one takes the
 //! writers' lock if it is free, and leaves it to the next frame if not.
 //!
@@ -9,12 +9,13 @@
 //! where a bucket is full, the port with the most entries loses one. Which bucket an address is in depends on
 //! a secret, so that nobody can aim at one.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, TryLockError};
+use std::sync::TryLockError;
 use std::time::Duration;
 
 use crate::config::MacAddress;
-use crate::sys::{lock, random};
+use crate::sys::random;
+use crate::sys::sync::atomic::{AtomicU64, Ordering};
+use crate::sys::sync::{Mutex, lock};
 
 const WAYS: usize = 8;
 
@@ -41,12 +42,14 @@ pub(super) struct Table {
 
 type Bucket = [Slot; WAYS];
 
-/// A key (VLAN and address) and where and when it was last heard. A reader that finds the same key before and
-/// after it has read the value has read the key's value: a writer takes the key away first.
+/// A key (VLAN and address) and where and when it was last heard. A reader that finds the same version before and after it has
+/// read both, and no writer, has read the key's value. The key alone would not do: it may have gone and come back meanwhile.
 #[derive(Default)]
 struct Slot {
     key: AtomicU64,
     value: AtomicU64,
+    /// Odd while it is written to.
+    version: AtomicU64,
 }
 
 #[derive(Default)]
@@ -77,18 +80,25 @@ pub(super) enum Learned {
 
 impl Slot {
     fn get(&self, key: u64) -> Option<Heard> {
-        if self.key.load(Ordering::Acquire) != key {
+        // Most are others'.
+        if self.key.load(Ordering::Relaxed) != key {
             return None;
         }
+        let version = self.version.load(Ordering::Acquire);
+        let found = self.key.load(Ordering::Acquire);
         let value = self.value.load(Ordering::Acquire);
-        (self.key.load(Ordering::Relaxed) == key).then_some(Heard(value))
+        let same = self.version.load(Ordering::Relaxed) == version;
+        (found == key && same && version & 1 == 0).then_some(Heard(value))
     }
 
     /// By writers only.
     fn put(&self, key: u64, heard: Heard) {
-        self.key.store(0, Ordering::Release);
-        self.value.store(heard.0, Ordering::Release);
+        let version = self.version.load(Ordering::Relaxed);
+        self.version.store(version | 1, Ordering::Relaxed);
+        // Who sees one of these sees the odd version, too.
         self.key.store(key, Ordering::Release);
+        self.value.store(heard.0, Ordering::Release);
+        self.version.store((version | 1).wrapping_add(1), Ordering::Release);
     }
 }
 
