@@ -56,6 +56,8 @@ fn read(queue: &Queue, memory: &Memory, most: usize) -> Vec<u8> {
                         got.push(item.bytes()[0]);
                         used = Some(item.into_buffer());
                     }
+                    // What was posted is used for those now.
+                    assert!(!matches!(queue.next(), Next::Landed(_)), "two frames in one buffer");
                     post(queue, memory, 1);
                 }
                 Next::Filling | Next::Nothing => break,
