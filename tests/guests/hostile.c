@@ -918,7 +918,7 @@ static void input_that_nobody_reads(void)
     }
 }
 
-/* Flushes, as many as there is room for, and then the same again and again, for a disk that does not answer. */
+/* Flushes, as many as there is room for, and then the same again, for a disk that does not answer. */
 static void submits_without_waiting(void)
 {
     struct queue *queue = &disk.queue[0];
@@ -929,7 +929,7 @@ static void submits_without_waiting(void)
         heads[i] = offer(queue, 2);
         ring(&disk, queue);
     }
-    for (u32 i = 0; i < 2 * SIZE; i++) {
+    for (u32 i = 0; i < SIZE / 2; i++) {
         make_available(queue, heads[i % (SIZE / 2)]);
         ring(&disk, queue);
     }

@@ -246,7 +246,14 @@ fn types_without_end(vm: &Vm) -> usize {
 
 /// A disk of one sector, wherever that is, that keeps its requests, or answers them.
 #[derive(Clone, Default)]
-struct Keeps(Arc<(Mutex<Vec<BlockRequest>>, AtomicBool, Mutex<Vec<u8>>)>);
+struct Keeps(Arc<Kept>);
+
+#[derive(Default)]
+struct Kept {
+    requests: Mutex<Vec<BlockRequest>>,
+    answers: AtomicBool,
+    sector: Mutex<Vec<u8>>,
+}
 
 impl BlockBackend for Keeps {
     fn size(&self) -> u64 {
@@ -254,11 +261,10 @@ impl BlockBackend for Keeps {
     }
 
     fn submit(&mut self, mut request: BlockRequest) {
-        let (kept, answers, sector) = &*self.0;
-        if !answers.load(Ordering::SeqCst) {
-            return kept.lock().unwrap().push(request);
+        if !self.0.answers.load(Ordering::SeqCst) {
+            return self.0.requests.lock().unwrap().push(request);
         }
-        let mut sector = sector.lock().unwrap();
+        let mut sector = self.0.sector.lock().unwrap();
         sector.resize(512, 0);
         match request.op() {
             BlockOp::Read => drop(request.copy_from(0, &sector)),
@@ -280,7 +286,7 @@ fn row_12_a_disk_that_does_not_answer_keeps_no_more_than_the_queue_holds() {
             builder.disk_backend(0, disk.clone())
         });
         for round in 0..3 {
-            disk.0.1.store(false, Ordering::SeqCst);
+            disk.0.answers.store(false, Ordering::SeqCst);
             assert_eq!(rogue.does(SUBMIT), 1);
             let told = rogue.events();
             let in_use = |why: &str| why.contains("while it is in use");
@@ -289,9 +295,9 @@ fn row_12_a_disk_that_does_not_answer_keeps_no_more_than_the_queue_holds() {
                 "{told:?}"
             );
             // Those before the first that was offered twice.
-            let kept = std::mem::take(&mut *disk.0.0.lock().unwrap());
+            let kept = std::mem::take(&mut *disk.0.requests.lock().unwrap());
             assert_eq!(kept.len(), 16, "round {round}");
-            disk.0.1.store(true, Ordering::SeqCst);
+            disk.0.answers.store(true, Ordering::SeqCst);
             kept.into_iter().for_each(|request| assert!(request.complete(Ok(()))));
             assert_eq!(rogue.does(RESTART), 0);
         }

@@ -343,16 +343,32 @@ fn row_28_a_file_that_shrinks_and_grows() {
     );
 }
 
-/// On a file system of 64 KiB of its own, half of which something else fills.
+/// A file system of its own, which goes before the directory that it is on.
+struct Mounted<'a>(&'a Path);
+
+impl<'a> Mounted<'a> {
+    fn new(at: &'a Path, size: &str) -> Self {
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &format!("size={size}"), "none"]).arg(at);
+        assert!(mount.status().expect("mount (package mount)").success());
+        Self(at)
+    }
+}
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(self.0).status();
+    }
+}
+
+/// On a file system of 64 KiB, half of which something else fills.
 #[test]
 fn row_28_a_disk_that_is_full() {
     if std::env::var_os(INSIDE).is_none() {
         return inside("files::row_28_a_disk_that_is_full", &["unshare", "--mount", "--map-root-user"]);
     }
     let scratch = Scratch::new();
-    let mut mount = Command::new("mount");
-    mount.args(["-t", "tmpfs", "-o", "size=64k", "none"]).arg(&scratch.0);
-    assert!(mount.status().expect("mount (package mount)").success());
+    let _mounted = Mounted::new(&scratch.0, "64k");
     let (filler, path) = (scratch.file("filler", &[1; 32 << 10]), scratch.sparse("disk", 1 << 20));
     let write = |i: u32| (Op::Write, 8 * i, 8, i);
     let mut steps: Vec<_> = (0..12).map(write).collect();
@@ -372,7 +388,6 @@ fn row_28_a_disk_that_is_full() {
         let sectors = bytes[4096 * i..][..4096].chunks(512).map(|sector| usize::from(sector[0]));
         assert!(sectors.eq(i..i + 8), "write {i}, which was acknowledged, is there");
     }
-    // The file system goes with the namespace, which ends with this process.
 }
 
 /// What becomes of a disk whose host fails with an errno for a while.
