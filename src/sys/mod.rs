@@ -17,6 +17,7 @@ pub(crate) mod image;
 pub(crate) mod io;
 pub(crate) mod kvm;
 pub(crate) mod kvm_stats;
+pub(crate) mod log;
 pub(crate) mod memory;
 pub(crate) mod netlink;
 pub(crate) mod residency;

@@ -12,6 +12,7 @@ use super::tx::{Sent, Tx, report};
 use crate::memory::Memory;
 use crate::net::NetBackend;
 use crate::reactor::{self, Watch};
+use crate::sys::log;
 use crate::virtio::Signals;
 use crate::virtio::queue::{Queue, QueueFault};
 
