@@ -45,6 +45,7 @@ mod bench;
 pub mod driver;
 mod kernel;
 mod ledger;
+pub mod sandbox;
 mod served;
 
 pub use bench::{BenchBus, BenchQueue, BenchSwitch};

@@ -21,6 +21,7 @@ pub(crate) mod log;
 pub(crate) mod memory;
 pub(crate) mod netlink;
 pub(crate) mod residency;
+pub(crate) mod seccomp;
 pub(crate) mod sigbus;
 pub(crate) mod signal;
 pub(crate) mod tap;

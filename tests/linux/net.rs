@@ -38,7 +38,7 @@ impl Tap {
     }
 
     /// With several queues.
-    fn with_queues() -> Self {
+    pub fn with_queues() -> Self {
         Self::made(&["multi_queue"])
     }
 
