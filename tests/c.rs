@@ -17,7 +17,7 @@ mod guests;
 mod list;
 
 /// The program of the cases.
-const API: [&str; 10] = [
+const API: [&str; 11] = [
     "tests/c/api.c",
     "tests/c/races.c",
     "tests/c/callbacks.c",
@@ -28,6 +28,7 @@ const API: [&str; 10] = [
     "tests/c/wiring.c",
     "tests/c/memory.c",
     "tests/c/reclaim.c",
+    "tests/c/sandbox.c",
 ];
 const WARNINGS: [&str; 5] = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror"];
 
