@@ -10,9 +10,15 @@ static int32_t read_zero(void *user, uint32_t vcpu, uint64_t offset, uint8_t *da
     return VMBED_OK;
 }
 
+static int32_t write_nowhere(void *user, uint32_t vcpu, uint64_t offset, const uint8_t *data, size_t length)
+{
+    (void)user, (void)vcpu, (void)offset, (void)data, (void)length;
+    return VMBED_OK;
+}
+
 void a_sandbox_for_its_threads(void)
 {
-    const vmbed_device_ops ops = {.size = sizeof ops, .read = read_zero};
+    const vmbed_device_ops ops = {.size = sizeof ops, .read = read_zero, .write = write_nowhere};
     vmbed_sandbox sandbox = {.size = sizeof sandbox};
     vmbed_host *host;
     vmbed_config *config;
@@ -44,12 +50,12 @@ void a_sandbox_for_its_threads(void)
 
     /* A device of ours would run there. */
     OK(vmbed_builder_new(host, config, &builder, &error));
-    OK(vmbed_builder_add_pio(builder, "port", 0x10, 1, &ops, NULL, NULL, &error));
+    OK(vmbed_builder_add_pio(builder, "port", 0x10, 1, &ops, NULL, &error));
     FAILS(VMBED_ERR_INVALID_ARGUMENT, "'port'", vmbed_builder_build(builder, &vm, &error));
     vmbed_builder_free(builder);
     OK(vmbed_config_set_sandbox(config, VMBED_SANDBOX_ALL & ~VMBED_SANDBOX_VCPUS, true, &error));
     OK(vmbed_builder_new(host, config, &builder, &error));
-    OK(vmbed_builder_add_pio(builder, "port", 0x10, 1, &ops, NULL, NULL, &error));
+    OK(vmbed_builder_add_pio(builder, "port", 0x10, 1, &ops, NULL, &error));
     OK(vmbed_builder_build(builder, &vm, &error));
     OK(vmbed_vm_get_sandbox(vm, &sandbox, &error));
     CHECK(!sandbox.threads && !sandbox.seccomp);
