@@ -458,7 +458,7 @@ const char *vmbed_probe_problem(const vmbed_probe *probe, size_t index);
 const char *vmbed_probe_remedy(const vmbed_probe *probe,
                                size_t index);
 
-/** Whether VMs can be built here: no finding is a problem. Not for NULL. */
+/** Whether VMs can be built here: no finding is a problem, but perhaps for those that ask for a sandbox. Not for NULL. */
 bool vmbed_probe_is_usable(const vmbed_probe *probe);
 
 /** Frees a probe. NULL is a no-op. */
@@ -526,6 +526,9 @@ void vmbed_host_free(vmbed_host *host);
 
 /** The thread waits for the end of a VM whose vCPUs run on threads of yours. */
 #define VMBED_THREAD_CONTROL 2
+
+/** The thread answers for the others, which are in a sandbox (vmbed_config_set_sandbox()); it is not. */
+#define VMBED_THREAD_SUPERVISOR 3
 
 /**
  * Takes a piece of a guest's console output, in order, on a device thread of that VM. The bytes are gone when it
@@ -2439,6 +2442,57 @@ int32_t vmbed_host_set_reclaim(vmbed_host *host,
 bool vmbed_event_pressure(const vmbed_event *event,
                           vmbed_pressure *pressure);
 
+/* A sandbox for a VM's threads ----------------------------------------------------------------------------- */
+
+/** Threads that run vCPUs, and the one that ends a VM. They call your devices, and some functions of your networks. */
+#define VMBED_SANDBOX_VCPUS 1
+
+/** Threads that serve the console, cards and the random number generator. They call your console callback and your networks. */
+#define VMBED_SANDBOX_DEVICES 2
+
+/** Threads that serve disks. They call your disks. */
+#define VMBED_SANDBOX_DISKS 4
+
+/** The thread that serves the balloon. */
+#define VMBED_SANDBOX_BALLOON 8
+
+/** All of them. */
+#define VMBED_SANDBOX_ALL 15
+
+/** What is in force of a VM's sandbox. */
+typedef struct {
+    /** sizeof(struct vmbed_sandbox) */
+    size_t size;
+    /** How many of the VM's threads are in it; 0 where there is none. */
+    uint32_t threads;
+    /** Whether their calls are filtered: 0 or 1. */
+    uint32_t seccomp;
+    /** The version of Landlock's interface by which they open no files; 0 where the kernel has none. */
+    uint32_t landlock;
+    /** 0 */
+    uint32_t reserved;
+} vmbed_sandbox;
+
+/**
+ * Puts threads of the VM into a sandbox: each may make the system calls that its work needs and no others, and opens no files.
+ * `threads` is the sum of VMBED_SANDBOX_* but not of none; 0: there is no sandbox, as in the beginning. A call that is refused
+ * fails with EPERM, and its VM stops with VMBED_CAUSE_SANDBOX_VIOLATION; the process and its other VMs go on.
+ *
+ * Code of yours never runs in it: vmbed_builder_build() answers VMBED_ERR_INVALID_ARGUMENT where such a thread would call some,
+ * and names it. It answers VMBED_ERR_UNSUPPORTED where the kernel lacks seccomp's notices or Landlock, unless `best_effort`:
+ * then it goes on with what there is, and vmbed_vm_get_sandbox() says what that is.
+ *
+ * Once such a VM is built, do not change the process's user or groups with the C library's functions: they would have each
+ * thread do the same, which is refused, and end the process.
+ */
+int32_t vmbed_config_set_sandbox(vmbed_config *config,
+                                 uint32_t threads,
+                                 bool best_effort,
+                                 vmbed_error **error);
+
+/** Fills `sandbox`, whose size is set. In every state. Never blocks. */
+int32_t vmbed_vm_get_sandbox(const vmbed_vm *vm, vmbed_sandbox *sandbox, vmbed_error **error);
+
 /* What happened -------------------------------------------------------------------------------------------- */
 
 /** The vCPUs run for the first time. */
@@ -2512,6 +2566,12 @@ bool vmbed_event_pressure(const vmbed_event *event,
  * back at once: it reads zero.
  */
 #define VMBED_CAUSE_MEMORY_PRESSURE 9
+
+/**
+ * A thread of the VM's, which vmbed_event_device() names, made a system call that its sandbox refuses
+ * (vmbed_config_set_sandbox()): vmbed has a defect, or the guest has found one.
+ */
+#define VMBED_CAUSE_SANDBOX_VIOLATION 10
 
 /** A stream of your own, for vmbed_builder_set_events() of several VMs. It is yours to free. */
 int32_t vmbed_events_new(vmbed_events **events, vmbed_error **error);

@@ -16,12 +16,14 @@ pub use cgroup::CgroupConfig;
 pub use disk::{CacheMode, DiskBacking, DiskConfig, DiskEngine, DiskFormat, Passphrase};
 pub use net::{MacAddress, NetConfig, Vhost};
 pub use rate::RateLimit;
+pub use sandbox::SandboxConfig;
 
 mod backing;
 mod cgroup;
 pub(crate) mod disk;
 mod net;
 mod rate;
+mod sandbox;
 pub(crate) mod topology;
 pub(crate) mod validate;
 
@@ -59,6 +61,9 @@ pub struct VmConfig {
     /// A cgroup of its own for its threads. Default: none.
     #[cfg_attr(feature = "serde", serde(default))]
     pub cgroup: Option<CgroupConfig>,
+    /// A sandbox for its threads. Default: none.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub sandbox: Option<SandboxConfig>,
     /// What the host's ledger promises it.
     #[cfg_attr(feature = "serde", serde(default))]
     pub promise: PromiseConfig,
@@ -111,6 +116,7 @@ impl VmConfig {
             memory: default_memory(),
             backing: BackingConfig::default(),
             cgroup: None,
+            sandbox: None,
             promise: PromiseConfig::default(),
             boot,
             platform,

@@ -155,6 +155,14 @@ pub enum StopCause {
         /// What happened.
         why: String,
     },
+    /// A thread of the VM's made a system call that its sandbox refuses ([`VmConfig::sandbox`](crate::VmConfig)): vmbed has a
+    /// defect, or the guest has found one.
+    SandboxViolation {
+        /// The thread's name: `vmbed-vcpu0`, `vmbed-dev1`.
+        thread: String,
+        /// The call, with its number and arguments.
+        call: String,
+    },
 }
 
 impl fmt::Display for StopCause {
@@ -169,6 +177,9 @@ impl fmt::Display for StopCause {
             Self::MemoryPressure => f.write_str("stopped because the host has not enough memory"),
             Self::VcpuFault { vcpu, why } => write!(f, "vCPU {vcpu} failed: {why}"),
             Self::DeviceFault { device, why } => write!(f, "device {device} failed: {why}"),
+            Self::SandboxViolation { thread, call } => {
+                write!(f, "the thread {thread} made a call that its sandbox refuses: {call}")
+            }
         }
     }
 }

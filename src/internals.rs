@@ -48,6 +48,7 @@ mod kernel;
 mod ledger;
 mod rate;
 mod ring;
+pub mod sandbox;
 mod served;
 
 pub use bench::{BenchBus, BenchQueue, BenchSwitch};

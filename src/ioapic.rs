@@ -19,6 +19,7 @@ use crate::bus::{Access, Device};
 use crate::error::Result;
 use crate::irq::{IOAPIC_PINS, Msi, Routes};
 use crate::sys::lock;
+use crate::sys::log;
 
 /// Offsets from the base address.
 const IOREGSEL: u64 = 0x00;

@@ -30,6 +30,7 @@
 //! virtio                                                     virtio devices and their transport
 //! vcpu  boot                                                 the run loop; what runs first
 //! vm                                                         one machine: its parts and its life
+//! sandbox                                                    what its threads may ask of the kernel
 //! host                                                       /dev/kvm and the VMs made from it
 //! capi                                                       the same for C: include/vmbed.h
 //! internals                                                  the project's own tests; behind a feature
@@ -71,6 +72,7 @@ mod net;
 mod pci;
 mod rate;
 mod reactor;
+mod sandbox;
 mod sys;
 mod units;
 mod vcpu;
@@ -88,15 +90,15 @@ pub use memory::handle_sigbus;
 pub use config::{
     BackingConfig, BackingKind, BalloonConfig, BareBoot, Boot, CacheMode, CgroupConfig, ConsoleKind,
     CpuConfig, CpuMode, CpuidMask, CpuidRegister, DiskBacking, DiskConfig, DiskEngine, DiskFormat, HugePages,
-    LinuxBoot, MacAddress, NetConfig, Passphrase, PciAddress, Platform, PromiseConfig, RateLimit, Uuid,
-    Vhost, VmConfig,
+    LinuxBoot, MacAddress, NetConfig, Passphrase, PciAddress, Platform, PromiseConfig, RateLimit,
+    SandboxConfig, Uuid, Vhost, VmConfig,
 };
 pub use units::Bytes;
 
 // A VM in the making, and its life.
 pub use vm::{
-    BalloonStatistics, DiskStatistics, GivenBack, GuestMemory, NetStatistics, Network, Registers, ThreadInfo,
-    ThreadRole, VcpuReturn, VcpuStatistics, Vm, VmBuilder, VmMemory, VmState,
+    BalloonStatistics, DiskStatistics, GivenBack, GuestMemory, NetStatistics, Network, Registers,
+    SandboxReport, ThreadInfo, ThreadRole, VcpuReturn, VcpuStatistics, Vm, VmBuilder, VmMemory, VmState,
 };
 
 // Networks inside of this process.
@@ -137,3 +139,8 @@ struct StoragePrograms;
 #[cfg(doctest)]
 #[doc = include_str!("../docs/networking.md")]
 struct NetworkingPrograms;
+
+/// Compiles those of docs/sandbox.md.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/sandbox.md")]
+struct SandboxPrograms;

@@ -253,6 +253,13 @@ impl EventLoop {
         }
     }
 
+    /// Does `f` on the loop's thread, some time. A loop without one does nothing.
+    pub fn tell(&self, f: impl FnOnce() + Send + 'static) {
+        if let Self::Thread(own) = self {
+            drop(own.calls.begin(move |_| f()));
+        }
+    }
+
     /// Ends the thread and waits for it. What was attached is dropped.
     pub fn stop(&self) {
         let Self::Thread(own) = self else { return };

@@ -17,7 +17,7 @@ mod guests;
 mod list;
 
 /// The program of the cases.
-const API: [&str; 12] = [
+const API: [&str; 13] = [
     "tests/c/api.c",
     "tests/c/races.c",
     "tests/c/callbacks.c",
@@ -30,6 +30,7 @@ const API: [&str; 12] = [
     "tests/c/reclaim.c",
     "tests/c/hostile.c",
     "tests/c/lies.c",
+    "tests/c/sandbox.c",
 ];
 const WARNINGS: [&str; 5] = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror"];
 

@@ -8,7 +8,7 @@ fn root() -> &'static Path {
 }
 
 /// The sections in the order in which a reader wants them: a file of `src/capi` and its title.
-const SECTIONS: [(&str, &str); 19] = [
+const SECTIONS: [(&str, &str); 20] = [
     ("library", "The library"),
     ("error", "Errors"),
     ("device", "Devices of your own"),
@@ -27,6 +27,7 @@ const SECTIONS: [(&str, &str); 19] = [
     ("ledger", "What was promised, and what is there"),
     ("balloon", "How guests give memory back"),
     ("reclaim", "When memory gets short"),
+    ("sandbox", "A sandbox for a VM's threads"),
     ("events", "What happened"),
 ];
 

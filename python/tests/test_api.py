@@ -781,6 +781,26 @@ def test_a_share_of_the_processors() -> None:
         assert "cgroup" in str(error), "only where the host delegates one"
 
 
+def test_a_sandbox_for_its_threads() -> None:
+    assert vmbed.has_feature("sandbox")
+    host = vmbed.Host()
+    with host.build(vmbed.BareConfig(SPINS)) as vm:
+        assert vm.sandbox() == (0, 0, 0)
+    with host.build(vmbed.BareConfig(SPINS, sandbox=vmbed.Sandbox())) as vm:
+        found = vm.sandbox()
+        assert (found.threads, found.seccomp) == (1, 1) and found.landlock > 0
+        vm.start()
+        vm.pause()
+        vm.resume()
+        assert vm.state is vmbed.State.RUNNING
+    inside, outside = (vmbed.BareConfig(SPINS, sandbox=vmbed.Sandbox(vcpus=vcpus)) for vcpus in (True, False))
+    with pytest.raises(vmbed.InvalidArgument, match="'port'") as wrong:
+        host.builder(inside).pio_device("port", 0x10, 1, Port()).build()
+    assert [field.name for field in wrong.value.fields] == ["sandbox.vcpus"]
+    with host.builder(outside).pio_device("port", 0x10, 1, Port()).build() as vm:
+        assert vm.sandbox() == (0, 0, 0)
+
+
 def test_memory_of_every_kind() -> None:
     host, size = vmbed.Host(), 4 << 20
 

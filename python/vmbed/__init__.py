@@ -20,7 +20,7 @@ import logging
 
 from ._lib import call, ffi, hold, let_go, lib, text
 from .backend import BlockBackend, BlockOp, BlockRequest, NetBackend
-from .config import Backing, BackingKind, Balloon, BareConfig, Cgroup, CacheMode, Config, Console, CpuidMask, Disk, DiskEngine, DiskFormat, HugePages, LinuxConfig, Mode, Net, Platform, Vhost, create_disk
+from .config import Backing, BackingKind, Balloon, BareConfig, Cgroup, CacheMode, Config, Console, CpuidMask, Disk, DiskEngine, DiskFormat, HugePages, LinuxConfig, Mode, Net, Platform, Sandbox, Vhost, create_disk
 from .device import Device, log_line
 from .errors import (
     BadImage,
@@ -54,7 +54,7 @@ from .switch import (
     SwitchPort,
     Traffic,
 )
-from .vm import BalloonStatistics, DiskStatistics, GuestMemory, Memory, NetStatistics, Registers, State, VcpuReturn, VcpuStatistics, Vm
+from .vm import BalloonStatistics, DiskStatistics, GuestMemory, Memory, NetStatistics, Registers, SandboxReport, State, VcpuReturn, VcpuStatistics, Vm
 from .wiring import Wiring
 
 _VERSION = lib.vmbed_version()
@@ -100,7 +100,7 @@ __all__ = [
     "Finding", "GuestMemory", "Host", "HugePages", "HostError", "Internal", "InvalidArgument", "InvalidState", "Kind",
     "LinuxConfig", "Memory", "Mode", "Net", "NetBackend", "NetStatistics", "NotFound", "PermissionDenied",
     "Platform", "PortOptions", "PortStatistics", "Pressure", "Probe", "Rate", "Reclaim", "Refused", "Registers",
-    "Shares", "Slack", "Stage", "State", "Switch", "SwitchPort", "ThreadRole", "TimedOut", "Traffic",
+    "Sandbox", "SandboxReport", "Shares", "Slack", "Stage", "State", "Switch", "SwitchPort", "ThreadRole", "TimedOut", "Traffic",
     "UNLIMITED", "UNLIMITED_RATE", "Unsupported", "Usage", "VcpuReturn", "VcpuStatistics", "Verdict", "Vhost", "Vm", "Wiring",
     "create_disk", "features", "handle_sigbus", "has_feature", "log_to",
 ]  # fmt: skip

@@ -219,6 +219,25 @@ class Cgroup:
 
 
 @dataclass
+class Sandbox:
+    """A sandbox for a VM's threads: each may make the system calls that its work needs and no others, and opens no files.
+
+    A thread that would call code of yours cannot be in it: building the VM raises InvalidArgument and names what may be False.
+    """
+
+    #: Threads that run vCPUs. They call your devices, and some functions of your networks.
+    vcpus: bool = True
+    #: Threads that serve the console, cards and the random number generator. They call your console callback and networks.
+    devices: bool = True
+    #: Threads that serve disks. They call your disks.
+    disks: bool = True
+    #: The thread that serves the balloon.
+    balloon: bool = True
+    #: Goes on with what the kernel has. False: Unsupported where it lacks seccomp's notices or Landlock.
+    best_effort: bool = False
+
+
+@dataclass
 class CpuidMask:
     """Bits of CPUID that the guest is not to see (`clear`), or is to see (`set`)."""
 
@@ -251,6 +270,8 @@ class _Common:
     cpuid_masks: list[CpuidMask] = field(default_factory=list)
     #: None: its threads stay where they are made.
     cgroup: Cgroup | None = None
+    #: None: its threads have the rights of the process.
+    sandbox: Sandbox | None = None
     #: What of the memory the ledger never takes back, in bytes.
     guarantee: int = 0
     #: Its class where the host gets short of memory, 0 to 255; None: never stopped for others.
@@ -331,6 +352,10 @@ class _Common:
             parent = None if self.cgroup.parent is None else os.fsencode(self.cgroup.parent)
             limit = (0, 0) if self.cgroup.quota is None else (self.cgroup.quota, self.cgroup.period)
             call(lib.vmbed_config_set_cgroup, config, optional(parent), self.cgroup.weight, *limit)
+        if self.sandbox is not None:
+            confined = (self.sandbox.vcpus, self.sandbox.devices, self.sandbox.disks, self.sandbox.balloon)
+            threads = sum(1 << bit for bit, wanted in enumerate(confined) if wanted)
+            call(lib.vmbed_config_set_sandbox, config, threads, self.sandbox.best_effort)
         if self.dedicated:
             call(lib.vmbed_config_set_dedicated, config, True)
         for vcpu, cpus in enumerate(self.affinity):

@@ -43,6 +43,8 @@ class Cause(IntEnum):
     DEVICE_FAULT = 8
     #: The host had not enough memory, and the VM was a declared victim.
     MEMORY_PRESSURE = 9
+    #: A thread, which `device` names, made a system call that its sandbox refuses.
+    SANDBOX_VIOLATION = 10
 
 
 class Stage(IntEnum):

@@ -28,6 +28,7 @@ class ThreadRole(IntEnum):
     VCPU = 0
     DEVICE = 1
     CONTROL = 2
+    SUPERVISOR = 3
 
 
 @dataclass(frozen=True)

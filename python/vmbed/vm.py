@@ -135,6 +135,17 @@ class BalloonStatistics(NamedTuple):
     ignored: int
 
 
+class SandboxReport(NamedTuple):
+    """What is in force of a VM's sandbox; zeroes where it has none."""
+
+    #: How many of the VM's threads are in it.
+    threads: int
+    #: Whether their calls are filtered: 0 or 1.
+    seccomp: int
+    #: The version of Landlock's interface; 0 where the kernel has none.
+    landlock: int
+
+
 class GuestMemory(NamedTuple):
     """A guest's own account of its memory, in bytes or in how often something happened; None where it does not say."""
 
@@ -155,7 +166,8 @@ class GuestMemory(NamedTuple):
 
 
 _balloon_statistics = filled("vmbed_balloon_statistics", BalloonStatistics, lib.vmbed_vm_get_balloon_statistics)
-_guest_memory = filled("vmbed_guest_memory", GuestMemory, lib.vmbed_vm_get_guest_memory)
+_guest_sandbox = filled("vmbed_sandbox", SandboxReport, lib.vmbed_vm_get_sandbox)
+_memory = filled("vmbed_guest_memory", GuestMemory, lib.vmbed_vm_get_guest_memory)
 _net_statistics = filled("vmbed_net_statistics", NetStatistics, lib.vmbed_vm_get_net_statistics)
 _memory = filled("vmbed_memory", Memory, lib.vmbed_vm_get_memory)
 _vcpu_statistics = filled("vmbed_vcpu_statistics", VcpuStatistics, lib.vmbed_vm_get_vcpu_statistics)
@@ -290,6 +302,10 @@ class Vm:
         """Sets them, all of them."""
         made = structure("vmbed_registers", **{f.name: getattr(registers, f.name) for f in fields(Registers)})
         call(lib.vmbed_vm_set_registers, self._pointer, vcpu, made)
+
+    def sandbox(self) -> SandboxReport:
+        """What is in force of its sandbox. In every state; never blocks."""
+        return _sandbox(self._pointer)
 
     def memory(self) -> Memory:
         """What its memory was promised, and what is there. Costs a walk over page tables."""

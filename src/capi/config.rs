@@ -525,6 +525,8 @@ pub const VMBED_THREAD_VCPU: i32 = 0;
 pub const VMBED_THREAD_DEVICE: i32 = 1;
 /// The thread waits for the end of a VM whose vCPUs run on threads of yours.
 pub const VMBED_THREAD_CONTROL: i32 = 2;
+/// The thread answers for the others, which are in a sandbox (vmbed_config_set_sandbox()); it is not.
+pub const VMBED_THREAD_SUPERVISOR: i32 = 3;
 
 /// Called on each thread of the library before it does anything else: the place to set its affinity, cgroup or
 /// scheduler. `role` is one of VMBED_THREAD_*, `index` counts the VM's threads of one role (for a vCPU its index), `tid`
@@ -549,6 +551,7 @@ pub unsafe extern "C" fn vmbed_builder_on_thread_start(
                 ThreadRole::Vcpu => VMBED_THREAD_VCPU,
                 ThreadRole::Device => VMBED_THREAD_DEVICE,
                 ThreadRole::Control => VMBED_THREAD_CONTROL,
+                ThreadRole::Supervisor => VMBED_THREAD_SUPERVISOR,
             };
             // SAFETY: the embedder's function with its own data.
             unsafe { function(user.pointer(), info.vm.0, role, info.index, info.tid) }

@@ -55,6 +55,9 @@ pub const VMBED_CAUSE_DEVICE_FAULT: i32 = 8;
 /// The host had not enough memory, and the VM had agreed to be stopped then (vmbed_config_set_promise()). Its memory was given
 /// back at once: it reads zero.
 pub const VMBED_CAUSE_MEMORY_PRESSURE: i32 = 9;
+/// A thread of the VM's, which vmbed_event_device() names, made a system call that its sandbox refuses
+/// (vmbed_config_set_sandbox()): vmbed has a defect, or the guest has found one.
+pub const VMBED_CAUSE_SANDBOX_VIOLATION: i32 = 10;
 
 pub(super) fn cause(cause: &StopCause) -> i32 {
     match cause {
@@ -67,6 +70,7 @@ pub(super) fn cause(cause: &StopCause) -> i32 {
         StopCause::MemoryPressure => VMBED_CAUSE_MEMORY_PRESSURE,
         StopCause::VcpuFault { .. } => VMBED_CAUSE_VCPU_FAULT,
         StopCause::DeviceFault { .. } => VMBED_CAUSE_DEVICE_FAULT,
+        StopCause::SandboxViolation { .. } => VMBED_CAUSE_SANDBOX_VIOLATION,
     }
 }
 
@@ -102,6 +106,7 @@ impl Story {
             EventKind::Stopped(why) => {
                 let device = match why {
                     StopCause::DeviceFault { device, .. } => Some(device.as_str()),
+                    StopCause::SandboxViolation { thread, .. } => Some(thread.as_str()),
                     _ => None,
                 };
                 (VMBED_EVENT_STOPPED, cause(why), device, why.to_string())

@@ -13,6 +13,7 @@ use crate::host::{ChargedBy, Host, HostConfig, Probe};
 use crate::units::Bytes;
 
 struct Finding {
+    optional: bool,
     what: CString,
     problem: Option<CString>,
     remedy: CString,
@@ -41,6 +42,7 @@ pub unsafe extern "C" fn vmbed_probe_new(
             None => Host::probe(),
         };
         let findings = found.findings.into_iter().map(|f| Finding {
+            optional: f.optional,
             what: c_text(f.what),
             problem: f.problem.map(c_text),
             remedy: c_text(f.remedy),
@@ -82,10 +84,12 @@ pub unsafe extern "C" fn vmbed_probe_remedy(probe: *const vmbed_probe, index: us
     finding(probe, index, std::ptr::null(), |f| Some(f.remedy.as_ptr()))
 }
 
-/// Whether VMs can be built here: no finding is a problem. Not for NULL.
+/// Whether VMs can be built here: no finding is a problem, but perhaps for those that ask for a sandbox. Not for NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_probe_is_usable(probe: *const vmbed_probe) -> bool {
-    answer(false, || handle::object(probe).is_ok_and(|f| f.0.iter().all(|f| f.problem.is_none())))
+    answer(false, || {
+        handle::object(probe).is_ok_and(|f| f.0.iter().all(|f| f.optional || f.problem.is_none()))
+    })
 }
 
 /// Frees a probe. NULL is a no-op.

@@ -30,6 +30,7 @@ const FEATURES: &[&CStr] = &[
     c"rng",
     c"console-serial",
     c"console-virtio",
+    c"sandbox",
 ];
 
 /// The library's version, `major << 16 | minor << 8 | patch`.

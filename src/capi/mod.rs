@@ -31,6 +31,7 @@ mod log;
 mod memory;
 mod net;
 mod reclaim;
+mod sandbox;
 mod switch;
 mod traffic;
 mod vm;

@@ -11,6 +11,7 @@ use super::stream::{Direction, Stream};
 use super::{Callback, INPUT, NOW, Output, Shared};
 use crate::reactor::{self, Watch};
 use crate::sys::lock;
+use crate::sys::log;
 
 /// Writes or reads in one turn of the loop: its other workers wait meanwhile.
 const ROUNDS: usize = 32;

@@ -93,8 +93,9 @@ impl Host {
             })
         };
         let (cpu, nested_paging) = (host_cpu(&kvm)?, probe::nested_paging());
-        let (herd, io_uring) = (Arc::default(), OnceLock::new());
-        let parts = Arc::new(HostParts { cpu, ledger, kvm, roll, herd, nested_paging, io_uring, headroom });
+        let (herd, io_uring, sandbox) = (Arc::default(), OnceLock::new(), crate::sandbox::prepare);
+        let parts =
+            Arc::new(HostParts { cpu, ledger, kvm, roll, herd, nested_paging, io_uring, headroom, sandbox });
         Ok(Self { parts, samples, reaction, reclaim: Arc::default() })
     }
 

@@ -16,7 +16,7 @@ pub struct Probe {
     pub findings: Vec<Finding>,
 }
 
-/// One thing that vmbed needs, and whether it is there.
+/// One thing that vmbed needs, or can use, and whether it is there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Finding {
@@ -28,6 +28,8 @@ pub struct Finding {
     pub remedy: String,
     /// How a call that needs it fails.
     pub kind: ErrorKind,
+    /// VMs can do without it: only one that asks for it fails.
+    pub optional: bool,
 }
 
 /// Whether the processor walks guests' page tables itself: a module of KVM says so.
@@ -41,7 +43,7 @@ pub(super) fn nested_paging() -> bool {
 impl Probe {
     /// Whether VMs can be built here.
     pub fn is_usable(&self) -> bool {
-        self.findings.iter().all(|f| f.problem.is_none())
+        self.findings.iter().all(|f| f.optional || f.problem.is_none())
     }
 
     /// The first problem as the error that [`Host::open`](crate::Host::open) answers.
@@ -49,7 +51,7 @@ impl Probe {
     /// # Errors
     /// That problem; `Ok` when there is none.
     pub fn verdict(&self) -> Result<()> {
-        match self.findings.iter().find_map(|f| Some((f, f.problem.as_ref()?))) {
+        match self.findings.iter().filter(|f| !f.optional).find_map(|f| Some((f, f.problem.as_ref()?))) {
             None => Ok(()),
             Some((finding, problem)) => {
                 let text = format!("{}: {problem}; {}", finding.what, finding.remedy);
@@ -59,10 +61,12 @@ impl Probe {
     }
 
     fn add(&mut self, what: impl Into<String>, problem: Option<(ErrorKind, String, String)>) {
-        let what = what.into();
+        let (what, optional) = (what.into(), false);
         self.findings.push(match problem {
-            None => Finding { what, problem: None, remedy: String::new(), kind: ErrorKind::Unsupported },
-            Some((kind, problem, remedy)) => Finding { what, problem: Some(problem), remedy, kind },
+            None => {
+                Finding { what, problem: None, remedy: String::new(), kind: ErrorKind::Unsupported, optional }
+            }
+            Some((kind, problem, remedy)) => Finding { what, problem: Some(problem), remedy, kind, optional },
         });
     }
 }
@@ -73,7 +77,8 @@ impl fmt::Display for Probe {
             match &finding.problem {
                 None => writeln!(f, "ok       {}", finding.what)?,
                 Some(problem) => {
-                    writeln!(f, "MISSING  {}: {problem}", finding.what)?;
+                    let mark = if finding.optional { "without" } else { "MISSING" };
+                    writeln!(f, "{mark}  {}: {problem}", finding.what)?;
                     writeln!(f, "         {}", finding.remedy)?;
                 }
             }
@@ -112,6 +117,12 @@ pub(super) fn look(path: &Path) -> (Probe, Option<Kvm>) {
         interface(&mut probe, kvm.get_api_version(), |cap| kvm.check_extension(cap));
     }
     let kvm = kvm.filter(|_| probe.is_usable());
+    for (what, is_there, remedy) in crate::sandbox::parts() {
+        let missing = (!is_there)
+            .then(|| (ErrorKind::Unsupported, "this kernel lacks it".to_owned(), remedy.to_owned()));
+        probe.add(what, missing);
+        probe.findings.iter_mut().rev().take(1).for_each(|finding| finding.optional = true);
+    }
     (probe, kvm)
 }
 

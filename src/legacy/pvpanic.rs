@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::bus::{Access, Device};
 use crate::error::Result;
 use crate::events::{StopCause, StopLine};
+use crate::sys::log;
 
 /// The kernel has panicked.
 const PANICKED: u8 = 1 << 0;

@@ -17,6 +17,7 @@ use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, Gues
 
 use crate::config::{BackingConfig, HugePages};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::log;
 use crate::sys::memory::{Advice, advise, discard_anonymous, punch_hole};
 use crate::sys::residency::{self as pages, Pages};
 use crate::sys::{sigbus, thread};

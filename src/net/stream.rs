@@ -11,6 +11,7 @@ use super::{HEADER_LEN, MAX_FRAME, MIN_FRAME, NetBackend, Offloads};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::fd;
 use crate::sys::io::{IoList, Pieces, receive, send};
+use crate::sys::log;
 
 /// The length in front of a frame.
 const PREFIX: usize = 4;

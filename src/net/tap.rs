@@ -9,6 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use super::{HEADER_LEN, NetBackend, Offloads};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::io::{IoList, read, write};
+use crate::sys::log;
 use crate::sys::tap;
 
 const TUN: &str = "/dev/net/tun";

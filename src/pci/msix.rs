@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::config::ConfigSpace;
 use crate::error::Result;
 use crate::irq::{Msi, Routes, Vector};
+use crate::sys::log;
 
 /// The capability's id, and its message control register.
 const CAP_MSIX: u8 = 0x11;

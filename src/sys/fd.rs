@@ -6,6 +6,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use vmm_sys_util::epoll::Epoll;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::log;
+
 /// An eventfd's descriptor with its lifetime (vmm-sys-util offers the number only).
 pub(crate) fn borrow(fd: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the eventfd keeps the descriptor open for as long as the borrow of it lives.

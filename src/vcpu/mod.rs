@@ -59,6 +59,11 @@ impl Vcpu {
         f(&mut lock(&self.fd))
     }
 
+    /// On the thread that will serve it, before that may open no more files: makes its account ready.
+    pub fn open_account(&self) {
+        self.account.prepare();
+    }
+
     /// The thread that serves it, and how long its threads ran and waited.
     pub fn times(&self) -> (Option<i32>, times::Times) {
         self.account.read()

@@ -1,7 +1,8 @@
 #![forbid(unsafe_code)]
 //! How long a vCPU ran, and how long it waited for a CPU, over all the threads that served it.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -18,7 +19,16 @@ pub(crate) struct Times {
 impl Times {
     /// Zero where the kernel does not say.
     fn of(thread: i32) -> Self {
-        let text = fs::read_to_string(format!("/proc/self/task/{thread}/schedstat")).unwrap_or_default();
+        Self::parse(&fs::read_to_string(format!("/proc/self/task/{thread}/schedstat")).unwrap_or_default())
+    }
+
+    fn read(schedstat: &File) -> Self {
+        let mut bytes = [0; 96];
+        let count = schedstat.read_at(&mut bytes, 0).unwrap_or(0);
+        Self::parse(&String::from_utf8_lossy(&bytes[..count]))
+    }
+
+    fn parse(text: &str) -> Self {
         let mut numbers = text.split_ascii_whitespace().map_while(|n| n.parse().ok());
         let mut next = || Duration::from_nanos(numbers.next().unwrap_or(0));
         Self { run: next(), delay: next() }
@@ -43,9 +53,16 @@ struct State {
     past: Times,
     /// The thread that serves it, and its times when it began.
     now: Option<(i32, Times)>,
+    /// That thread's schedstat, where it may not open it any more when it ends; nothing in it where there is none.
+    schedstat: Option<Option<File>>,
 }
 
 impl Account {
+    /// The calling thread will serve the vCPU, and will be confined first.
+    pub fn prepare(&self) {
+        lock(&self.0).schedstat = Some(File::open("/proc/thread-self/schedstat").ok());
+    }
+
     /// The calling thread serves the vCPU from here on, until what is returned is dropped. A thread that is `fresh` has
     /// done nothing else before: the kernel need not be asked, which would delay the guest's start.
     pub fn open(&self, fresh: bool) -> Open<'_> {
@@ -73,7 +90,11 @@ impl Drop for Open<'_> {
     fn drop(&mut self) {
         let mut state = lock(&self.0.0);
         if let Some((thread, start)) = state.now.take() {
-            state.past = state.past.plus(Times::of(thread).since(start));
+            let end = match state.schedstat.take() {
+                Some(own) => own.map_or(start, |own| Times::read(&own)),
+                None => Times::of(thread),
+            };
+            state.past = state.past.plus(end.since(start));
         }
     }
 }

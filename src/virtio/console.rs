@@ -15,6 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Memory;
 use crate::reactor::{self, Attached, Place, Watch};
 use crate::sys::fd;
+use crate::sys::log;
 
 /// Entries of the receive and of the transmit queue, in that order.
 const QUEUE_SIZES: [u16; 2] = [64, 64];

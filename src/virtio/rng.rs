@@ -12,6 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Memory;
 use crate::reactor::{Attached, Place};
 use crate::sys::io::random;
+use crate::sys::log;
 
 const QUEUE_SIZE: u16 = 64;
 

@@ -25,6 +25,7 @@ use crate::legacy::{Cmos, I8042, Power, PvPanic, Serial, ports};
 use crate::memory::{Memory, layout};
 use crate::pci::{ConfigPorts, Ecam, Root, Window};
 use crate::reactor::{Attached, Dispatcher, EventLoop};
+use crate::sys::log;
 use crate::sys::{kvm, lock};
 use crate::virtio::transport::{Doorbells, VirtioPci};
 use crate::virtio::{balloon, blk, net};
@@ -164,6 +165,16 @@ impl Board {
     /// Whether the calling thread is turning the VM's dispatcher.
     pub fn is_turned_here(&self) -> bool {
         self.loops.iter().any(|l| l.is_turned_here())
+    }
+
+    /// What `f` answers on the thread of that loop.
+    #[cfg(feature = "internals")]
+    pub fn on_loop<R: Send + 'static>(
+        &self,
+        index: usize,
+        f: impl FnOnce() -> R + Send + 'static,
+    ) -> Option<R> {
+        self.loops.get(index)?.meanwhile(f)().ok()
     }
 
     /// Ends the loops' threads.

@@ -13,14 +13,16 @@ use super::accounts;
 use super::board::{self, Board, Plan, Wiring};
 use super::cgroup::Cgroup;
 use super::doorbell::Doorbell;
+use super::foreign::Opens;
 use super::herd::Herd;
 use super::machine::{Control, End, Machine, VmState};
-use super::threads::{self, Hook, ThreadInfo, Threads};
+use super::supervisor::{Confinement, Supervisor};
+use super::threads::{self, Duty, Hook, ThreadInfo, Threads};
 use crate::boot::{self, Entry, Identity, Protocol};
 use crate::budget::{Claim, Claimed, Headroom, Ledger, Shape, overhead};
 use crate::bus::{Access, Bus, Device};
 use crate::config::topology::Topology;
-use crate::config::{Boot, CpuMode, DiskConfig, DiskEngine, Platform, Uuid, VmConfig};
+use crate::config::{Boot, CpuMode, DiskConfig, DiskEngine, Platform, SandboxConfig, Uuid, VmConfig};
 use crate::console::Output;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, Reporter, StopCause, VmId};
@@ -49,6 +51,8 @@ pub(crate) struct HostParts {
     /// A sample of the host's memory, for a claim: it costs 0.1 ms, a tenth of a bare VM's making. Empty where it is not
     /// asked for and no reaction time makes it matter all the same.
     pub headroom: Box<dyn Fn(bool) -> Headroom + Send + Sync>,
+    /// Makes the sandbox of a VM that wants one.
+    pub sandbox: fn(&VmConfig, &SandboxConfig) -> Result<Confinement>,
 }
 
 impl HostParts {
@@ -80,6 +84,7 @@ impl HostParts {
             }
             Platform::Bare => 0,
         };
+        let threads = threads + u64::from(config.sandbox.is_some());
         let nested_paging = self.nested_paging;
         let shape =
             Shape { memory: config.memory, vcpus: count, threads, rings: self.rings(config), nested_paging };
@@ -117,18 +122,23 @@ impl HostParts {
 #[must_use = "nothing exists before build() is called"]
 pub struct VmBuilder {
     host: Arc<HostParts>,
-    config: VmConfig,
-    pio: Vec<Attached>,
-    mmio: Vec<Attached>,
+    pub(super) config: VmConfig,
+    pub(super) pio: Vec<Attached>,
+    pub(super) mmio: Vec<Attached>,
     doorbells: Vec<Arc<Doorbell>>,
     events: Option<EventStream>,
     pub(super) wiring: Wiring,
     hook: Option<Hook>,
-    caller_vcpus: bool,
+    pub(super) caller_vcpus: bool,
+    /// Code of this project's own tests runs in the sandbox.
+    #[cfg(feature = "internals")]
+    pub(crate) trusted: bool,
 }
 
-struct Attached {
-    name: String,
+pub(super) struct Attached {
+    pub name: String,
+    /// Not of the embedder's.
+    pub ours: bool,
     base: u64,
     len: u64,
     device: Arc<dyn Device>,
@@ -138,7 +148,19 @@ impl VmBuilder {
     pub(crate) fn new(host: Arc<HostParts>, config: VmConfig) -> Self {
         let (pio, mmio) = (Vec::new(), Vec::new());
         let (doorbells, wiring) = (Vec::new(), Wiring::default());
-        Self { host, config, pio, mmio, doorbells, events: None, wiring, hook: None, caller_vcpus: false }
+        Self {
+            host,
+            config,
+            pio,
+            mmio,
+            doorbells,
+            events: None,
+            wiring,
+            hook: None,
+            caller_vcpus: false,
+            #[cfg(feature = "internals")]
+            trusted: false,
+        }
     }
 
     /// Attaches a device of your own to `len` ports from `port`; `name` is for messages and causes.
@@ -158,21 +180,21 @@ impl VmBuilder {
 
     /// What the chained methods do, for those who hold the builder by reference.
     pub(crate) fn add_pio(&mut self, name: String, port: u16, len: u16, device: Arc<dyn Device>) {
-        self.pio.push(Attached { name, base: port.into(), len: len.into(), device });
+        self.pio.push(Attached { name, ours: false, base: port.into(), len: len.into(), device });
     }
 
     pub(crate) fn add_mmio(&mut self, name: String, address: u64, len: u64, device: Arc<dyn Device>) {
-        self.mmio.push(Attached { name, base: address, len, device });
+        self.mmio.push(Attached { name, ours: false, base: address, len, device });
     }
 
     pub(crate) fn add_pio_doorbell(&mut self, name: String, port: u16, len: u16) {
-        let doorbell = self.doorbell(&name);
-        self.add_pio(name, port, len, doorbell);
+        let device = self.doorbell(&name);
+        self.pio.push(Attached { name, ours: true, base: port.into(), len: len.into(), device });
     }
 
     pub(crate) fn add_mmio_doorbell(&mut self, name: String, address: u64, len: u64) {
-        let doorbell = self.doorbell(&name);
-        self.add_mmio(name, address, len, doorbell);
+        let device = self.doorbell(&name);
+        self.mmio.push(Attached { name, ours: true, base: address, len, device });
     }
 
     fn doorbell(&mut self, name: &str) -> Arc<Doorbell> {
@@ -328,6 +350,7 @@ impl VmBuilder {
     pub fn build(self) -> Result<Vm> {
         self.config.validate()?;
         self.wiring.sources.check(&self.config)?;
+        self.check_foreign_code()?;
         let name = if self.config.name.is_empty() {
             "the VM".to_owned()
         } else {
@@ -337,7 +360,7 @@ impl VmBuilder {
     }
 
     fn build_valid(self) -> Result<Vm> {
-        let Self { host, mut config, pio, mmio, doorbells, events, wiring, hook, caller_vcpus } = self;
+        let Self { host, mut config, pio, mmio, doorbells, events, wiring, hook, caller_vcpus, .. } = self;
         let _shield = Shield::raise();
         let id = next_id();
         config.uuid.get_or_insert_with(random_uuid);
@@ -359,11 +382,15 @@ impl VmBuilder {
             near: Arc::default(),
         });
         let cgroup = config.cgroup.as_ref().map(|own| Cgroup::make(id, own)).transpose()?.map(Arc::new);
-        let threads = Threads { id, hook, stop: end.line(id), cgroup: cgroup.clone() };
+        let mut threads = Threads { id, hook, stop: end.line(id), cgroup: cgroup.clone(), supervisor: None };
+        if let Some(wanted) = &config.sandbox {
+            let made = (host.sandbox)(&config, wanted)?;
+            threads.supervisor = Some(Supervisor::start(made, (wanted, Opens::of(&config)), &threads)?);
+        }
         let main_loop = match (config.platform, &wiring.dispatcher) {
             (Platform::Bare, _) => None,
             (Platform::Pc, Some(dispatcher)) => Some(EventLoop::turned_by(dispatcher)),
-            (Platform::Pc, None) => Some(threads.start_loop(0)?),
+            (Platform::Pc, None) => Some(threads.start_free_loop(0)?),
         };
         let (vm, entry) = match &main_loop {
             // KVM_CREATE_VM waits for grace periods of the host's kernel, several milliseconds; loading a kernel
@@ -372,7 +399,9 @@ impl VmBuilder {
                 let own = host.clone();
                 let created = main_loop.meanwhile(move || create_vm(&own.kvm));
                 let entry = load(&config, &memory)?;
-                (created()??, entry)
+                let vm = created()??;
+                threads.confine_loop(main_loop, Duty::Device, 0)?;
+                (vm, entry)
             }
             None => (create_vm(&host.kvm)?, load(&config, &memory)?),
         };
@@ -413,6 +442,7 @@ impl VmBuilder {
             reporter,
             events,
             board,
+            supervisor: threads.supervisor.clone(),
             around,
             vcpus,
             caller_vcpus,

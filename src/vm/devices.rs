@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::board::Plan;
 use super::sources::Sources;
+use super::threads::Duty;
 use crate::block::Backend;
 use crate::config::{ConsoleKind, DiskConfig, MacAddress, PciAddress, Uuid};
 use crate::console::Console;
@@ -87,7 +88,7 @@ pub(super) fn make(
         let mut lanes = Vec::with_capacity(backends.len());
         let control = Control::new(&id, disk, &*backends[0], backends.len(), Some(signals.clone()));
         for backend in backends {
-            let own = plan.threads.start_loop(loops.len() as u32)?;
+            let own = plan.threads.start_loop(loops.len() as u32, Duty::Disk)?;
             loops.push(own.clone());
             lanes.push((backend, place(&own)));
         }
@@ -105,7 +106,7 @@ pub(super) fn make(
             let on = if pair == 0 {
                 main_loop.clone()
             } else {
-                let own = plan.threads.start_loop(loops.len() as u32)?;
+                let own = plan.threads.start_loop(loops.len() as u32, Duty::Device)?;
                 loops.push(own.clone());
                 own
             };
@@ -119,7 +120,7 @@ pub(super) fn make(
     if let Some(wanted) = &config.balloon {
         let id = "balloon0";
         // Its work is long and comes in bursts: frames and keys need not wait for it.
-        let own = plan.threads.start_loop(loops.len() as u32)?;
+        let own = plan.threads.start_loop(loops.len() as u32, Duty::Balloon)?;
         loops.push(own.clone());
         let signals = signals(id);
         let control = Arc::new(balloon::Control::new(id, plan.memory.size(), signals.clone())?);

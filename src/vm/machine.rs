@@ -20,11 +20,13 @@ use super::board::Board;
 use super::builder::HostParts;
 use super::cgroup::Cgroup;
 use super::clock;
+use super::supervisor::Supervisor;
 use crate::budget::Reservation;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventKind, EventStream, Reporter, StopCause, StopLine, VmId};
 use crate::memory::{Enrolled, Memory};
 use crate::reactor::own;
+use crate::sys::log;
 use crate::sys::signal::SignalSet;
 use crate::sys::sync::atomic::{AtomicBool, Ordering};
 use crate::sys::{fork, lock};
@@ -86,6 +88,8 @@ pub(super) struct Machine {
     pub reporter: Reporter,
     pub events: EventStream,
     pub board: Board,
+    /// After the board's loops, for which it answers.
+    pub supervisor: Option<Arc<Supervisor>>,
     pub around: Surroundings,
     pub vcpus: Vec<Vcpu>,
     /// The embedder's threads run them.
@@ -297,6 +301,9 @@ impl Machine {
             let _ = thread.join();
         }
         self.board.join();
+        if let Some(supervisor) = &self.supervisor {
+            supervisor.stop();
+        }
     }
 
     /// Whether the calling thread is one that the VM needs to come to its end: its own, in a callback, or one

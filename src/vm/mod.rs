@@ -14,10 +14,12 @@ mod cgroup;
 mod clock;
 mod devices;
 mod doorbell;
+mod foreign;
 mod herd;
 mod machine;
 mod registers;
 mod sources;
+mod supervisor;
 mod threads;
 
 pub use accounts::{VcpuStatistics, VmMemory};
@@ -25,11 +27,15 @@ pub use accounts::{VcpuStatistics, VmMemory};
 pub(crate) use board::describe;
 pub(crate) use builder::HostParts;
 pub use builder::VmBuilder;
+pub(crate) use foreign::Opens;
 pub(crate) use herd::Herd;
 use machine::{BOUND, Machine};
 pub use machine::{VcpuReturn, VmState};
 pub use registers::Registers;
 pub use sources::Network;
+pub use supervisor::SandboxReport;
+pub(crate) use supervisor::{Confinement, Entered};
+pub(crate) use threads::Duty;
 pub use threads::{ThreadInfo, ThreadRole};
 
 use crate::config::{DiskFormat, RateLimit};
@@ -73,6 +79,11 @@ impl Vm {
     /// Where the VM is in its life. Never blocks.
     pub fn state(&self) -> VmState {
         self.machine.state()
+    }
+
+    /// What is in force of its sandbox; `None` where it has none. Never blocks.
+    pub fn sandbox(&self) -> Option<SandboxReport> {
+        self.machine.supervisor.as_ref().map(|supervisor| supervisor.report())
     }
 
     /// Lets the vCPUs run. Returns at once.
@@ -361,10 +372,11 @@ impl Vm {
     ///
     /// # Errors
     /// The card stays where it is: `InvalidArgument` when there is no such card, or the network does not know the offloads that the
-    /// guest's driver was offered; `InvalidState` in a callback of the VM's; what opening it finds wrong, as
+    /// guest's driver was offered, or the VM is in a sandbox that the network does not fit in (`docs/sandbox.md`); `InvalidState` in a callback of the VM's; what opening it finds wrong, as
     /// [`VmBuilder::build`].
     pub fn change_net(&self, index: usize, network: Network) -> Result<()> {
         let card = self.net(index)?;
+        self.machine.may_change_net(&network)?;
         let _control = self.machine.control("change_net")?;
         let queues = u16::try_from(card.pairs()).unwrap_or(u16::MAX);
         card.put_ready(network.open(&format!("net{index}"), queues)?)?;
@@ -445,6 +457,16 @@ fn no_such(kind: &str, index: usize, count: usize) -> Error {
 }
 
 impl Vm {
+    /// What `f` answers on the thread of that loop, if there is one.
+    #[cfg(feature = "internals")]
+    pub(crate) fn on_loop<R: Send + 'static>(
+        &self,
+        index: usize,
+        f: impl FnOnce() -> R + Send + 'static,
+    ) -> Option<R> {
+        self.machine.board.on_loop(index, f)
+    }
+
     /// Whether this thread is one of the VM's own, in a callback.
     pub(crate) fn is_own_thread(&self) -> bool {
         self.machine.is_own_thread()

@@ -221,6 +221,16 @@ impl Sources {
         each.filter(|(at, (i, s))| !(is_fd(s) && before(*at, *i))).map(|(_, (i, _))| *i).collect()
     }
 
+    /// The disks that code of the embedder's is behind.
+    pub fn own_disks(&self) -> impl Iterator<Item = usize> {
+        self.disks.iter().filter(|(_, source)| matches!(source, DiskSource::Own(_))).map(|(i, _)| *i)
+    }
+
+    /// The cards that are on networks of the embedder's.
+    pub fn own_nets(&self) -> impl Iterator<Item = usize> {
+        self.nets.iter().filter(|(_, network)| matches!(network, Network::Backend(_))).map(|(i, _)| *i)
+    }
+
     /// Opens what is behind `disks[index]`.
     pub fn disk(&mut self, index: usize, disk: &DiskConfig) -> Result<Box<dyn block::Backend>> {
         let id = format!("disk{index}");

@@ -7,10 +7,13 @@ use std::sync::{Arc, mpsc};
 use super::Vm;
 use super::cgroup::Cgroup;
 use super::machine::Machine;
+use super::supervisor::{Door, Supervisor, Waiting};
+use crate::config::SandboxConfig;
 use crate::error::{Error, Result};
 use crate::events::{StopCause, StopLine, VmId};
 use crate::reactor::{EventLoop, own, panic_text};
 use crate::sys;
+use crate::vcpu::Vcpu;
 
 /// What a thread of the library is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -22,6 +25,44 @@ pub enum ThreadRole {
     Device,
     /// Ends the VM, where the embedder's threads run its vCPUs ([`VmBuilder::caller_vcpus`](super::VmBuilder::caller_vcpus)).
     Control,
+    /// Answers for the others, where they are in a sandbox ([`VmConfig::sandbox`](crate::VmConfig)): it is not.
+    Supervisor,
+}
+
+impl ThreadRole {
+    /// What the names of such threads begin with.
+    pub(super) fn prefix(self) -> &'static str {
+        match self {
+            Self::Vcpu => "vmbed-vcpu",
+            Self::Device => "vmbed-dev",
+            Self::Control => "vmbed-end",
+            Self::Supervisor => "vmbed-guard",
+        }
+    }
+}
+
+/// What a thread in a sandbox does: by that, what it may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Duty {
+    /// Runs a vCPU, or ends the VM.
+    Vcpu,
+    /// Serves the console, cards and the random number generator.
+    Device,
+    /// Serves a queue of a disk.
+    Disk,
+    /// Serves the balloon.
+    Balloon,
+}
+
+impl Duty {
+    pub fn is_confined_by(self, config: &SandboxConfig) -> bool {
+        match self {
+            Self::Vcpu => config.vcpus,
+            Self::Device => config.devices,
+            Self::Disk => config.disks,
+            Self::Balloon => config.balloon,
+        }
+    }
 }
 
 /// A thread of the library, as the hook of [`VmBuilder::on_thread_start`](super::VmBuilder::on_thread_start) sees it.
@@ -46,6 +87,7 @@ pub(super) struct Threads {
     pub hook: Option<Hook>,
     pub stop: StopLine,
     pub cgroup: Option<Arc<Cgroup>>,
+    pub supervisor: Option<Arc<Supervisor>>,
 }
 
 impl Threads {
@@ -57,11 +99,7 @@ impl Threads {
         f: impl FnOnce() + Send + 'static,
     ) -> Result<std::thread::JoinHandle<()>> {
         let (id, hook, stop) = (self.id, self.hook.clone(), self.stop.clone());
-        let kind = match role {
-            ThreadRole::Vcpu => "vcpu",
-            ThreadRole::Device => "dev",
-            ThreadRole::Control => "end",
-        };
+        let name = format!("{}{index}", role.prefix());
         let cgroup = self.cgroup.clone();
         let (told, answer) = mpsc::channel();
         let body = move || {
@@ -82,17 +120,31 @@ impl Threads {
             }
             f();
         };
-        let thread = sys::thread::spawn(format!("vmbed-{kind}{index}"), body)
-            .map_err(|e| Error::os(format!("starting the thread of {kind} {index}"), e))?;
+        let thread = sys::thread::spawn(name.clone(), body)
+            .map_err(|e| Error::os(format!("starting the thread {name}"), e))?;
         if self.cgroup.is_some() {
             answer.recv().unwrap_or(Ok(()))?;
         }
         Ok(thread)
     }
 
-    /// Starts the `index`th event loop of the VM.
-    pub fn start_loop(&self, index: u32) -> Result<Arc<EventLoop>> {
-        EventLoop::start(&format!("vmbed-dev{index}"), |body| self.spawn(ThreadRole::Device, index, body))
+    /// Starts the `index`th event loop of the VM, in the sandbox if it has one.
+    pub fn start_loop(&self, index: u32, duty: Duty) -> Result<Arc<EventLoop>> {
+        let started = self.start_free_loop(index)?;
+        self.confine_loop(&started, duty, index)?;
+        Ok(started)
+    }
+
+    /// Starts one that has something to do before it is confined.
+    pub fn start_free_loop(&self, index: u32) -> Result<Arc<EventLoop>> {
+        let name = format!("{}{index}", ThreadRole::Device.prefix());
+        EventLoop::start(&name, |body| self.spawn(ThreadRole::Device, index, body))
+    }
+
+    /// The way into the sandbox for a thread that is no loop, if there is one for it.
+    fn door(&self, role: ThreadRole, index: usize) -> (Option<Door>, Option<Waiting>) {
+        let name = format!("{}{index}", role.prefix());
+        self.supervisor.as_ref().and_then(|s| s.door(Duty::Vcpu, name)).unzip()
     }
 }
 
@@ -103,25 +155,39 @@ pub(super) fn start(machine: Arc<Machine>, threads: &Threads) -> Result<Vm> {
     let keep = |thread| sys::lock(&machine.control).threads.push(thread);
     if machine.caller_vcpus {
         let own = machine.clone();
-        keep(threads.spawn(ThreadRole::Control, 0, move || own.serve_end())?);
+        let (door, waiting) = threads.door(ThreadRole::Control, 0);
+        let body = move || {
+            if door.is_none_or(Door::enter) {
+                own.serve_end();
+            }
+        };
+        keep(threads.spawn(ThreadRole::Control, 0, body)?);
+        waiting.map_or(Ok(()), Waiting::finish)?;
         return Ok(vm);
     }
     for index in 0..machine.vcpus.len() {
         let own = machine.clone();
         let cpus = machine.confined.get(index).cloned().unwrap_or_default();
         let (told, answer) = mpsc::channel();
+        let (door, waiting) = threads.door(ThreadRole::Vcpu, index);
         let body = move || {
             let confined = if cpus.is_empty() { Ok(()) } else { sys::thread::set_affinity(&cpus) };
             // Dropped at once where nobody waits for it.
             let _ = told.send(confined.map_err(|e| {
                 Error::os(format!("confining vCPU {index} to the CPUs {cpus:?} (sched_setaffinity)"), e)
             }));
-            own.serve_vcpu(index);
+            if door.is_some() {
+                own.vcpus.iter().skip(index).take(1).for_each(Vcpu::open_account);
+            }
+            if door.is_none_or(Door::enter) {
+                own.serve_vcpu(index);
+            }
         };
         keep(threads.spawn(ThreadRole::Vcpu, index as u32, body)?);
         if !machine.confined.get(index).is_none_or(Vec::is_empty) {
             answer.recv().unwrap_or(Ok(()))?;
         }
+        waiting.map_or(Ok(()), Waiting::finish)?;
     }
     Ok(vm)
 }

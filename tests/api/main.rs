@@ -17,6 +17,7 @@ mod list;
 mod memory;
 mod races;
 mod reclaim;
+mod sandbox;
 mod switch;
 mod wiring;
 
@@ -37,6 +38,7 @@ cases! {
     balloon: memory_given_back;
     disks: disks_and_what_is_changed_of_them;
     memory: a_share_of_the_processors memory_of_every_kind memory_that_is_lost;
+    sandbox: a_sandbox_for_its_threads;
     reclaim: what_is_done_when_memory_gets_short;
     switch: cards_on_a_switch a_switch_drops_and_says_why;
     wiring: the_hosts_side_of_a_network;

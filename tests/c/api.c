@@ -23,6 +23,7 @@ void memory_given_back(void);
 void memory_of_every_kind(void);
 void memory_that_is_lost(void);
 void a_share_of_the_processors(void);
+void a_sandbox_for_its_threads(void);
 void disks_and_what_is_changed_of_them(void);
 void cards_on_a_switch(void);
 void the_hosts_side_of_a_network(void);
@@ -545,6 +546,7 @@ static const struct {
     CASE(memory_of_every_kind),
     CASE(memory_that_is_lost),
     CASE(a_share_of_the_processors),
+    CASE(a_sandbox_for_its_threads),
     CASE(disks_and_what_is_changed_of_them),
     CASE(cards_on_a_switch),
     CASE(what_is_done_when_memory_gets_short),

@@ -24,7 +24,7 @@ impl Parameter {
     }
 }
 
-const STRUCTURES: [&str; 24] = [
+const STRUCTURES: [&str; 25] = [
     "vmbed_verdict",
     "vmbed_memory",
     "vmbed_vcpu_statistics",
@@ -49,6 +49,7 @@ const STRUCTURES: [&str; 24] = [
     "vmbed_pressure",
     "vmbed_bridge_options",
     "vmbed_tap_options",
+    "vmbed_sandbox",
 ];
 
 /// Where the header says that NULL is good, for every function that has the parameter.
@@ -142,6 +143,7 @@ STRUCTURE(vmbed_reclaim_options);
 STRUCTURE(vmbed_pressure);
 STRUCTURE(vmbed_bridge_options);
 STRUCTURE(vmbed_tap_options);
+STRUCTURE(vmbed_sandbox);
 
 static void good(void)
 {
@@ -173,6 +175,7 @@ static void good(void)
     memset(&the_vmbed_pressure, 0, sizeof the_vmbed_pressure), the_vmbed_pressure.s.size = sizeof(vmbed_pressure);
     memset(&the_vmbed_bridge_options, 0, sizeof the_vmbed_bridge_options), the_vmbed_bridge_options.s.size = sizeof(vmbed_bridge_options);
     memset(&the_vmbed_tap_options, 0, sizeof the_vmbed_tap_options), the_vmbed_tap_options.s.size = sizeof(vmbed_tap_options);
+    memset(&the_vmbed_sandbox, 0, sizeof the_vmbed_sandbox), the_vmbed_sandbox.s.size = sizeof(vmbed_sandbox);
     vmbed_capture_free(some_capture), vmbed_port_free(some_port), vmbed_switch_free(some_switch), vmbed_wiring_free(some_wiring);
     if (vmbed_switch_new(NULL, &some_switch, NULL) || vmbed_switch_add_port(some_switch, "p", NULL, &some_port, NULL) ||
         vmbed_switch_capture(some_switch, NULL, 0, nowhere, &some_capture, NULL) || vmbed_wiring_new(&some_wiring, NULL))

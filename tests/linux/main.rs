@@ -27,6 +27,7 @@ mod ends;
 mod guest;
 mod many;
 mod net;
+mod sandbox;
 mod storm;
 mod switch;
 mod time;
@@ -66,6 +67,7 @@ fn main() -> ExitCode {
     drive::add(&mut trials);
     ends::add(&mut trials);
     net::add(&mut trials);
+    sandbox::add(&mut trials);
     storm::add(&mut trials);
     switch::add(&mut trials);
     c::add(&mut trials);

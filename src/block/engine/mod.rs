@@ -10,6 +10,7 @@ use super::{IoRequest, Submitted};
 use crate::config::DiskEngine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Memory;
+use crate::sys::log;
 use crate::sys::uring::Ring;
 
 pub(super) mod sync;

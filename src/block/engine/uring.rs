@@ -11,6 +11,7 @@ use super::{again, sync};
 use crate::block::target::Target;
 use crate::block::{BlockOp, IoRequest, Submitted};
 use crate::memory::Memory;
+use crate::sys::log;
 use crate::sys::uring::{Ended, Refused, Ring, Work};
 
 pub(in crate::block) struct Uring {

@@ -17,6 +17,7 @@ use crate::block::{BlockOp, IoRequest, Submitted, engine};
 use crate::error::Result;
 use crate::memory::Memory;
 use crate::sys::io::Pieces;
+use crate::sys::log;
 use crate::sys::uring::{Ended, Refused, Ring, Work};
 
 /// How long a discard waits for what is on its way. In the queue of a thread that waits itself nothing ends.

@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::sys::image::Content;
 use crate::sys::io::{IoList, Pieces};
 use crate::sys::lock;
+use crate::sys::log;
 
 /// What all queues of a disk share.
 pub(super) struct Shared {

@@ -18,6 +18,7 @@ use super::{Backend, IoRequest, Resize, Submitted};
 use crate::error::Result;
 use crate::sys::image::Store;
 use crate::sys::io::Pieces;
+use crate::sys::log;
 
 mod cipher;
 mod lane;

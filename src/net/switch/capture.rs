@@ -15,6 +15,7 @@ use super::{Owner, SwitchPort, quiet};
 use crate::error::{Error, Result};
 use crate::net::MAX_FRAME;
 use crate::reactor::{self, Attached, EventLoop, Watch};
+use crate::sys::log;
 
 /// Packets written in one turn; then the loop looks whether it is to end.
 const SHARE: usize = 64;

@@ -36,6 +36,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::events::StopLine;
 use crate::reactor::{Attached, EventLoop};
 use crate::sys::clock::coarse_milliseconds;
+use crate::sys::log;
 use crate::sys::{lock, thread};
 pub(crate) use backend::Plug;
 pub use capture::{Capture, CaptureSummary};

@@ -10,6 +10,7 @@ use std::ops::Range;
 use super::PAGE;
 use crate::memory::{HUGE, Memory};
 use crate::reactor::Leaving;
+use crate::sys::log;
 
 /// What was named, and what came of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

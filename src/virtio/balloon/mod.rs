@@ -13,6 +13,7 @@ use super::{Activation, Queue, VirtioDevice, read_config_space};
 use crate::config::BalloonConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::reactor::{Attached, Place};
+use crate::sys::log;
 pub(crate) use control::Control;
 pub use statistics::{BalloonStatistics, GivenBack, GuestMemory};
 use worker::{Kept, Queues, Terms, Worker};

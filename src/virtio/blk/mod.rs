@@ -17,6 +17,7 @@ use crate::block::Backend;
 use crate::config::DiskConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::reactor::{Attached, Place};
+use crate::sys::log;
 use crate::units::Sectors;
 use request::{ID_LEN, MAX_DISCARD, MAX_ZEROES, SEG_MAX, SIZE_MAX};
 use worker::{Job, Worker};

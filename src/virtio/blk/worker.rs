@@ -19,6 +19,7 @@ use crate::memory::Memory;
 use crate::reactor::{self, Leaving, Watch};
 use crate::sys::fd::wait_readable;
 use crate::sys::io::Pieces;
+use crate::sys::log;
 use crate::virtio::Signals;
 use crate::virtio::queue::{Chain, Next, Queue, QueueFault};
 

@@ -17,6 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Memory;
 use crate::net::NetBackend;
 use crate::reactor::{Attached, Place};
+use crate::sys::log;
 use commands::Commander;
 use rx::{Overflow, Rx};
 use tx::Tx;

@@ -14,7 +14,7 @@ use super::vhost::Vhost;
 use crate::memory::Memory;
 use crate::net::NetBackend;
 use crate::reactor::{self, Watch};
-use crate::sys::fd;
+use crate::sys::{fd, log};
 use crate::virtio::Signals;
 use crate::virtio::queue::{Queue, QueueFault};
 

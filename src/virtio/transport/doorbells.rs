@@ -8,6 +8,7 @@ use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::{Error, Result};
+use crate::sys::log;
 
 /// Where doorbells are armed. Clones share everything.
 ///

@@ -12,6 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::irq::Routes;
 use crate::memory::Memory;
 use crate::pci::{ConfigSpace, Function, Msix};
+use crate::sys::log;
 use crate::sys::{fd, lock};
 use crate::virtio::{Signals, VirtioDevice};
 

@@ -1,0 +1,263 @@
+#![forbid(unsafe_code)]
+//! The system calls that threads may make, by what they do. `tests/sandbox` has each of them seen in a run, and every other
+//! one refused; a call that no run shows says why it is here all the same.
+
+use syscalls::Sysno;
+
+use crate::sys::seccomp::Notice;
+use crate::vm::{Duty, Opens};
+
+/// A call, and what its arguments must be.
+#[derive(Debug)]
+pub(crate) struct Rule {
+    pub call: Sysno,
+    /// By their index; the lower half of each counts. Empty: they may be anything.
+    pub only: &'static [(u8, Is)],
+    pub when: When,
+    /// Why no run of the tests shows it.
+    pub unseen: Option<&'static str>,
+}
+
+/// What an argument must be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Is {
+    Number(u32),
+    /// Of the bits of the first, those of the second.
+    Masked(u32, u32),
+    /// This process's id.
+    Process,
+}
+
+/// In which VMs a call is on the list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum When {
+    Always,
+    /// A card is on a TAP interface that was given by name, and may go away and come back.
+    Taps,
+    /// A card is on a network in user space that was given by path.
+    Streams,
+}
+
+impl When {
+    pub fn is_so(self, opens: Opens) -> bool {
+        match self {
+            Self::Always => true,
+            Self::Taps => opens.taps,
+            Self::Streams => opens.streams,
+        }
+    }
+}
+
+const fn any(call: Sysno) -> Rule {
+    with(call, &[])
+}
+
+const fn with(call: Sysno, only: &'static [(u8, Is)]) -> Rule {
+    Rule { call, only, when: When::Always, unseen: None }
+}
+
+const fn ioctl(request: &'static [(u8, Is)]) -> Rule {
+    with(Sysno::ioctl, request)
+}
+
+impl Rule {
+    const fn when(self, when: When) -> Self {
+        Self { when, ..self }
+    }
+
+    const fn unseen(self, why: &'static str) -> Self {
+        Self { unseen: Some(why), ..self }
+    }
+
+    /// Whether the call is this one.
+    pub fn covers(&self, notice: &Notice) -> bool {
+        let holds = |(index, is): &(u8, Is)| {
+            let argument = notice.arguments.get(usize::from(*index)).map_or(0, |argument| *argument as u32);
+            match *is {
+                Is::Number(number) => argument == number,
+                Is::Masked(mask, number) => argument & mask == number,
+                Is::Process => argument == std::process::id(),
+            }
+        };
+        is_native(notice) && i64::from(self.call.id()) == notice.number && self.only.iter().all(holds)
+    }
+}
+
+/// `AUDIT_ARCH_X86_64`
+const NATIVE: u32 = 0xc000_003e;
+
+fn is_native(notice: &Notice) -> bool {
+    notice.arch == NATIVE
+}
+
+/// What people call it.
+pub(super) fn name(notice: &Notice) -> &'static str {
+    let known = usize::try_from(notice.number).ok().and_then(Sysno::new);
+    match known {
+        _ if !is_native(notice) => "a call of 32-bit programs",
+        Some(call) => call.name(),
+        None => "a call that this kernel's headers do not know",
+    }
+}
+
+pub(super) const DUTIES: [Duty; 4] = [Duty::Vcpu, Duty::Device, Duty::Disk, Duty::Balloon];
+
+/// Everything that a thread of that duty may do.
+pub(crate) fn of(duty: Duty) -> impl Iterator<Item = &'static Rule> {
+    let own = match duty {
+        Duty::Vcpu => VCPU,
+        Duty::Device => DEVICE,
+        Duty::Disk => DISK,
+        Duty::Balloon => BALLOON,
+    };
+    EVERY.iter().chain(own)
+}
+
+const READ_WRITE: u32 = (libc::PROT_READ | libc::PROT_WRITE) as u32;
+const OWN: u32 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u32;
+/// The file is the descriptor's, whatever the path says, which is empty.
+const NO_PATH: u32 = libc::AT_EMPTY_PATH as u32;
+const HOLE: u32 = (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE) as u32;
+const ZEROES: u32 = (libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE) as u32;
+
+/// What any thread may: locks, memory that is not executable, descriptors that it has, a thread's end.
+pub(crate) static EVERY: &[Rule] = &[
+    any(Sysno::futex),
+    any(Sysno::read),
+    any(Sysno::write),
+    any(Sysno::close),
+    // Its own number: what a panic says begins with it.
+    any(Sysno::gettid),
+    // A debug build of the standard library looks whether what it closes is open.
+    #[cfg(debug_assertions)]
+    with(Sysno::fcntl, &[(1, Is::Number(libc::F_GETFD as u32))]),
+    // The allocator.
+    with(Sysno::mmap, &[(2, Is::Number(READ_WRITE)), (3, Is::Masked(libc::MAP_TYPE as u32 | OWN, OWN))]),
+    with(Sysno::mmap, &[(2, Is::Number(0)), (3, Is::Masked(libc::MAP_TYPE as u32 | OWN, OWN))])
+        .unseen("the next 64 MiB of an allocator's arena"),
+    with(Sysno::mprotect, &[(2, Is::Number(READ_WRITE))]),
+    with(Sysno::madvise, &[(2, Is::Number(libc::MADV_DONTNEED as u32))]),
+    any(Sysno::mremap),
+    any(Sysno::munmap),
+    any(Sysno::brk).unseen("the allocator's first arena, which a thread is given when there are very many"),
+    any(Sysno::getrandom).unseen(
+        "the keys of a thread's first hash map, and what a stock guest's random number generator is given",
+    ),
+    // Waiting.
+    any(Sysno::sched_yield).unseen("waits for another thread that is about to hand something over"),
+    any(Sysno::clock_gettime).unseen("where the kernel's clock cannot be read without a call"),
+    any(Sysno::restart_syscall).unseen("how a wait goes on when the process was stopped and continued"),
+    // handle_sigbus()'s handler returns; what it maps is on the list above.
+    any(Sysno::rt_sigreturn).unseen("a page of guest memory was lost to failing hardware"),
+    // A thread's end.
+    any(Sysno::rt_sigprocmask),
+    any(Sysno::sigaltstack),
+    any(Sysno::exit),
+];
+
+/// Runs a vCPU, answers its exits, begins to serve devices for its guest, stops them, ends the VM.
+static VCPU: &[Rule] = &[
+    // First, since it is asked first.
+    ioctl(&[(1, Is::Number(KVM_RUN))]),
+    ioctl(&[(1, Is::Number(KVM_IOEVENTFD))]),
+    ioctl(&[(1, Is::Number(KVM_IRQFD))])
+        .unseen("a stock guest's interrupts: tests/linux boots some in a sandbox"),
+    ioctl(&[(1, Is::Number(KVM_SET_GSI_ROUTING))]).unseen("the same"),
+    ioctl(&[(1, Is::Number(KVM_SIGNAL_MSI))]).unseen("the same"),
+    ioctl(&[(1, Is::Number(TUNSETOFFLOAD))]),
+    ioctl(&[(1, Is::Number(TUNSETQUEUE))]).unseen("a stock guest that uses several queues of a card"),
+    with(Sysno::fcntl, &[(1, Is::Number(libc::F_DUPFD_CLOEXEC as u32))]),
+    any(Sysno::timerfd_create),
+    any(Sysno::timerfd_settime),
+    // A kick of another vCPU of this process, and of this one.
+    any(Sysno::getpid),
+    with(Sysno::tgkill, &[(0, Is::Process), (2, Is::Number(libc::SIGURG as u32))]),
+    any(Sysno::rt_sigtimedwait),
+    // Its times, from a file that was opened before.
+    any(Sysno::pread64),
+    // A disk that is stopped amid requests.
+    any(Sysno::poll).unseen("a driver resets a disk amid requests, which takes luck"),
+    any(Sysno::io_uring_enter).unseen("the same"),
+];
+
+/// Serves the console, cards and the random number generator.
+static DEVICE: &[Rule] = &[
+    any(Sysno::epoll_wait),
+    any(Sysno::epoll_ctl),
+    any(Sysno::timerfd_settime),
+    // Sockets, and queues of TAP interfaces.
+    any(Sysno::recvfrom),
+    any(Sysno::sendto),
+    any(Sysno::recvmsg),
+    any(Sysno::sendmsg),
+    any(Sysno::readv),
+    any(Sysno::writev),
+    any(Sysno::poll)
+        .unseen("the other end of a socket goes while a frame is sent; a console that cannot be opened anew"),
+    ioctl(&[(1, Is::Number(TUNGETIFF))]),
+    ioctl(&[(1, Is::Number(TUNSETQUEUE))]).unseen("a stock guest that uses several queues of a card"),
+    // A TAP interface that comes back; Landlock has no other file be opened.
+    with(Sysno::openat, &[(2, Is::Number((libc::O_RDWR | libc::O_NONBLOCK | libc::O_CLOEXEC) as u32))])
+        .when(When::Taps),
+    with(
+        Sysno::socket,
+        &[(0, Is::Number(libc::AF_UNIX as u32)), (1, Is::Masked(0xf, libc::SOCK_DGRAM as u32))],
+    )
+    .when(When::Taps),
+    ioctl(&[(1, Is::Number(libc::SIOCGIFINDEX as u32))]).when(When::Taps),
+    ioctl(&[(1, Is::Number(TUNSETIFF))]).when(When::Taps),
+    ioctl(&[(1, Is::Number(TUNSETVNETHDRSZ))]).when(When::Taps),
+    ioctl(&[(1, Is::Number(TUNSETOFFLOAD))]).when(When::Taps),
+    // A network in user space that comes back.
+    with(
+        Sysno::socket,
+        &[(0, Is::Number(libc::AF_UNIX as u32)), (1, Is::Masked(0xf, libc::SOCK_STREAM as u32))],
+    )
+    .when(When::Streams),
+    any(Sysno::connect).when(When::Streams),
+];
+
+/// Serves a queue of a disk.
+static DISK: &[Rule] = &[
+    any(Sysno::epoll_wait),
+    any(Sysno::epoll_ctl),
+    any(Sysno::timerfd_settime),
+    // Its rings know nothing but these, with the disk's own files (sys/uring.rs).
+    any(Sysno::io_uring_enter),
+    any(Sysno::preadv),
+    any(Sysno::pwritev2),
+    any(Sysno::fdatasync),
+    with(Sysno::fallocate, &[(1, Is::Number(HOLE))]),
+    with(Sysno::fallocate, &[(1, Is::Number(ZEROES))]),
+    // qcow2's metadata, and files that grow.
+    any(Sysno::pread64),
+    any(Sysno::pwrite64),
+    any(Sysno::ftruncate),
+    with(Sysno::statx, &[(2, Is::Number(NO_PATH))]),
+];
+
+/// Serves the balloon: gives memory back, and sees how much there is.
+static BALLOON: &[Rule] = &[
+    any(Sysno::epoll_wait),
+    any(Sysno::epoll_ctl),
+    any(Sysno::timerfd_settime),
+    with(Sysno::fallocate, &[(1, Is::Number(HOLE))]),
+    with(Sysno::madvise, &[(2, Is::Number(libc::MADV_FREE as u32))]),
+    ioctl(&[(1, Is::Number(PAGEMAP_SCAN))]),
+    with(Sysno::newfstatat, &[(3, Is::Number(NO_PATH))]),
+    any(Sysno::fstat).unseen("how later versions of the C library ask for the same"),
+];
+
+/// `_IO(KVMIO, 0x80)`; the others from linux/kvm.h and linux/if_tun.h the same way.
+const KVM_RUN: u32 = 0xae80;
+const KVM_SET_GSI_ROUTING: u32 = 0x4008_ae6a;
+const KVM_IRQFD: u32 = 0x4020_ae76;
+const KVM_IOEVENTFD: u32 = 0x4040_ae79;
+const KVM_SIGNAL_MSI: u32 = 0x4020_aea5;
+/// linux/fs.h
+const PAGEMAP_SCAN: u32 = 0xc060_6610;
+const TUNSETIFF: u32 = 0x4004_54ca;
+const TUNSETOFFLOAD: u32 = 0x4004_54d0;
+const TUNGETIFF: u32 = 0x8004_54d2;
+const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
+const TUNSETQUEUE: u32 = 0x4004_54d9;

@@ -1,0 +1,198 @@
+//! examples/jailed.rs: what the process that it leaves can still do, as the kernel tells.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Trial;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::life::{LONG, SPINS, Scratch, wait_until};
+use crate::trial;
+
+pub fn add(trials: &mut Vec<Trial>) {
+    trials.push(trial("a_jailed_process_has_nothing_left_as_root", || jailed(Who::Root)));
+    trials.push(trial("a_jailed_process_has_nothing_left_unprivileged", || jailed(Who::Anybody)));
+    trials.push(trial("a_jail_says_what_is_wrong_and_how_a_guest_ended", says));
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Who {
+    Root,
+    /// Someone without privilege, who may use KVM.
+    Anybody,
+}
+
+const NOBODY: u32 = 65534;
+
+/// The example, built once.
+fn example() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.args(["build", "--quiet", "--example", "jailed"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+        if !cfg!(debug_assertions) {
+            cargo.arg("--release");
+        }
+        // As this program was, so that nothing is built twice.
+        cargo.args(["--features", if cfg!(feature = "serde") { "serde,internals" } else { "internals" }]);
+        let output = cargo.output().expect("cargo");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let own = std::env::current_exe().unwrap();
+        own.parent().and_then(Path::parent).unwrap().join("examples/jailed")
+    })
+}
+
+/// The jail, ended when it is dropped.
+struct Jail {
+    outside: Child,
+    errors: BufReader<std::process::ChildStderr>,
+}
+
+impl Jail {
+    fn start(mut command: Command) -> Self {
+        let mut outside = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let errors = BufReader::new(outside.stderr.take().unwrap());
+        Self { outside, errors }
+    }
+
+    /// The process inside, as this namespace counts, when its guest is about to run.
+    fn inside(&mut self) -> i32 {
+        let mut line = String::new();
+        self.errors.read_line(&mut line).unwrap();
+        assert!(line.contains("in force") && line.contains("seccomp: true"), "{line}{}", self.rest());
+        let parent = |process: &Path| {
+            let status = std::fs::read_to_string(process.join("status")).ok()?;
+            self::line(&status, "PPid").parse::<u32>().ok()
+        };
+        let all = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+        let mut children = all.filter(|process| parent(process) == Some(self.outside.id()));
+        let child = children.next().expect("a process inside");
+        child.file_name().and_then(|name| name.to_str()).unwrap().parse().unwrap()
+    }
+
+    fn rest(&mut self) -> String {
+        // The end comes with the processes'.
+        let mut text = String::new();
+        let _ = self.errors.read_to_string(&mut text);
+        text
+    }
+
+    fn ends(&mut self) -> Option<i32> {
+        let end = Instant::now() + LONG;
+        loop {
+            match self.outside.try_wait().unwrap() {
+                Some(status) => return status.code(),
+                None => assert!(Instant::now() < end, "waited for the end of the jail"),
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+impl Drop for Jail {
+    fn drop(&mut self) {
+        // The one inside dies with it.
+        let _ = self.outside.kill();
+        let _ = self.outside.wait();
+    }
+}
+
+fn file(bytes: &[u8]) -> Scratch {
+    let file = Scratch::new("image");
+    std::fs::write(&file.0, bytes).unwrap();
+    file
+}
+
+/// A line of a status file in /proc.
+fn line(status: &str, key: &str) -> String {
+    let found = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+    found.unwrap_or_else(|| panic!("no {key} in {status}")).trim().to_owned()
+}
+
+fn jailed(who: Who) {
+    assert!(rustix::process::geteuid().is_root(), "this test is for root: it becomes others");
+    let (code, disk) = (file(&SPINS), Scratch::disk());
+    for file in [&code.0, &disk.0] {
+        std::fs::set_permissions(file, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
+    }
+    let node = Scratch::new("kvm");
+    let mut command = match who {
+        Who::Root => Command::new(example()),
+        Who::Anybody => {
+            // In a mount namespace whose /dev/kvm is for everybody.
+            let mut command = Command::new("unshare");
+            let script = "mknod -m 666 $NODE c 10 232 && mount --bind $NODE /dev/kvm && exec setpriv --reuid=65534 --regid=65534 \
+                          --clear-groups --inh-caps=-all --bounding-set=-all \"$0\" \"$@\"";
+            command.args(["--mount", "sh", "-c", script]).arg(example()).env("NODE", &node.0);
+            command
+        }
+    };
+    command.arg("--bare").arg(&code.0).arg("--disk").arg(&disk.0).args(["--user", "65534:65534"]);
+    let mut jail = Jail::start(command);
+    let inside = jail.inside();
+    let proc = PathBuf::from(format!("/proc/{inside}"));
+    let filters = |status: &str| line(status, "Seccomp_filters").parse::<u32>().unwrap();
+    let own = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+    let mut threads = 0;
+    for task in std::fs::read_dir(proc.join("task")).unwrap().flatten() {
+        let status = std::fs::read_to_string(task.path().join("status")).unwrap();
+        for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+            assert_eq!(line(&status, set), "0000000000000000", "{set} of {status}");
+        }
+        assert_eq!((line(&status, "NoNewPrivs"), line(&status, "Seccomp")), ("1".into(), "2".into()));
+        // The VM's threads have the process's filter and their own.
+        // KVM's own thread for huge pages comes out of a vCPU's.
+        let name = line(&status, "Name");
+        let confined = ["vmbed-vcpu", "vmbed-dev", "kvm-"].iter().any(|kind| name.starts_with(kind));
+        let more = if confined { 2 } else { 1 };
+        assert_eq!(filters(&status), filters(&own) + more, "{name}");
+        let nobody = [NOBODY; 4].map(|id| id.to_string()).join("\t");
+        assert_eq!((line(&status, "Uid"), line(&status, "Gid")), (nobody.clone(), nobody));
+        assert_eq!(line(&status, "Groups"), "");
+        threads += 1;
+    }
+    assert!(threads >= 3, "the main thread, a vCPU, the supervisor: {threads}");
+    let space = |of: &Path, kind: &str| std::fs::read_link(of.join("ns").join(kind)).unwrap();
+    let mut spaces = vec!["mnt", "pid", "ipc", "uts", "net", "cgroup"];
+    spaces.extend((who == Who::Anybody).then_some("user"));
+    for kind in spaces {
+        assert_ne!(space(&proc, kind), space(Path::new("/proc/self"), kind), "{kind}");
+    }
+    let root: Vec<_> =
+        std::fs::read_dir(proc.join("root")).unwrap().flatten().map(|entry| entry.file_name()).collect();
+    assert_eq!(root, ["kernel"], "the root holds the image");
+    let mounts = std::fs::read_to_string(proc.join("mounts")).unwrap();
+    assert!(mounts.lines().all(|mount| mount.split(' ').nth(3).unwrap().starts_with("ro")), "{mounts}");
+    let limits = std::fs::read_to_string(proc.join("limits")).unwrap();
+    assert!(limits.lines().any(|l| l.starts_with("Max core file size        0 ")), "{limits}");
+    kill_process(Pid::from_raw(jail.outside.id() as i32).unwrap(), Signal::TERM).unwrap();
+    assert_eq!(jail.ends(), Some(1), "it was stopped: {}", jail.rest());
+    wait_until("the end of the process inside", || !proc.exists());
+}
+
+fn says() {
+    let run = |arguments: &[&str]| {
+        let output = Command::new(example()).args(arguments).stdin(Stdio::null()).output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
+    };
+    let (status, said) = run(&["--help"]);
+    assert!(status == Some(0) && said.contains("usage: jailed") && said.contains("Exit status"), "{said}");
+    for (arguments, word) in [
+        (&["--disk", "x"][..], "it needs --kernel"),
+        (&["--what"], "--what is no option"),
+        (&["--kernel", "/nowhere/vmlinuz"], "/nowhere/vmlinuz: No such file"),
+        (&["--bare", "/etc/passwd", "--tap", "vmbednone0"], "ip tuntap add vmbednone0"),
+        (&["--bare", "/etc/passwd", "--user", "nobody"], "\"nobody\" is no number"),
+        (&["--bare", "/etc/passwd", "--memory", "3 apples"], "--memory: "),
+    ] {
+        let (status, said) = run(arguments);
+        assert!(status == Some(1) && said.contains(word), "{arguments:?}: {said}");
+    }
+    let (halts, not_a_kernel) = (file(&[0xf4]), file(b"no kernel"));
+    assert_eq!(run(&["--bare", halts.0.to_str().unwrap()]).0, Some(0));
+    let (status, said) = run(&["--kernel", not_a_kernel.0.to_str().unwrap()]);
+    assert!(status == Some(1) && said.contains("/kernel"), "{said}");
+}
