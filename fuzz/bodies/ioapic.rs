@@ -99,7 +99,7 @@ impl Model {
                 let mut entry = u.arbitrary::<u64>()?;
                 entry &= if u.ratio(3u8, 4u8)? { !MASKED } else { u64::MAX };
                 // One vector of few, so that ends of interrupts meet it.
-                entry = entry & !0xff | 0x40 + u64::from(u.int_in_range(0..=3u8)?);
+                entry = entry & !0xff | (0x40 + u64::from(u.int_in_range(0..=3u8)?));
                 self.register(0x11 + 2 * pin, (entry >> 32) as u32);
                 self.register(0x10 + 2 * pin, entry as u32);
             }
@@ -166,7 +166,8 @@ impl Model {
             return;
         }
         let old = self.entries[pin];
-        let (kept, shift) = if index % 2 == 0 { (old >> 32 << 32, 0) } else { (old & 0xffff_ffff, 32) };
+        let (kept, shift) =
+            if index.is_multiple_of(2) { (old >> 32 << 32, 0) } else { (old & 0xffff_ffff, 32) };
         let mut new = (kept | u64::from(value) << shift) & !READ_ONLY | old & READ_ONLY;
         if new & LEVEL == 0 && new & REMOTE_IRR != 0 {
             new &= !REMOTE_IRR;

@@ -87,7 +87,7 @@ fn capacity(inventory: &PlacementInventory) -> i128 {
 /// Placement's rules for one consumer's amount.
 fn is_odd(inventory: &PlacementInventory, amount: u64) -> bool {
     let step = inventory.step_size.max(1);
-    amount < inventory.min_unit || amount > inventory.max_unit || amount % step != 0
+    amount < inventory.min_unit || amount > inventory.max_unit || !amount.is_multiple_of(step)
 }
 
 impl Paper {

@@ -128,7 +128,7 @@ fn is_sound(s: &RingSetup, slack: u64) -> bool {
     let sizes = s.max_size.is_power_of_two() && s.size.is_power_of_two() && s.size <= s.max_size;
     let size = u64::from(s.size);
     let inside = |at: u64, len: u64| at.checked_add(len + slack).is_some_and(|end| end <= MEMORY);
-    let aligned = s.desc % 16 == 0 && s.avail % 2 == 0 && s.used % 4 == 0;
+    let aligned = s.desc.is_multiple_of(16) && s.avail.is_multiple_of(2) && s.used.is_multiple_of(4);
     sizes
         && aligned
         && inside(s.desc, 16 * size)
