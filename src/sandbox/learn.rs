@@ -45,7 +45,7 @@ pub(super) fn note(duty: Duty, notice: &Notice) {
     if covered {
         return;
     }
-    let key = notice.number as u64 + 1 | (duty as u64) << 32;
+    let key = (notice.number as u64 + 1) | ((duty as u64) << 32);
     let [_, second, third, ..] = notice.arguments;
     let kind = match Sysno::new(notice.number as usize) {
         Some(Sysno::ioctl | Sysno::fcntl | Sysno::fallocate | Sysno::epoll_ctl) => second,

@@ -41,7 +41,11 @@ pub(crate) fn prepare(config: &VmConfig, wanted: &SandboxConfig) -> Result<Confi
     let best_effort = wanted.best_effort;
     let missing = |what: &str, since: &str| {
         let why = format!("sandbox: this kernel has no {what}; {since}; sandbox.best_effort goes on without");
-        if best_effort { Ok(log::warn!("{why}")) } else { Err(Error::new(ErrorKind::Unsupported, why)) }
+        if !best_effort {
+            return Err(Error::new(ErrorKind::Unsupported, why));
+        }
+        log::warn!("{why}");
+        Ok(())
     };
     let filters = if seccomp::gives_notices() {
         Some(Filters::compile(opens)?)

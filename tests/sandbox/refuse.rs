@@ -206,7 +206,7 @@ fn foreign() {
         builder.console_callback(|_| ()).pio_doorbell("ours", 0x20, 1).build()
     };
     let fields = |config: &vmbed::VmConfig| {
-        let error = everything(config).err().expect("it has code of ours");
+        let error = everything(config).expect_err("it has code of ours");
         assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
         for word in ["'port'", "'window'", "net0"] {
             assert!(

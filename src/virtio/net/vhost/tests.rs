@@ -79,7 +79,8 @@ fn where_the_kernel_refuses_vmbed_serves() {
         net.process_queues();
         assert_eq!((tx.take_used(), rx.take_used().map(|(_, len)| len)), (Some((sent, 0)), Some(72)));
         net.deactivate();
-        (rx.reset(), tx.reset());
+        rx.reset();
+        tx.reset();
     }
     let carried = control.statistics();
     assert_eq!((carried.vhost, carried.tx_frames, carried.rx_frames), (0, 2, 2));
