@@ -15,6 +15,10 @@ pub(crate) struct Rule {
     pub only: &'static [(u8, Is)],
     pub when: When,
     /// Why no run of the tests shows it.
+    #[cfg_attr(
+        not(any(test, feature = "internals")),
+        expect(dead_code, reason = "the tests of the lists ask")
+    )]
     pub unseen: Option<&'static str>,
 }
 
@@ -70,6 +74,7 @@ impl Rule {
     }
 
     /// Whether the call is this one.
+    #[cfg(any(test, feature = "internals"))]
     pub fn covers(&self, notice: &Notice) -> bool {
         let holds = |(index, is): &(u8, Is)| {
             let argument = notice.arguments.get(usize::from(*index)).map_or(0, |argument| *argument as u32);
