@@ -40,6 +40,8 @@ pub(crate) enum When {
     Taps,
     /// A card is on a network in user space that was given by path.
     Streams,
+    /// The kernel serves a card.
+    Vhost,
 }
 
 impl When {
@@ -48,6 +50,7 @@ impl When {
             Self::Always => true,
             Self::Taps => opens.taps,
             Self::Streams => opens.streams,
+            Self::Vhost => opens.vhost,
         }
     }
 }
@@ -160,6 +163,11 @@ pub(crate) static EVERY: &[Rule] = &[
     any(Sysno::exit),
 ];
 
+/// All that linux/vhost.h has: the kernel begins and ends to serve a card where its driver does, or where a limit comes and goes.
+const VHOST: Rule = ioctl(&[(1, Is::Masked(0xff00, 0xaf00))])
+    .when(When::Vhost)
+    .unseen("vhost-net is in few kernels: tests/linux has a trial of it");
+
 /// Runs a vCPU, answers its exits, begins to serve devices for its guest, stops them, ends the VM.
 static VCPU: &[Rule] = &[
     // First, since it is asked first.
@@ -171,6 +179,7 @@ static VCPU: &[Rule] = &[
     ioctl(&[(1, Is::Number(KVM_SIGNAL_MSI))]).unseen("the same"),
     ioctl(&[(1, Is::Number(TUNSETOFFLOAD))]),
     ioctl(&[(1, Is::Number(TUNSETQUEUE))]).unseen("a stock guest that uses several queues of a card"),
+    VHOST,
     with(Sysno::fcntl, &[(1, Is::Number(libc::F_DUPFD_CLOEXEC as u32))]),
     any(Sysno::timerfd_create),
     any(Sysno::timerfd_settime),
@@ -201,6 +210,7 @@ static DEVICE: &[Rule] = &[
         .unseen("the other end of a socket goes while a frame is sent; a console that cannot be opened anew"),
     ioctl(&[(1, Is::Number(TUNGETIFF))]),
     ioctl(&[(1, Is::Number(TUNSETQUEUE))]).unseen("a stock guest that uses several queues of a card"),
+    VHOST,
     // A TAP interface that comes back; Landlock has no other file be opened.
     with(Sysno::openat, &[(2, Is::Number((libc::O_RDWR | libc::O_NONBLOCK | libc::O_CLOEXEC) as u32))])
         .when(When::Taps),

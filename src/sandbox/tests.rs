@@ -4,8 +4,8 @@ use std::collections::HashSet;
 
 use super::*;
 
-const ALL: Opens = Opens { taps: true, streams: true };
-const NONE: Opens = Opens { taps: false, streams: false };
+const ALL: Opens = Opens { taps: true, streams: true, vhost: true };
+const NONE: Opens = Opens { taps: false, streams: false, vhost: false };
 
 #[test]
 fn nothing_is_killed_and_nothing_refused_unheard() {

@@ -4,7 +4,7 @@
 use super::builder::VmBuilder;
 use super::machine::Machine;
 use super::sources::Network;
-use crate::config::VmConfig;
+use crate::config::{Vhost, VmConfig};
 use crate::console::Output;
 use crate::error::{Error, ErrorKind, FieldError, Result};
 
@@ -93,6 +93,8 @@ pub(crate) struct Opens {
     pub taps: bool,
     /// A network in user space, by its path.
     pub streams: bool,
+    /// The kernel serves a card (vhost-net).
+    pub vhost: bool,
 }
 
 impl Opens {
@@ -100,6 +102,7 @@ impl Opens {
         Self {
             taps: config.nets.iter().any(|net| net.tap.is_some()),
             streams: config.nets.iter().any(|net| net.stream.is_some()),
+            vhost: config.nets.iter().any(|net| net.vhost != Vhost::Off),
         }
     }
 }
