@@ -69,7 +69,7 @@ pub struct vmbed_sandbox {
 
 // SAFETY: it is repr(C) with its size first, and all zeroes is a value.
 unsafe impl Sized_ for vmbed_sandbox {
-    const FIRST: usize = std::mem::offset_of!(Self, reserved);
+    const FIRST: usize = size_of::<Self>();
     const NAME: &'static str = "vmbed_sandbox";
 }
 

@@ -3,6 +3,9 @@
 //!
 //! What fails once fails each time. `VMBED_PREEMPTIONS` is how many more times a thread's turn is taken from it than a model asks for.
 
+// `cargo test --examples` would have the files' unit tests in it, too.
+#![cfg(not(test))]
+
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Trial};
