@@ -169,8 +169,21 @@ fn wrong_calls_are_refused_and_change_nothing() {
     assert_eq!(vm.interrupt_vcpu(1).unwrap_err().kind(), ErrorKind::InvalidArgument);
     vm.start().unwrap();
     std::thread::scope(|scope| {
-        let first = scope.spawn(|| vm.run_vcpu(0).unwrap());
         // Whichever of the two comes second is refused; wait until the first is inside.
+        let first = scope.spawn(|| {
+            loop {
+                match vm.run_vcpu(0) {
+                    Ok(VcpuReturn::Interrupted) => {}
+                    Ok(end) => break end,
+                    Err(error) => {
+                        assert!(error.to_string().contains("another thread runs vCPU 0"), "{error}");
+                        // It may have come in where we were interrupted.
+                        vm.interrupt_vcpu(0).unwrap();
+                    }
+                }
+                std::thread::yield_now();
+            }
+        });
         let deadline = Instant::now() + LONG;
         let error = loop {
             assert!(Instant::now() < deadline, "waited a minute for the first thread to be inside");
