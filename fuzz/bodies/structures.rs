@@ -9,7 +9,7 @@ use arbitrary::{Result, Unstructured};
 use vmbed::internals::crossed;
 use vmbed::{
     BackingConfig, BackingKind, BalloonConfig, CacheMode, DiskConfig, DiskEngine, DiskFormat, HugePages,
-    IpPrefix, NetConfig, PortOptions, PortVlan, RateLimit, Switch, SwitchOptions,
+    IpPrefix, NetConfig, PortOptions, PortVlan, RateLimit, Switch, SwitchOptions, Vhost,
 };
 
 use super::given::{
@@ -93,7 +93,7 @@ impl Depth {
 }
 
 const DISK: Kind = Kind { first: 40, full: 136, pointers: &[8, 16, 24, 96, 104, 112, 120, 128] };
-const NET: Kind = Kind { first: 32, full: 120, pointers: &[8, 16, 24, 112] };
+const NET: Kind = Kind { first: 32, full: 128, pointers: &[8, 16, 24, 112] };
 const BALLOON: Kind = Kind { first: 32, full: 32, pointers: &[8] };
 const BACKING: Kind = Kind { first: 40, full: 40, pointers: &[24, 32] };
 const SWITCH: Kind = Kind { first: 16, full: 16, pointers: &[] };
@@ -277,6 +277,7 @@ impl Caller {
             rate(u, 48)?,
             rate(u, 80)?,
             stream.field(112),
+            numbers(120, &[number(u, 3)?, u32::from(u.ratio(1u8, 10u8)?)]),
         ];
         let given = self.given(u, &NET, &fields)?;
         let expected = || {
@@ -290,6 +291,8 @@ impl Caller {
             net.queues = given.number(44).max(1).try_into().ok()?;
             (net.receive_rate, net.send_rate) = (given.rate(48), given.rate(80));
             net.stream = given.text(112, &stream).map(file);
+            let known = [Vhost::Off, Vhost::IfPresent, Vhost::Required];
+            net.vhost = *known.get(given.number(120) as usize).filter(|_| given.number(124) == 0)?;
             Some(net)
         };
         // SAFETY: as above.
