@@ -82,6 +82,7 @@ test-all: test ## and the long forms
 	for suite in c api; do VMBED_ROUNDS=5000 cargo test --features serde,internals --test $$suite -- stop_races; done
 	VMBED_CUTS=200 cargo test --features serde,internals --test powercut
 	VMBED_DISKS=all VMBED_CUTS=20 VMBED_TRIAL_SECONDS=3000 cargo test --features serde,internals --test linux -- disks::
+	VMBED_VHOST=1 VMBED_TRIAL_SECONDS=900 cargo test --features serde,internals --test linux -- vhost::
 	VMBED_STEPS=1000000 cargo test --features serde,internals --lib every_step
 	VMBED_FAULTS=all cargo test --features serde,internals --test faults
 	VMBED_PREEMPTIONS=1 $(MAKE) models
