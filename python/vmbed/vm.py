@@ -166,8 +166,8 @@ class GuestMemory(NamedTuple):
 
 
 _balloon_statistics = filled("vmbed_balloon_statistics", BalloonStatistics, lib.vmbed_vm_get_balloon_statistics)
-_guest_sandbox = filled("vmbed_sandbox", SandboxReport, lib.vmbed_vm_get_sandbox)
-_memory = filled("vmbed_guest_memory", GuestMemory, lib.vmbed_vm_get_guest_memory)
+_sandbox = filled("vmbed_sandbox", SandboxReport, lib.vmbed_vm_get_sandbox)
+_guest_memory = filled("vmbed_guest_memory", GuestMemory, lib.vmbed_vm_get_guest_memory)
 _net_statistics = filled("vmbed_net_statistics", NetStatistics, lib.vmbed_vm_get_net_statistics)
 _memory = filled("vmbed_memory", Memory, lib.vmbed_vm_get_memory)
 _vcpu_statistics = filled("vmbed_vcpu_statistics", VcpuStatistics, lib.vmbed_vm_get_vcpu_statistics)
