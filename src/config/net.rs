@@ -62,8 +62,6 @@ pub struct NetConfig {
 /// and knows no addresses: [`NetStatistics`](crate::NetStatistics) has only what it did not carry, and the guest gets whatever comes
 /// through the interface. While there is something that it cannot do (a limit, a cable that is not plugged in), and after it has found a
 /// queue malformed, vmbed serves the card as it serves others.
-///
-/// Not to be used yet: a stock guest's frames have not been seen to pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "snake_case"))]
 #[non_exhaustive]

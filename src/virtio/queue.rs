@@ -12,7 +12,6 @@ use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::QueueT;
-use virtio_queue::desc::split::Descriptor;
 use vm_memory::{GuestAddress, VolatileMemory, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -21,6 +20,9 @@ use crate::memory::Memory;
 use crate::sys::fd;
 
 pub(crate) use super::chain::{BadBuffer, Chain, Cursor, Span};
+pub(crate) use rings::Rings;
+
+mod rings;
 
 /// How a driver broke the rules of its ring. The queue is of no use until the driver resets the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -191,17 +193,30 @@ impl Queue {
         let _ = self.doorbell.read();
     }
 
+    /// Where its rings lie: found once for as many chains as are taken in a row.
+    pub fn rings<'m>(&self, memory: &'m Memory) -> Rings<'m> {
+        Rings::new(memory, self.ring.desc_table(), self.ring.avail_ring(), self.ring.size())
+    }
+
     /// Takes the next chain into `chain`; `false` when none waits.
     ///
     /// # Errors
     /// The driver broke the rules: this queue refuses everything from now on.
     pub fn pop(&mut self, memory: &Memory, chain: &mut Chain) -> Result<bool, QueueFault> {
+        self.pop_from(&self.rings(memory), chain)
+    }
+
+    /// The same from its [`rings`](Self::rings).
+    ///
+    /// # Errors
+    /// As `pop`.
+    pub fn pop_from(&mut self, rings: &Rings<'_>, chain: &mut Chain) -> Result<bool, QueueFault> {
         if self.broken {
             return Err(QueueFault::Broken);
         }
-        let taken = match self.take_head(memory) {
+        let taken = match self.take_head(rings) {
             Ok(None) => return Ok(false),
-            Ok(Some(head)) => self.walk(memory, head, chain),
+            Ok(Some(head)) => rings.walk(head, self.ring.max_size(), chain),
             Err(fault) => Err(fault),
         };
         chain.place = self.ring.next_avail();
@@ -236,7 +251,8 @@ impl Queue {
     /// The queue is broken, or a head was not taken from it.
     pub fn complete_all(&mut self, memory: &Memory, chains: &[(u16, u32)]) -> Result<(), QueueFault> {
         let before = self.ring.next_used();
-        let put = chains.iter().try_for_each(|&(head, written)| self.put_back(memory, head, written));
+        let ring = self.used_ring(memory);
+        let put = chains.iter().try_for_each(|&(head, written)| self.put(ring, memory, head, written));
         if put.is_err() {
             self.ring.set_next_used(before);
         }
@@ -248,6 +264,22 @@ impl Queue {
     /// # Errors
     /// The queue is broken, or the head was not taken from it.
     pub fn put_back(&mut self, memory: &Memory, head: u16, written: u32) -> Result<(), QueueFault> {
+        self.put(None, memory, head, written)
+    }
+
+    /// All of the used ring, where that is one piece of memory.
+    fn used_ring<'m>(&self, memory: &'m Memory) -> Option<VolatileSlice<'m>> {
+        memory.slice(GuestAddress(self.ring.used_ring()), 4 + 8 * usize::from(self.ring.size()))
+    }
+
+    #[inline]
+    fn put(
+        &mut self,
+        ring: Option<VolatileSlice<'_>>,
+        memory: &Memory,
+        head: u16,
+        written: u32,
+    ) -> Result<(), QueueFault> {
         if self.broken {
             return Err(QueueFault::Broken);
         }
@@ -255,9 +287,17 @@ impl Queue {
             return Err(QueueFault::NotInUse(head));
         }
         let next = self.ring.next_used();
-        // Within the ring, which was found to be in memory: the address cannot wrap.
-        let element = self.ring.used_ring() + 4 + 8 * u64::from(next & (self.ring.size() - 1));
-        let put = memory.put([u32::from(head).to_le(), written.to_le()], GuestAddress(element));
+        let element = [u32::from(head).to_le(), written.to_le()];
+        let offset = 4 + 8 * usize::from(next & (self.ring.size() - 1));
+        let place = ring.as_ref().and_then(|ring| ring.get_ref(offset).ok());
+        let put = match place {
+            Some(place) => {
+                place.store(element);
+                true
+            }
+            // Within the ring, which was found to be in memory: the address cannot wrap.
+            None => memory.put(element, GuestAddress(self.ring.used_ring() + offset as u64)),
+        };
         self.fail_on(put.then_some(()).ok_or(QueueFault::Rings))?;
         self.ring.set_next_used(next.wrapping_add(1));
         Ok(())
@@ -337,10 +377,10 @@ impl Queue {
         chain: &mut Chain,
         mut serve: impl FnMut(&mut Self, &Chain) -> Result<Next, QueueFault>,
     ) -> Result<bool, QueueFault> {
-        let mut budget = self.size();
+        let (mut budget, rings) = (self.size(), self.rings(memory));
         loop {
             self.disable_notification(memory)?;
-            while budget > 0 && self.pop(memory, chain)? {
+            while budget > 0 && self.pop_from(&rings, chain)? {
                 budget -= 1;
                 if serve(self, chain)? == Next::Enough {
                     return Ok(true);
@@ -365,23 +405,22 @@ impl Queue {
     }
 
     /// The next head of the available ring, marked as in use.
-    fn take_head(&mut self, memory: &Memory) -> Result<Option<u16>, QueueFault> {
+    fn take_head(&mut self, rings: &Rings<'_>) -> Result<Option<u16>, QueueFault> {
         let (next, size) = (self.ring.next_avail(), self.ring.size());
         if next == self.avail_seen {
             // Acquire: what the driver wrote before it moved the index is seen after it.
-            let idx = self.ring.avail_idx(&**memory, Ordering::Acquire).map_err(|_| QueueFault::Rings)?;
-            let ahead = (idx - Wrapping(next)).0;
+            let idx = rings.avail(2, Ordering::Acquire).ok_or(QueueFault::Rings)?;
+            let ahead = idx.wrapping_sub(next);
             if ahead > size {
                 return Err(QueueFault::AvailAhead { ahead, size });
             }
             if ahead == 0 {
                 return Ok(None);
             }
-            self.avail_seen = idx.0;
+            self.avail_seen = idx;
         }
-        // Within the ring, which was found to be in memory: the address cannot wrap.
-        let entry = self.ring.avail_ring() + 4 + 2 * u64::from(next & (size - 1));
-        let head = self.load(memory, entry).ok_or(QueueFault::Rings)?;
+        let entry = 4 + 2 * usize::from(next & (size - 1));
+        let head = rings.avail(entry, Ordering::Relaxed).ok_or(QueueFault::Rings)?;
         if head >= size {
             return Err(QueueFault::Index(head));
         }
@@ -390,100 +429,6 @@ impl Queue {
         }
         self.ring.set_next_avail(next.wrapping_add(1));
         Ok(Some(head))
-    }
-
-    /// Reads the descriptors from `head` on, each of them once.
-    fn walk(&self, memory: &Memory, head: u16, chain: &mut Chain) -> Result<(), QueueFault> {
-        chain.head = head;
-        chain.readable.clear();
-        chain.writable.clear();
-        chain.ordered = true;
-        // A driver may choose a smaller queue than ours, and still send what we offered.
-        let limit = self.ring.max_size();
-        let mut table = Table::new(memory, self.ring.desc_table(), u32::from(self.ring.size()));
-        let mut indirect = false;
-        let mut index = head;
-        // The descriptor that names an indirect table does not count.
-        for _ in 0..=limit {
-            let descriptor = table.get(index)?;
-            if descriptor.refers_to_indirect_table() {
-                if indirect {
-                    return Err(QueueFault::NestedIndirect);
-                }
-                table = Table::indirect(memory, &descriptor)?;
-                (indirect, index) = (true, 0);
-                continue;
-            }
-            push(chain, &descriptor)?;
-            if !descriptor.has_next() {
-                return Ok(());
-            }
-            index = descriptor.next();
-        }
-        Err(QueueFault::TooLong(limit))
-    }
-}
-
-fn push(chain: &mut Chain, descriptor: &Descriptor) -> Result<(), QueueFault> {
-    let span = Span { addr: descriptor.addr(), len: descriptor.len() };
-    if span.addr.0.checked_add(u64::from(span.len)).is_none() {
-        return Err(QueueFault::Wraps(span.addr.0));
-    }
-    if descriptor.is_write_only() {
-        if span.len > 0 {
-            chain.writable.push(span);
-        }
-    } else if span.len > 0 {
-        chain.ordered &= chain.writable.is_empty();
-        chain.readable.push(span);
-    }
-    Ok(())
-}
-
-/// The queue's descriptor table or an indirect one.
-struct Table<'a> {
-    memory: &'a Memory,
-    at: u64,
-    /// In descriptors.
-    len: u32,
-    /// All of it, where that is guest memory.
-    bytes: Option<VolatileSlice<'a>>,
-}
-
-const DESCRIPTOR_SIZE: u32 = size_of::<Descriptor>() as u32;
-
-impl<'a> Table<'a> {
-    fn new(memory: &'a Memory, at: u64, len: u32) -> Self {
-        Self {
-            memory,
-            at,
-            len,
-            bytes: memory.slice(GuestAddress(at), len as usize * size_of::<Descriptor>()),
-        }
-    }
-
-    fn indirect(memory: &'a Memory, descriptor: &Descriptor) -> Result<Self, QueueFault> {
-        if descriptor.has_next() {
-            return Err(QueueFault::IndirectNext);
-        }
-        let bytes = descriptor.len();
-        if bytes == 0 || !bytes.is_multiple_of(DESCRIPTOR_SIZE) {
-            return Err(QueueFault::IndirectLength(bytes));
-        }
-        Ok(Self::new(memory, descriptor.addr().0, bytes / DESCRIPTOR_SIZE))
-    }
-
-    fn get(&self, index: u16) -> Result<Descriptor, QueueFault> {
-        if u32::from(index) >= self.len {
-            return Err(QueueFault::Index(index));
-        }
-        let offset = usize::from(index) * size_of::<Descriptor>();
-        if let Some(place) = self.bytes.as_ref().and_then(|bytes| bytes.get_ref(offset).ok()) {
-            return Ok(place.load());
-        }
-        // The end of the table may lie where there is no memory, if nothing names it.
-        let at = self.at.checked_add(offset as u64);
-        at.and_then(|at| self.memory.get(GuestAddress(at))).ok_or(QueueFault::Table(self.at))
     }
 }
 

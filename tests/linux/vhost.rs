@@ -17,10 +17,7 @@ use crate::net::{TOOLS, Tap, accept, ip, ping, server};
 use crate::trial;
 
 pub fn add(trials: &mut Vec<Trial>) {
-    // It does not pass yet: the kernel takes the queues, and the guest's neighbour never answers. `make test-all` has it.
-    if std::env::var_os("VMBED_VHOST").is_some() {
-        trials.push(trial("vhost::all_that_can_happen_to_a_card", card));
-    }
+    trials.push(trial("vhost::all_that_can_happen_to_a_card", card));
 }
 
 /// What the guest runs: what it is told, a line at a time.
@@ -114,6 +111,11 @@ fn kernel_threads() -> Vec<String> {
     all.filter_map(name).filter(|(name, _)| ours.contains(name)).map(|(_, task)| task).collect()
 }
 
+/// Not only that frames pass: `make test-all`.
+fn all() -> bool {
+    std::env::var_os("VMBED_VHOST").is_some()
+}
+
 fn card() {
     assert!(Command::new("modprobe").arg("vhost_net").status().unwrap().success());
     let tap = Tap::with_queues();
@@ -134,9 +136,11 @@ fn card() {
     let threads = kernel_threads();
     assert_eq!(threads.len(), 2, "{threads:?}");
     carries(&told);
-    stands_still_and_goes_on(&told);
-    breaks(&told);
-    loses_its_interface(&told);
+    if all() {
+        stands_still_and_goes_on(&told);
+        breaks(&told);
+        loses_its_interface(&told);
+    }
     told.stream("again");
     drop(servers);
     let Told { guest, tap } = told;
@@ -156,7 +160,8 @@ fn carries(told: &Told) {
     // VIRTIO_NET_F_CTRL_RX, _VLAN and _RX_EXTRA.
     let offered = "said=$(cut -c 19-21 /sys/class/net/eth0/device/features)";
     assert_eq!(told.run(offered, "filters"), "000", "no filter is offered that vhost-net does not know");
-    for (key, offloads) in [("long", "tx on tso on gso on gro on"), ("cut", "tx off gro off")] {
+    let ways = [("long", "tx on tso on gso on gro on"), ("cut", "tx off gro off")];
+    for (key, offloads) in &ways[..if all() { 2 } else { 1 }] {
         let set = format!("/mnt/bin/ethtool -K eth0 {offloads} >/dev/null 2>&1");
         told.run(&format!("{set}; run -P 2 -c HOST -n 8M; run -P 2 -c HOST -n 8M -R; said=carried"), key);
     }
@@ -175,7 +180,7 @@ fn carries(told: &Told) {
     accept(&listener, &told.guest).read_to_end(&mut received).unwrap();
     assert_eq!(told.guest.value("got"), sha256(&content));
     assert!(received == content, "what was sent comes back");
-    assert!(told.through().iter().all(|bytes| *bytes > 20 << 20), "{:?}", told.through());
+    assert!(told.through().iter().all(|bytes| *bytes > 11 << 20), "{:?}", told.through());
     assert_eq!(told.by_vmbed(), 0, "nothing came through vmbed");
 }
 
@@ -221,16 +226,21 @@ fn stands_still_and_goes_on(told: &Told) {
 /// An available index that cannot be: vhost-net stops, vmbed says what is wrong, and another driver finds a card that works.
 fn breaks(told: &Told) {
     let vm = &told.guest.vm;
+    // A driver that sends writes its index anew, and nobody has seen the wrong one.
+    told.run("killall iperf3; sleep 1; said=so", "quiet");
     // The common configuration of virtio over PCI (4.1.4.3): the second queue is that to send by, its available ring at 0x28.
     let ring = told.run(
         "read bar rest </sys/class/net/eth0/device/../resource; busybox devmem $((bar+0x16)) 16 1; said=$(busybox devmem $((bar+0x28)) 32)",
         "ring",
     );
     let ring = u64::from_str_radix(ring.trim_start_matches("0x"), 16).unwrap();
+    // Whoever begins to serve a queue looks at it.
+    vm.pause().unwrap();
     let mut index = [0; 2];
     vm.read_memory(ring + 2, &mut index).unwrap();
     let wrong = u16::from_le_bytes(index).wrapping_add(0x4000);
     vm.write_memory(ring + 2, &wrong.to_le_bytes()).unwrap();
+    vm.resume().unwrap();
     let why = |kind: &EventKind| match kind {
         EventKind::DeviceNeedsReset { device, why } => &**device == "net0" && why.contains("available index"),
         _ => false,

@@ -241,8 +241,8 @@ impl VirtioDevice for Net {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<()> {
+        // The rings' own are among them, which the kernel's half has to know, too.
         let Activation { features, memory, mut queues, signals } = activation;
-        let features = features & self.features;
         let pairs = if features & 1 << VIRTIO_NET_F_MQ != 0 { self.pairs.len() } else { 1 };
         self.control.agree(features & 1 << VIRTIO_NET_F_CTRL_VLAN != 0);
         self.commands_at = 2 * pairs;

@@ -15,7 +15,7 @@ use super::statistics::Counters;
 use crate::memory::Memory;
 use crate::net::{HEADER_LEN, MAX_FRAME, MIN_FRAME, NetBackend, Offloads};
 use crate::sys::io::{Buffers, Pieces};
-use crate::virtio::queue::{Chain, Queue, QueueFault};
+use crate::virtio::queue::{Chain, Queue, QueueFault, Rings};
 
 use held::Held;
 
@@ -187,11 +187,14 @@ impl Rx {
 
     /// Takes buffers for the next frame, of so many bytes if there are; `false` when there is none, and the doorbell will ring.
     fn hold(&mut self, memory: &Memory, wanted: u64) -> Result<bool, QueueFault> {
+        if self.held.room() >= wanted {
+            return Ok(true);
+        }
         // What is of no use is handed back, at most a queue's size of it.
-        let mut budget = self.queue.size();
+        let (mut budget, rings) = (self.queue.size(), self.queue.rings(memory));
         while self.held.room() < wanted && self.held.pieces() <= PIECES && budget > 0 {
             budget -= 1;
-            if !self.pop(memory, self.held.is_empty())? {
+            if !self.pop(memory, &rings, self.held.is_empty())? {
                 return Ok(!self.held.is_empty());
             }
         }
@@ -203,8 +206,8 @@ impl Rx {
 
     /// Holds the next chain, too, if it is a buffer; else it goes back. `false` when there is none, and the doorbell is asked to ring if so
     /// wanted.
-    fn pop(&mut self, memory: &Memory, ring: bool) -> Result<bool, QueueFault> {
-        while !self.queue.pop(memory, &mut self.chain)? {
+    fn pop(&mut self, memory: &Memory, rings: &Rings<'_>, ring: bool) -> Result<bool, QueueFault> {
+        while !self.queue.pop_from(rings, &mut self.chain)? {
             self.quiet &= !ring;
             if !ring || !self.queue.enable_notification(memory)? {
                 return Ok(false);
@@ -378,9 +381,10 @@ impl Rx {
     /// Delivers the kept frame into as many buffers as it takes, the held ones first.
     fn deliver_kept(&mut self, memory: &Memory) -> Result<Delivery, QueueFault> {
         let (len, header) = (self.overflow.kept, self.overflow.header);
+        let rings = self.queue.rings(memory);
         while self.held.room() < (HEADER_LEN + len) as u64 && self.held.len() < usize::from(self.queue.size())
         {
-            if !self.pop(memory, true)? {
+            if !self.pop(memory, &rings, true)? {
                 return Ok(Delivery::NoBuffers);
             }
         }

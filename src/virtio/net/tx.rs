@@ -62,7 +62,7 @@ impl Tx {
         mut backend: Option<&mut (dyn NetBackend + 'static)>,
         signals: &Signals,
     ) -> Result<Sent, QueueFault> {
-        let mut budget = self.queue.size();
+        let (mut budget, rings) = (self.queue.size(), self.queue.rings(memory));
         loop {
             self.queue.disable_notification(memory)?;
             while budget > 0 {
@@ -70,7 +70,7 @@ impl Tx {
                 if let Some(wait) = self.control.wait(&self.control.send) {
                     return Ok(Sent::Limited(wait));
                 }
-                if !self.queue.pop(memory, &mut self.chain)? {
+                if !self.queue.pop_from(&rings, &mut self.chain)? {
                     break;
                 }
                 budget -= 1;

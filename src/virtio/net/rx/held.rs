@@ -104,9 +104,7 @@ impl Held {
             self.first = 0;
         }
         self.room += len;
-        for span in &chain.writable {
-            self.spans.push(*span);
-        }
+        self.spans.extend_from_slice(&chain.writable);
         let spans = chain.writable.len() as u32;
         self.buffers.push_back(Buffer { head: chain.head, place: chain.place, spans, len });
     }
