@@ -210,6 +210,7 @@ impl Queue {
     ///
     /// # Errors
     /// As `pop`.
+    #[inline]
     pub fn pop_from(&mut self, rings: &Rings<'_>, chain: &mut Chain) -> Result<bool, QueueFault> {
         if self.broken {
             return Err(QueueFault::Broken);
@@ -405,6 +406,7 @@ impl Queue {
     }
 
     /// The next head of the available ring, marked as in use.
+    #[inline]
     fn take_head(&mut self, rings: &Rings<'_>) -> Result<Option<u16>, QueueFault> {
         let (next, size) = (self.ring.next_avail(), self.ring.size());
         if next == self.avail_seen {

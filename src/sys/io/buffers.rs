@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::ops::Deref;
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::{OwnedList, Piece, Pieces};
 
@@ -30,16 +30,16 @@ impl<O: Deref<Target = GuestMemoryMmap> + Clone> Buffers<O> {
     pub fn push(&mut self, places: impl Iterator<Item = (GuestAddress, usize)>) -> bool {
         let (before, mut all) = (self.pieces.len(), 0);
         for (at, len) in places {
-            let slice = self.owner.iter().find_map(|region| {
+            let found = self.owner.iter().find_map(|region| {
                 let offset = at.0.checked_sub(region.start_addr().0)?;
-                region.get_slice(MemoryRegionAddress(offset), len).ok()
+                let end = offset.checked_add(len as u64)?;
+                (end <= region.len()).then(|| region.as_ptr().wrapping_add(offset as usize))
             });
-            let Some(slice) = slice else {
+            let Some(base) = found else {
                 self.pieces.truncate(before);
                 return false;
             };
-            let base = slice.ptr_guard_mut().as_ptr().cast();
-            self.pieces.push_back(Piece(libc::iovec { iov_base: base, iov_len: len }));
+            self.pieces.push_back(Piece(libc::iovec { iov_base: base.cast(), iov_len: len }));
             all += len;
         }
         self.sizes.push_back((self.pieces.len() - before, all));

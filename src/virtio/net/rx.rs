@@ -206,6 +206,7 @@ impl Rx {
 
     /// Holds the next chain, too, if it is a buffer; else it goes back. `false` when there is none, and the doorbell is asked to ring if so
     /// wanted.
+    #[inline]
     fn pop(&mut self, memory: &Memory, rings: &Rings<'_>, ring: bool) -> Result<bool, QueueFault> {
         while !self.queue.pop_from(rings, &mut self.chain)? {
             self.quiet &= !ring;

@@ -39,27 +39,36 @@ impl<'m> Rings<'m> {
         chain.readable.clear();
         chain.writable.clear();
         chain.ordered = true;
-        let mut table = self.table;
-        let mut indirect = false;
-        let mut index = head;
+        let first = self.table.get(head)?;
+        // One buffer, as most are that wait for frames.
+        if !first.refers_to_indirect_table() && !first.has_next() {
+            return push(chain, &first);
+        }
+        self.walk_on(first, limit, chain)
+    }
+
+    fn walk_on(&self, first: Descriptor, limit: u16, chain: &mut Chain) -> Result<(), QueueFault> {
+        let (mut table, mut descriptor, mut indirect) = (self.table, first, false);
         // The descriptor that names an indirect table does not count.
-        for _ in 0..=limit {
-            let descriptor = table.get(index)?;
-            if descriptor.refers_to_indirect_table() {
+        let mut left = limit;
+        loop {
+            let index = if descriptor.refers_to_indirect_table() {
                 if indirect {
                     return Err(QueueFault::NestedIndirect);
                 }
                 table = Table::indirect(self.table.part.memory, &descriptor)?;
-                (indirect, index) = (true, 0);
-                continue;
-            }
-            push(chain, &descriptor)?;
-            if !descriptor.has_next() {
-                return Ok(());
-            }
-            index = descriptor.next();
+                indirect = true;
+                0
+            } else {
+                push(chain, &descriptor)?;
+                if !descriptor.has_next() {
+                    return Ok(());
+                }
+                descriptor.next()
+            };
+            left = left.checked_sub(1).ok_or(QueueFault::TooLong(limit))?;
+            descriptor = table.get(index)?;
         }
-        Err(QueueFault::TooLong(limit))
     }
 }
 

@@ -18,10 +18,10 @@ impl Rx {
         let Some(port) = backend.port() else { return Ok(Received::NoFrames) };
         // What is of no use is handed back, at most a queue's size of it. With room for the longest frame it is the next frame that wakes
         // us, and no buffer.
-        let (mut budget, rings) = (self.queue.size(), self.queue.rings(memory));
+        let (mut budget, wanted, rings) = (self.queue.size(), self.wanted(), self.queue.rings(memory));
         while self.held.pieces() <= PIECES
             && budget > 0
-            && self.pop(memory, &rings, self.held.room() < self.wanted())?
+            && self.pop(memory, &rings, self.held.room() < wanted)?
         {
             budget -= 1;
         }
