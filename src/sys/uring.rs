@@ -30,6 +30,7 @@ pub(crate) enum Work {
 /// A transfer that has ended.
 pub(crate) struct Ended<'a> {
     /// Which of the ring's files.
+    #[cfg_attr(not(feature = "qcow2"), allow(dead_code, reason = "a raw disk has one"))]
     pub file: usize,
     pub work: Work,
     pub offset: u64,

@@ -191,10 +191,12 @@ fn answers(kind: Kind, nth: u64) -> Vec<Answer> {
     if kind.request == Kind::PART {
         return Answer::PARTS.to_vec();
     }
+    // Another one for each kind, and for the next of the same.
+    let other = ERRORS[1 + (u64::from(kind.number) + nth) as usize % 4];
     let errors = match nth {
         1 if wants_all() => ERRORS.to_vec(),
-        1 => ERRORS[..3].to_vec(),
-        _ => vec![libc::EINTR, ERRORS[1 + nth as usize % 4]],
+        2 if !wants_all() => vec![other],
+        _ => vec![libc::EINTR, other],
     };
     errors.into_iter().map(Answer::Error).collect()
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 /// More than the waits of any trial that goes well, also beside a second lab on a slow machine; `make soak` has longer ones.
 pub fn limit() -> Duration {
     let given = std::env::var("VMBED_TRIAL_SECONDS").ok();
-    Duration::from_secs(given.map_or(600, |n| n.parse().expect("VMBED_TRIAL_SECONDS is a number")))
+    Duration::from_secs(given.map_or(900, |n| n.parse().expect("VMBED_TRIAL_SECONDS is a number")))
 }
 
 /// Runs `body`; where that never ends, says what each thread of this process waits for, and ends the process.
