@@ -6,10 +6,7 @@
  * It has a disk of 1024 sectors, two cards that are the two ends of one cable, a source of random numbers, a console port, and a balloon with
  * everything. virtio.c beside it is the guest that keeps to the rules.
  */
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long u64;
+#include "bare.h"
 
 #define RESULTS 0x9000UL
 #define MEMORY 0x400000UL
@@ -32,12 +29,6 @@ enum { NEXT = 1, WRITE = 2, INDIRECT = 4 };
 enum { ACKNOWLEDGE = 1, DRIVER = 2, DRIVER_OK = 4, FEATURES_OK = 8, NEEDS_RESET = 0x40, SERVES = 15 };
 /* Offsets in the common configuration. */
 enum { DEVICE_FEATURE = 4, DRIVER_SELECT = 8, DRIVER_FEATURE = 12, QUEUES = 18, DEVICE_STATUS = 20, SELECT = 22, QUEUE_SIZE = 24, VECTOR = 26, ENABLE = 28, NOTIFY_OFF = 30, DESC = 32, AVAIL = 40, USED = 48 };
-
-struct descriptor {
-    u64 address;
-    u32 length;
-    u16 flags, next;
-};
 
 struct queue {
     struct descriptor *table;
@@ -77,13 +68,6 @@ static volatile struct {
 
 static u8 round = 1, has_room;
 
-static inline void out32(u16 port, u32 value) { __asm__ volatile("outl %0, %1" : : "a"(value), "Nd"(port)); }
-static inline u32 in32(u16 port)
-{
-    u32 value;
-    __asm__ volatile("inl %1, %0" : "=a"(value) : "Nd"(port));
-    return value;
-}
 static inline void out16(u16 port, u16 value) { __asm__ volatile("outw %0, %1" : : "a"(value), "Nd"(port)); }
 static inline u16 in16(u16 port)
 {
@@ -91,14 +75,12 @@ static inline u16 in16(u16 port)
     __asm__ volatile("inw %1, %0" : "=a"(value) : "Nd"(port));
     return value;
 }
-static inline void out8(u16 port, u8 value) { __asm__ volatile("outb %0, %1" : : "a"(value), "Nd"(port)); }
 static inline u8 in8(u16 port)
 {
     u8 value;
     __asm__ volatile("inb %1, %0" : "=a"(value) : "Nd"(port));
     return value;
 }
-static inline void fence(void) { __asm__ volatile("mfence" : : : "memory"); }
 
 static void failed(u32 line, u64 found, u64 wanted)
 {

@@ -3,10 +3,7 @@
  * what stands behind them. The test puts the script at SCRIPT before it starts the VM and finds a result for each step
  * at RESULTS; the last step resets the machine. mod.rs builds it and has the same script in Rust.
  */
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long u64;
+#include "bare.h"
 
 #define SCRIPT 0x8000UL
 #define RESULTS 0x9000UL
@@ -27,12 +24,6 @@ struct result {
     u64 sum;
 };
 
-struct descriptor {
-    u64 address;
-    u32 length;
-    u16 flags, next;
-};
-
 struct queue {
     struct descriptor *table;
     volatile u16 *available; /* flags, idx, ring */
@@ -49,16 +40,6 @@ struct device {
 
 static struct device disk, card, balloon;
 static u16 pending;
-
-static inline void out8(u16 port, u8 value) { __asm__ volatile("outb %0, %1" : : "a"(value), "Nd"(port)); }
-static inline void out32(u16 port, u32 value) { __asm__ volatile("outl %0, %1" : : "a"(value), "Nd"(port)); }
-static inline u32 in32(u16 port)
-{
-    u32 value;
-    __asm__ volatile("inl %1, %0" : "=a"(value) : "Nd"(port));
-    return value;
-}
-static inline void fence(void) { __asm__ volatile("mfence" : : : "memory"); }
 
 static void die(u8 why)
 {
