@@ -77,7 +77,7 @@ pub trait NetBackend: Send + 'static {
     /// else: this frame is lost, and the next may well pass.
     fn send(&mut self, frame: &IoList<'_>) -> io::Result<()>;
 
-    /// What it does itself on frames that a guest sends, and may leave to do on those for a guest. Asked once, when the VM is built.
+    /// What it does itself on frames that a guest sends, and may leave to do on those for a guest. The same all the time: it is asked whenever that matters.
     fn offloads(&self) -> Offloads {
         Offloads::empty()
     }
@@ -106,7 +106,8 @@ pub trait NetBackend: Send + 'static {
     /// other side is gone. The same one all the time; another one after `reopen`.
     fn fd(&self) -> BorrowedFd<'_>;
 
-    /// Whether the other side is gone for good, so that only `reopen` helps. Asked when a frame was lost.
+    /// Whether the other side is gone for good, so that only `reopen` helps. Asked when a frame was lost, and
+    /// about once a second while the host's kernel carries the frames.
     fn is_gone(&self) -> bool {
         false
     }

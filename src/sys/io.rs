@@ -22,8 +22,9 @@ pub(crate) struct Pieces(Vec<Piece>);
 #[repr(transparent)]
 struct Piece(libc::iovec);
 
-// SAFETY: the pointers are only followed through an `IoList`, which borrows what they point to and
-// starts from an empty list; here they are numbers left over from the last transfer.
+// SAFETY: the pointers are followed through an `IoList` only, which borrows what they point to and starts from an empty list, or through
+// an `OwnedList`, made of `Buffers` or not, which has the owner of what they point to beside them, wherever they go. Elsewhere they
+// are numbers left over from the last transfer.
 unsafe impl Send for Piece {}
 
 impl Piece {
@@ -246,7 +247,7 @@ impl<O: Deref<Target = GuestMemoryMmap>> OwnedList<O> {
     /// Copies what `reader` has over what begins at byte `at`, as far as there is room, from one guest's memory to another's.
     pub fn fill_from(&self, at: usize, reader: &mut IoReader<'_>) {
         for (base, len) in from_byte(&self.pieces.0, at) {
-            // SAFETY: within a piece of this list, which owns its memory. The guest may use its memory meanwhile: the access is volatile.
+            // SAFETY: within a piece of this list, which owns its memory. The guest may use its memory meanwhile: no reference is made of it.
             reader.copy_to(unsafe { VolatileSlice::new(base, len) });
         }
     }
@@ -349,7 +350,9 @@ impl IoReader<'_> {
         {
             let now = (piece.0.iov_len - self.offset).min(rest.len());
             let base = piece.0.iov_base.cast::<u8>().wrapping_add(self.offset);
-            // SAFETY: as in `read`.
+            // SAFETY: within a piece, as in `read`. This is a plain copy between raw pointers, which may overlap, and both guests may change
+            // their sides meanwhile: then what arrives is neither the one nor the other. Nobody looks at it here, no reference is made, and
+            // it is the guests' own.
             unsafe { VolatileSlice::new(base, now) }.copy_to_volatile_slice(rest);
             self.offset += now;
             if self.offset == piece.0.iov_len {

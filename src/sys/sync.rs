@@ -2,12 +2,25 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::PoisonError;
 pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, atomic};
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::fd;
 pub(crate) use super::{lock, signal};
+
+/// Waits to be notified, until `end`; whether that has come.
+pub(crate) fn wait_until<'a, T>(
+    condvar: &Condvar,
+    guard: MutexGuard<'a, T>,
+    end: Instant,
+) -> (MutexGuard<'a, T>, bool) {
+    let left = end.saturating_duration_since(Instant::now());
+    let (guard, _) = condvar.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner);
+    (guard, left == Duration::ZERO)
+}
 
 /// What wakes whoever polls: an eventfd that is readable while something waits.
 pub(crate) struct Bell(EventFd);

@@ -136,8 +136,8 @@ fn card() {
     let threads = kernel_threads();
     assert_eq!(threads.len(), 2, "{threads:?}");
     carries(&told);
+    stands_still_and_goes_on(&told);
     if all() {
-        stands_still_and_goes_on(&told);
         breaks(&told);
         loses_its_interface(&told);
     }
@@ -188,7 +188,7 @@ fn carries(told: &Told) {
 fn stands_still_and_goes_on(told: &Told) {
     told.stream("traffic");
     let vm = &told.guest.vm;
-    for _ in 0..5 {
+    for _ in 0..if all() { 5 } else { 1 } {
         vm.pause().unwrap();
         let still = told.through();
         assert_eq!(vm.net_statistics(0).unwrap().vhost, 0);
@@ -209,6 +209,9 @@ fn stands_still_and_goes_on(told: &Told) {
     vm.set_link(0, true).unwrap();
     told.by_kernel(2);
     told.flows();
+    if !all() {
+        return;
+    }
     let before = told.by_vmbed();
     vm.set_net_rates(0, RateLimit::NONE, RateLimit::NONE.bytes(100 << 20, 10 << 20)).unwrap();
     told.by_kernel(0);

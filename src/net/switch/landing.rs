@@ -4,19 +4,27 @@
 //! Buffers are taken out under the queue's lock and filled without it; the frame has its place in the order meanwhile. Nothing lands
 //! while a frame waits in a buffer of ours, which it would overtake.
 
-use std::sync::PoisonError;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
 use super::queue::{Entry, Inner, Queue};
 use crate::memory::Memory;
 use crate::net::HEADER_LEN;
 use crate::sys::io::{Buffers, IoReader, OwnedList, Pieces};
 use crate::sys::sync::atomic::Ordering;
-use crate::sys::sync::lock;
+use crate::sys::sync::{lock, wait_until};
+
+/// How long a copy is waited for. It takes a moment, but whoever sends may be stopped amid it: by a debugger, by a cgroup that is frozen, by a
+/// page of its guest's that comes from a slow swap.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The buffers that a card has posted, and who is filling some.
 #[derive(Default)]
 pub(super) struct Posted {
     buffers: Option<Buffers<Memory>>,
+    /// The card's cable is plugged in; else nothing is to come into its guest's memory.
+    up: Option<Arc<AtomicBool>>,
     /// A frame may be in several.
     mergeable: bool,
     /// Frames that are being copied.
@@ -50,13 +58,17 @@ pub(crate) enum Next {
 }
 
 impl Queue {
-    /// More buffers for frames to land in: `more`, which is empty then. A frame may be in several of them if they are `mergeable`.
-    /// Those of one card only, until it has withdrawn them.
-    pub(crate) fn post(&self, more: &mut Buffers<Memory>, mergeable: bool) {
+    /// More buffers for frames to land in while the card is `up`: `more`, which is empty then. A frame may be in several of them if they
+    /// are `mergeable`. Those of one card only, until it has withdrawn them: `false`, and nothing done, for another's.
+    pub(crate) fn post(&self, more: &mut Buffers<Memory>, mergeable: bool, up: &Arc<AtomicBool>) -> bool {
         let mut inner = lock(&self.inner);
+        if !inner.posted.buffers.get_or_insert_with(|| more.beside()).append(more) {
+            return false;
+        }
         inner.posted.mergeable = mergeable;
-        inner.posted.buffers.get_or_insert_with(|| more.beside()).append(more);
+        inner.posted.up.get_or_insert_with(|| up.clone());
         self.open_to_land.store(true, Ordering::Relaxed);
+        true
     }
 
     /// What lies ready, for whoever has posted buffers.
@@ -87,14 +99,25 @@ impl Queue {
         }
     }
 
-    /// Takes back what was posted. Waits for those who are copying, at most as long as that takes: nobody else's lock is held over it.
+    /// Takes back what was posted. Waits for those who are copying: nobody else's lock is held over it. Who is not done after five seconds
+    /// is not waited for any longer, and what had landed is lost: its memory is there until it is done, and its own guest's alone.
     pub(crate) fn withdraw(&self) {
         let mut inner = lock(&self.inner);
-        inner.posted.buffers = None;
+        inner.posted.forget();
         self.open_to_land.store(false, Ordering::Relaxed);
+        let end = Instant::now() + PATIENCE;
         while inner.posted.filling > 0 {
             inner.posted.awaited = true;
-            inner = self.filled.wait(inner).unwrap_or_else(PoisonError::into_inner);
+            let late;
+            (inner, late) = wait_until(&self.filled, inner, end);
+            if late {
+                let Inner { ready, taken, .. } = &mut *inner;
+                while matches!(ready.front(), Some(Entry::Landed(_))) {
+                    ready.pop_front();
+                    *taken += 1;
+                }
+                return;
+            }
         }
     }
 
@@ -111,6 +134,9 @@ impl Queue {
         if matches!(ready.back(), Some(Entry::Frame(_))) {
             return None;
         }
+        if !posted.up.as_ref().is_some_and(|up| up.load(Ordering::Relaxed)) {
+            return None;
+        }
         let buffers = posted.buffers.as_mut()?;
         let count = enough(buffers.lengths(), len, posted.mergeable)?;
         let list = buffers.take(count, posted.rooms.pop().unwrap_or_default());
@@ -119,6 +145,13 @@ impl Queue {
         let landed = Landed { buffers: count, header: [0; HEADER_LEN], len: 0, there: false };
         ready.push_back(Entry::Landed(landed));
         Some(Landing { queue: self, list: Some(list), at: HEADER_LEN, landed, number })
+    }
+}
+
+impl Posted {
+    /// Nothing is posted, by nobody. Who fills some goes on.
+    pub fn forget(&mut self) {
+        (self.buffers, self.up) = (None, None);
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::SystemTime;
 
 use super::landing::{Landed, Posted};
 use crate::net::{HEADER_LEN, MAX_FRAME};
-use crate::sys::sync::atomic::AtomicBool;
+use crate::sys::sync::atomic::{AtomicBool, Ordering};
 use crate::sys::sync::{Bell, Condvar, Mutex, MutexGuard, lock};
 
 /// Buffers of each size: room for most frames, and for any. 3 MiB at most, none before they are needed.
@@ -101,10 +101,12 @@ impl Queue {
     /// Throws away what waits, and what comes from now on; memory too.
     pub(super) fn close(&self) {
         let mut inner = lock(&self.inner);
-        // The bell's count is what it was: whoever is about to ring it does so. Nothing is posted: its card has taken it back.
+        // The bell's count is what it was: whoever is about to ring it does so. Who is copying finds that nobody waits for it.
         let old = std::mem::take(&mut *inner);
         (inner.closed, inner.rung) = (true, old.rung);
         (inner.taken, inner.posted) = (old.taken + old.ready.len() as u64, old.posted);
+        inner.posted.forget();
+        self.open_to_land.store(false, Ordering::Relaxed);
         inner.hush(&self.bell);
     }
 

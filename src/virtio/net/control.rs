@@ -42,7 +42,8 @@ pub(crate) struct Control {
     spare: Mutex<Vec<Box<dyn NetBackend>>>,
     mtu: Option<u16>,
     speed: Option<u32>,
-    up: AtomicBool,
+    /// The cable is plugged in.
+    up: Arc<AtomicBool>,
     /// Tells the driver of a changed link.
     signals: Option<Signals>,
     begun: Instant,
@@ -84,7 +85,7 @@ impl Control {
             mac,
             mtu: config.mtu,
             speed: config.speed,
-            up: AtomicBool::new(config.link),
+            up: Arc::new(AtomicBool::new(config.link)),
             signals,
             begun: Instant::now(),
             receive: Limit::new(config.receive_rate),
@@ -235,6 +236,11 @@ impl Control {
             return None;
         }
         Some(lock(&self.filter).clone())
+    }
+
+    /// Whether it is up, for whoever has its buffers.
+    pub(super) fn cable(&self) -> &Arc<AtomicBool> {
+        &self.up
     }
 
     pub(super) fn is_up(&self) -> bool {

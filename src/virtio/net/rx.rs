@@ -242,7 +242,10 @@ impl Rx {
         for (i, buffer) in self.held.iter().enumerate() {
             let mut writer = Chain::buffer_writer(memory, buffer.spans);
             let skipped = if i == 0 { HEADER_LEN as u64 } else { 0 };
-            let part = buffer.len.min(left) - skipped;
+            let Some(part) = buffer.len.min(left).checked_sub(skipped) else {
+                // Too short for a header, and first only now.
+                return self.refuse(memory, i).map(Ok);
+            };
             left -= part + skipped;
             let found = writer.skip(skipped);
             if found.and_then(|()| writer.rest().slices(part, |slice| list.push(slice))).is_err() {

@@ -74,12 +74,22 @@ impl Vhost {
             }
             Self::open(control, place)
         };
+        let all = || -> Result<Vec<Self>> {
+            let opened: Vec<_> = lanes.iter().map(open).collect::<Result<_>>()?;
+            let failed = |e| Error::os(format!("{}: duplicating an eventfd", control.id()), e);
+            let bells: Vec<_> = opened
+                .iter()
+                .map(|half| half.changes.try_clone())
+                .collect::<io::Result<_>>()
+                .map_err(failed)?;
+            bells.into_iter().for_each(|bell| control.listen(bell));
+            Ok(opened)
+        };
         match wanted {
             config::Vhost::Off => Ok(Vec::new()),
-            config::Vhost::Required => lanes.iter().map(open).collect(),
+            config::Vhost::Required => all(),
             config::Vhost::IfPresent => {
-                let opened: Result<_> = lanes.iter().map(open).collect();
-                Ok(opened.inspect_err(|error| log::debug!("{error}")).unwrap_or_default())
+                Ok(all().inspect_err(|error| log::debug!("{error}")).unwrap_or_default())
             }
         }
     }
@@ -104,7 +114,6 @@ impl Vhost {
         owned.map_err(|e| failed("starting its thread (VHOST_SET_OWNER)", e))?;
         let bell = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|e| failed("creating an eventfd", e));
         let (errors, changes) = (bell()?, bell()?);
-        control.listen(changes.try_clone().map_err(|e| failed("duplicating an eventfd", e))?);
         let look =
             TimerFd::new().map_err(|e| Error::errno_of(format!("{id}: creating a timer (timerfd)"), e))?;
         let control = control.clone();
@@ -130,9 +139,13 @@ impl Vhost {
         self.serves
     }
 
+    /// Whether it could: nothing was wrong, and there is something for it.
+    pub fn can_serve(&self, backend: &dyn NetBackend) -> bool {
+        !self.failed && backend.tap().is_some()
+    }
+
     /// Begins or ends to serve the queues, for receiving and for sending, as it may; whether it serves them now. Nobody holds chains of them.
     pub fn turn(&mut self, may: bool, queues: [&mut Queue; 2], backend: &dyn NetBackend) -> bool {
-        let may = may && !self.failed;
         match (self.serves, may) {
             (false, true) => self.start(queues, backend),
             (true, false) => self.stop(queues),

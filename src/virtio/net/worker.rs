@@ -122,6 +122,8 @@ impl Worker {
         if let Err(fault) = served {
             self.broken = true;
             self.wants = EventSet::empty();
+            // No frame is to come into the buffers of a driver that has to begin anew.
+            self.rx.let_go(&self.memory, &*self.backend);
             self.signals.needs_reset(fault);
         }
     }
@@ -136,7 +138,8 @@ impl Worker {
 
     /// Whether the kernel serves the pair: brings that in line with what may be.
     fn kernel_serves(&mut self) -> bool {
-        let may = self.vhost.is_some() && self.active && self.rx.may_pass() && self.find_backend();
+        let can = self.vhost.as_ref().is_some_and(|vhost| vhost.can_serve(&*self.backend));
+        let may = can && self.active && self.rx.may_pass() && self.find_backend();
         let Some(vhost) = &mut self.vhost else { return false };
         if may && !vhost.serves() {
             self.rx.let_go(&self.memory, &*self.backend);

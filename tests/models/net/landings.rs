@@ -26,7 +26,9 @@ fn queue() -> Arc<Queue> {
 }
 
 fn post(queue: &Queue, memory: &Memory, count: usize) {
-    queue.post(&mut Buffers::of(memory.clone(), &vec![12 + LEN; count]), true);
+    // No model unplugs a cable.
+    let up = Arc::new(std::sync::atomic::AtomicBool::new(true));
+    assert!(queue.post(&mut Buffers::of(memory.clone(), &vec![12 + LEN; count]), true, &up));
 }
 
 /// As the switch does it; the header's first byte tells frames apart.

@@ -11,6 +11,15 @@ pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Nothing takes time here.
+pub(crate) fn wait_until<'a, T>(
+    condvar: &Condvar,
+    guard: MutexGuard<'a, T>,
+    _: std::time::Instant,
+) -> (MutexGuard<'a, T>, bool) {
+    (condvar.wait(guard).unwrap_or_else(PoisonError::into_inner), false)
+}
+
 /// Tries the orders that take a thread's turn from it `preemptions` times at most: all that are known to matter need two or three.
 pub(crate) fn check(preemptions: usize, model: fn()) {
     let more = std::env::var("VMBED_PREEMPTIONS").map_or(0, |more| more.parse().expect("a number"));

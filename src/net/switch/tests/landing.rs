@@ -1,7 +1,8 @@
 #![forbid(unsafe_code)]
 //! Buffers that a card has posted, and who copies into them.
 
-use std::sync::mpsc;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
@@ -18,7 +19,8 @@ fn post(net: &Net, memory: &Memory, mut at: u64, sizes: &[usize], mergeable: boo
         assert!(buffers.push([(GuestAddress(at), size)].into_iter()));
         at += size as u64 + 16;
     }
-    net.plugs[1].port().unwrap().post(&mut buffers, mergeable);
+    let up = Arc::new(AtomicBool::new(true));
+    assert!(net.plugs[1].port().unwrap().post(&mut buffers, mergeable, &up));
     assert_eq!(buffers.len(), 0);
 }
 
@@ -119,10 +121,25 @@ fn a_copy_that_ends_after_its_port_was_closed_leaves_nothing() {
     port.queue.open();
     net.send(0, &frame(mac(1), mac(0), &[1; 50]));
     landing.done([0; 12], 100);
-    let queue = net.plugs[1].port().unwrap();
-    queue.withdraw();
-    assert!(matches!(queue.next(), Next::Landed(landed) if landed.len == 64), "only what came later");
-    assert!(matches!(queue.next(), Next::Nothing));
+    net.plugs[1].port().unwrap().withdraw();
+    // What was posted went with the port's end.
+    assert!(next(&net).is_none());
+    assert_eq!(net.next(1).map(|(_, frame)| frame.len()), Some(64), "only what came later");
+    assert!(net.next(1).is_none());
+}
+
+#[test]
+fn who_does_not_come_to_an_end_is_not_waited_for_for_ever() {
+    let (mut net, memory) = stage([PortOptions::access(1), PortOptions::access(1)]);
+    post(&net, &memory, 0x1000, &[700, 700], true);
+    let port = net.ports[1].port.clone();
+    let stuck = port.queue.land(100).expect("room");
+    port.queue.withdraw();
+    assert!(matches!(port.queue.next(), Next::Nothing), "what it copies is nobody's");
+    post(&net, &memory, 0x4000, &[700], true);
+    stuck.done([0; 12], 100);
+    net.send(0, &frame(mac(1), mac(0), &[1; 50]));
+    assert_eq!(next(&net).map(|landed| landed.len), Some(64), "only what came later");
 }
 
 #[test]

@@ -39,10 +39,12 @@ impl Rx {
                 break;
             }
         }
-        if offered.len() > 0 {
-            self.held.post(offered.len());
-            port.post(offered, self.mergeable);
+        let count = offered.len();
+        if count > 0 && port.post(offered, self.mergeable, self.control.cable()) {
+            self.held.post(count);
         }
+        // Else frames are copied.
+        offered.clear();
         Ok(Received::NoFrames)
     }
 
@@ -90,11 +92,12 @@ impl Rx {
 
     /// Gives the buffers that wait for a frame back to the ring; frames that are in some are the driver's first.
     pub fn let_go(&mut self, memory: &Memory, backend: &dyn NetBackend) {
-        if let Some(port) = backend.port().filter(|_| self.held.posted() > 0) {
+        if let Some(port) = backend.port() {
             port.withdraw();
-            while let Next::Landed(landed) = port.next()
-                && self.settle(memory, &landed).is_ok()
-            {}
+            while let Next::Landed(landed) = port.next() {
+                // Of a queue that has failed nobody hears; the place of the frame is the next one's all the same.
+                let _ = self.settle(memory, &landed);
+            }
         }
         self.held.withdraw();
         // Somebody else may say whether the doorbell is wanted meanwhile.
