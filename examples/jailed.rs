@@ -266,6 +266,8 @@ fn become_root_of_a_user_namespace() -> Done<()> {
 /// In the jail: gives everything up, and runs the VM.
 #[expect(unsafe_code, reason = "descriptors that were inherited have numbers only")]
 fn inside(options: &Options, given: &str) -> Done<StopCause> {
+    // First: what the first process of a namespace has no handler for is lost.
+    let signals = signals()?;
     let given = given.split_whitespace().map(|number| {
         // SAFETY: the process that started this one has left it these descriptors, and nobody else uses them here.
         Ok(unsafe { OwnedFd::from_raw_fd(number.parse()?) })
@@ -295,7 +297,7 @@ fn inside(options: &Options, given: &str) -> Done<StopCause> {
     for index in 0..options.taps.len() {
         builder = builder.net_fd(index, next()?)?;
     }
-    run(builder, options.bare)
+    run(builder, options.bare, &signals)
 }
 
 /// A root with nothing but those files, read-only.
@@ -421,8 +423,7 @@ fn config(options: &Options) -> Done<VmConfig> {
 }
 
 /// Until the guest has ended.
-fn run(builder: VmBuilder, bare: bool) -> Done<StopCause> {
-    let signals = signals()?;
+fn run(builder: VmBuilder, bare: bool, signals: &UnixStream) -> Done<StopCause> {
     let vm = builder.build()?;
     eprintln!("jailed: in force: {:?}", vm.sandbox());
     vm.start()?;
@@ -439,7 +440,7 @@ fn run(builder: VmBuilder, bare: bool) -> Done<StopCause> {
             }
         }
         if signalled {
-            let _ = (&signals).read(&mut [0; 16]);
+            let _ = (&*signals).read(&mut [0; 16]);
             // The first asks the guest, the second does not ask.
             if std::mem::replace(&mut asked, true) || vm.shutdown().is_err() {
                 vm.request_stop();

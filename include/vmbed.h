@@ -448,8 +448,12 @@ int32_t vmbed_probe_new(const char *kvm, vmbed_probe **probe, vmbed_error **erro
 const char *vmbed_probe_what(const vmbed_probe *probe,
                              size_t index);
 
-/** Why the `index`th finding will not do; NULL where it will. It belongs to the probe. */
-const char *vmbed_probe_problem(const vmbed_probe *probe, size_t index);
+/**
+ * Why the `index`th finding will not do; NULL where it will. VMs may be had all the same, where only a sandbox needs it:
+ * vmbed_probe_is_usable() knows. It belongs to the probe.
+ */
+const char *vmbed_probe_problem(const vmbed_probe *probe,
+                                size_t index);
 
 /**
  * How to mend the `index`th finding; empty where there is nothing to mend. NULL past the last. It belongs to the

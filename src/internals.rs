@@ -206,7 +206,7 @@ impl Board {
             Part::Rng => Device::Rng(Rng::new(id, Place::Caller)),
             Part::Console => {
                 self.port = true;
-                Device::Console(ConsolePort::new(id, self.console.clone(), Place::Caller))
+                Device::Console(ConsolePort::new(id, self.console.clone(), Place::Caller)?)
             }
             Part::Balloon => {
                 let control = Arc::new(balloon::Control::new(id, self.memory.size(), signals.clone())?);

@@ -71,7 +71,8 @@ pub unsafe extern "C" fn vmbed_probe_what(probe: *const vmbed_probe, index: usiz
     finding(probe, index, std::ptr::null(), |f| Some(f.what.as_ptr()))
 }
 
-/// Why the `index`th finding will not do; NULL where it will. It belongs to the probe.
+/// Why the `index`th finding will not do; NULL where it will. VMs may be had all the same, where only a sandbox needs it:
+/// vmbed_probe_is_usable() knows. It belongs to the probe.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_probe_problem(probe: *const vmbed_probe, index: usize) -> *const c_char {
     finding(probe, index, std::ptr::null(), |f| Some(f.problem.as_ref()?.as_ptr()))

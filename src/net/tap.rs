@@ -21,6 +21,8 @@ pub(crate) struct Tap {
     /// The interface has several.
     several: bool,
     active: bool,
+    /// When it has gone, it is attached to again.
+    again: bool,
     /// `net0: tap 'tap0'`, for errors.
     who: String,
     name: String,
@@ -89,7 +91,8 @@ impl Tap {
         let taken = Offloads::empty();
         tap::set_offload(file.as_fd(), flags(taken))
             .map_err(|e| Error::os(format!("{who}: turning offloads off (TUNSETOFFLOAD)"), e))?;
-        Ok(Self { file, several, active: true, who, name, known: known.unwrap_or(taken), taken })
+        let known = known.unwrap_or(taken);
+        Ok(Self { file, several, active: true, again: true, who, name, known, taken })
     }
 }
 
@@ -139,6 +142,13 @@ fn not_attached(who: &str, name: &str, several: bool, error: io::Error) -> Error
         _ => "cannot be attached to (TUNSETIFF)".into(),
     };
     Error::os(format!("{who} {what}"), error)
+}
+
+impl Tap {
+    /// The same, which is not attached to again when it has gone, if it is not to be: whoever serves it may open nothing.
+    pub fn reattached(self, again: bool) -> Self {
+        Self { again, ..self }
+    }
 }
 
 impl NetBackend for Tap {
@@ -191,6 +201,10 @@ impl NetBackend for Tap {
     fn reopen(&mut self) -> Result<()> {
         if !self.is_gone() {
             return Ok(());
+        }
+        if !self.again {
+            let why = format!("{}: it is gone, and a thread in the sandbox attaches to no other", self.who);
+            return Err(Error::new(ErrorKind::NotFound, why));
         }
         let id = self.who.split(':').next().unwrap_or_default().to_owned();
         let (taken, active) = (self.taken, self.active);

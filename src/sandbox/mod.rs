@@ -5,10 +5,13 @@
 //! Everything that needs more is done before a thread enters: the embedder's hook, affinity, `KVM_CREATE_VM`, opening disks. What
 //! a filter refuses goes to the VM's supervisor (`vm/supervisor.rs`), which knows nothing of the lists.
 
+use std::sync::Once;
+
 use crate::config::{SandboxConfig, VmConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::log;
 use crate::sys::seccomp::{self, Notice};
+use crate::sys::thread::spawn;
 use crate::vm::{Confinement, Duty, Entered, Opens};
 use filter::Filters;
 
@@ -37,7 +40,8 @@ pub(crate) fn parts() -> [(&'static str, bool, &'static str); 2] {
 /// # Errors
 /// `Unsupported` where this kernel cannot, and that is not good enough.
 pub(crate) fn prepare(config: &VmConfig, wanted: &SandboxConfig) -> Result<Confinement> {
-    let opens = Opens::of(config);
+    settle_allocator()?;
+    let mut opens = Opens::of(config);
     let best_effort = wanted.best_effort;
     let missing = |what: &str, since: &str| {
         let why = format!("sandbox: this kernel has no {what}; {since}; sandbox.best_effort goes on without");
@@ -47,16 +51,18 @@ pub(crate) fn prepare(config: &VmConfig, wanted: &SandboxConfig) -> Result<Confi
         log::warn!("{why}");
         Ok(())
     };
+    let landlock = seccomp::landlock_version();
+    if landlock.is_none() {
+        missing(LANDLOCK, LANDLOCK_SINCE)?;
+        // A filter sees no path: where nothing else does, no file is opened again.
+        opens.taps = false;
+    }
     let filters = if seccomp::gives_notices() {
         Some(Filters::compile(opens)?)
     } else {
         missing(NOTICES, NOTICES_SINCE)?;
         None
     };
-    let landlock = seccomp::landlock_version();
-    if landlock.is_none() {
-        missing(LANDLOCK, LANDLOCK_SINCE)?;
-    }
     let enter = move |duty| {
         seccomp::no_new_privs()
             .map_err(|e| Error::os("giving up new privileges (PR_SET_NO_NEW_PRIVS)", e))?;
@@ -64,7 +70,7 @@ pub(crate) fn prepare(config: &VmConfig, wanted: &SandboxConfig) -> Result<Confi
             files::restrict(duty, opens)?;
         }
         let notices = match filters.as_ref().map(|filters| seccomp::install(filters.of(duty))) {
-            Some(Err(error)) if best_effort => {
+            Some(Err(error)) if best_effort && error.raw_os_error() == Some(libc::EBUSY) => {
                 log::warn!("sandbox: calls are not filtered: {error}");
                 None
             }
@@ -74,7 +80,22 @@ pub(crate) fn prepare(config: &VmConfig, wanted: &SandboxConfig) -> Result<Confi
         };
         Ok(Entered { notices, landlock })
     };
-    Ok(Confinement { enter: Box::new(enter), passes, describe })
+    Ok(Confinement { opens, enter: Box::new(enter), passes, describe })
+}
+
+/// The first time that the C library gives back what lies at the end of an arena, it opens a file in `/proc/sys` to see how. That is
+/// now, once for the process, and not on a thread in the sandbox, which would hold the arena's lock meanwhile.
+fn settle_allocator() -> Result<()> {
+    static DONE: Once = Once::new();
+    let mut begun = Ok(());
+    DONE.call_once(|| {
+        // A thread has an arena that can shrink. Blocks of this size come from there, and so many are more than it keeps.
+        let grow_and_shrink = || drop(std::hint::black_box([(); 6].map(|()| vec![1u8; 60_000])));
+        begun = spawn("vmbed-arena".to_owned(), grow_and_shrink)
+            .map(|thread| drop(thread.join()))
+            .map_err(|e| Error::os("sandbox: starting a thread", e));
+    });
+    begun
 }
 
 fn not_installed(error: std::io::Error) -> Error {

@@ -1,6 +1,7 @@
 //! What std does not know of files: holes, alignment, locks.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// A change of a range of a file that moves no data.
@@ -31,6 +32,17 @@ pub(crate) fn change(fd: BorrowedFd<'_>, what: Range, offset: u64, length: u64) 
             return Err(error);
         }
     }
+}
+
+/// What the kernel has of an open file. The C library asks with a path, which may be empty and need not be: no filter could tell.
+pub(crate) fn status(fd: BorrowedFd<'_>) -> io::Result<libc::stat> {
+    let mut stat = MaybeUninit::<libc::stat>::uninit();
+    // SAFETY: an open descriptor, and room for one structure, which on this machine is the kernel's.
+    if unsafe { libc::syscall(libc::SYS_fstat, fd.as_raw_fd(), stat.as_mut_ptr()) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call above has filled it.
+    Ok(unsafe { stat.assume_init() })
 }
 
 /// What `O_DIRECT` wants of a file.

@@ -88,7 +88,7 @@ fn is_unsupported(error: &io::Error) -> bool {
 impl Storage for Store {
     fn size(&self) -> io::Result<u64> {
         match &self.source {
-            Source::File(file) => file.metadata().map(|m| m.len()),
+            Source::File(file) => Ok(super::file::status(file.as_fd())?.st_size.unsigned_abs()),
             Source::Content(content) => Ok(content.size()),
         }
     }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 
 use vm_memory::mmap::MmapRegion;
@@ -13,13 +13,7 @@ const PAGE: usize = 4096;
 /// The bytes that a file occupies (`st_blocks`): of a memfd, what was ever touched and not given back, in memory or
 /// in swap.
 pub(crate) fn occupied(file: &File) -> io::Result<u64> {
-    let mut stat = MaybeUninit::<libc::stat>::uninit();
-    // SAFETY: the descriptor is open for as long as the borrow lives, and there is room for one structure.
-    if unsafe { libc::fstat(file.as_raw_fd(), stat.as_mut_ptr()) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the call above has filled it.
-    let blocks = unsafe { stat.assume_init() }.st_blocks;
+    let blocks = super::file::status(file.as_fd())?.st_blocks;
     // Of 512 bytes, whatever the file system's own are (stat(2)).
     Ok(u64::try_from(blocks).unwrap_or(0) * 512)
 }

@@ -31,13 +31,20 @@ pub(crate) struct ConsolePort {
     id: String,
     console: Console,
     place: Place,
+    /// Rung when input has arrived. Made at once: a thread that begins to serve a device may make none.
+    input: Arc<EventFd>,
     worker: Option<Attached<Worker>>,
 }
 
 impl ConsolePort {
     /// The port `id` on `console`.
-    pub fn new(id: &str, console: Console, place: Place) -> Self {
-        Self { id: id.into(), console, place, worker: None }
+    ///
+    /// # Errors
+    /// `Exhausted` where there is no descriptor left.
+    pub fn new(id: &str, console: Console, place: Place) -> Result<Self> {
+        let input = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+            .map_err(|e| Error::os(format!("{id}: creating an eventfd"), e))?;
+        Ok(Self { id: id.into(), console, place, input: Arc::new(input), worker: None })
     }
 
     /// Serves both queues on the caller's thread: for drivers in this process ([`Place::Caller`]).
@@ -78,8 +85,7 @@ impl VirtioDevice for ConsolePort {
         if self.worker.is_some() {
             return Err(refused("is active already"));
         }
-        let failed = |e| Error::os(format!("{}: creating an eventfd", self.id), e);
-        let input = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed)?);
+        let input = self.input.clone();
         let chain = Chain::with_capacity(rx.max_size().max(tx.max_size()));
         let console = self.console.clone();
         let worker = Worker { rx, tx, console, memory, signals, chain, input: input.clone(), broken: false };
@@ -241,7 +247,7 @@ mod tests {
         let (rx, tx) = (Driver::new(&memory, 0x4000, 16), Driver::new(&memory, 0xc000, 16));
         let console = Console::new();
         let (signals, _) = signals("console0");
-        let mut port = ConsolePort::new("console0", console.clone(), place);
+        let mut port = ConsolePort::new("console0", console.clone(), place).unwrap();
         port.activate(activation(0, &[&rx, &tx], &signals)).unwrap();
         Bench { rx, tx, port, console, signals }
     }

@@ -13,7 +13,6 @@ use super::accounts;
 use super::board::{self, Board, Plan, Wiring};
 use super::cgroup::Cgroup;
 use super::doorbell::Doorbell;
-use super::foreign::Opens;
 use super::herd::Herd;
 use super::machine::{Control, End, Machine, VmState};
 use super::supervisor::{Confinement, Supervisor};
@@ -84,7 +83,7 @@ impl HostParts {
             }
             Platform::Bare => 0,
         };
-        let threads = threads + u64::from(config.sandbox.is_some());
+        let threads = threads + 2 * u64::from(config.sandbox.is_some());
         let nested_paging = self.nested_paging;
         let shape =
             Shape { memory: config.memory, vcpus: count, threads, rings: self.rings(config), nested_paging };
@@ -385,7 +384,7 @@ impl VmBuilder {
         let mut threads = Threads { id, hook, stop: end.line(id), cgroup: cgroup.clone(), supervisor: None };
         if let Some(wanted) = &config.sandbox {
             let made = (host.sandbox)(&config, wanted)?;
-            threads.supervisor = Some(Supervisor::start(made, (wanted, Opens::of(&config)), &threads)?);
+            threads.supervisor = Some(Supervisor::start(made, wanted, &threads)?);
         }
         let main_loop = match (config.platform, &wiring.dispatcher) {
             (Platform::Bare, _) => None,

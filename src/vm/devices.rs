@@ -96,13 +96,14 @@ pub(super) fn make(
         disks.push(control.clone());
         add(places.take(disk.pci), Box::new(Blk::new(control, &disk.serial, lanes)), signals);
     }
+    let again = plan.threads.supervisor.as_ref().is_none_or(|supervisor| supervisor.may_attach_again());
     for (i, card) in config.nets.iter().enumerate() {
         let mac = card.mac.unwrap_or_else(|| stable_mac(config.uuid, i));
         let id = format!("net{i}");
         let signals = signals(&id);
         let control = Arc::new(net::Control::new(&id, mac, card, Some(signals.clone())));
         let mut lanes = Vec::with_capacity(card.queues.into());
-        for (pair, backend) in sources.net(i, card)?.into_iter().enumerate() {
+        for (pair, backend) in sources.net(i, card, again)?.into_iter().enumerate() {
             let on = if pair == 0 {
                 main_loop.clone()
             } else {
@@ -132,7 +133,7 @@ pub(super) fn make(
         add(places.take(None), Box::new(Rng::new("rng0", place(&main_loop))), signals("rng0"));
     }
     if config.console == ConsoleKind::Virtio {
-        let device = ConsolePort::new("console0", console.clone(), place(&main_loop));
+        let device = ConsolePort::new("console0", console.clone(), place(&main_loop))?;
         add(places.take(None), Box::new(device), signals("console0"));
     }
     Ok(Made { planned, disks, nets, balloon })

@@ -72,9 +72,11 @@ impl End {
     pub fn line(self: &Arc<Self>, id: VmId) -> StopLine {
         let end = self.clone();
         StopLine::of(id, self.near.clone(), move |cause| {
-            log::debug!("stop requested: {cause}");
+            let said = cause.clone();
             let _ = end.cause.set(cause);
             end.gate.set(Target::End);
+            // Last: whatever the embedder's logger does, the VM ends.
+            let _ = catch_unwind(|| log::debug!("stop requested: {said}"));
         })
     }
 }
@@ -186,7 +188,9 @@ impl Machine {
             log::error!("{}: a device panicked while it was being stopped", self.id);
         }
         // Nobody pulled the line: every vCPU of a bare guest has halted.
-        let cause = self.end.cause.get_or_init(|| StopCause::GuestHalt).clone();
+        let first = self.end.cause.get_or_init(|| StopCause::GuestHalt);
+        let refused = self.supervisor.as_ref().and_then(|supervisor| supervisor.violation());
+        let cause = refused.unwrap_or_else(|| first.clone());
         let mut state = lock(&self.state);
         *state = VmState::Stopped(cause.clone());
         // Under the lock: who has waited for the end finds its event in the stream.

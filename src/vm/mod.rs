@@ -379,7 +379,8 @@ impl Vm {
         self.machine.may_change_net(&network)?;
         let _control = self.machine.control("change_net")?;
         let queues = u16::try_from(card.pairs()).unwrap_or(u16::MAX);
-        card.put_ready(network.open(&format!("net{index}"), queues)?)?;
+        let again = self.machine.supervisor.as_ref().is_none_or(|supervisor| supervisor.may_attach_again());
+        card.put_ready(network.open(&format!("net{index}"), queues, again)?)?;
         let done = self.machine.board.refit_net(index);
         // Dropped with no lock held: it may be the embedder's.
         let before = std::mem::take(&mut *card.spare());

@@ -34,15 +34,17 @@ pub enum Network {
 }
 
 impl Network {
-    /// Opens it for the card `id`, as many times as the card has pairs of queues, where it can be.
-    pub(super) fn open(self, id: &str, queues: u16) -> Result<Vec<Box<dyn NetBackend>>> {
+    /// Opens it for the card `id`, as many times as the card has pairs of queues, where it can be. A TAP interface that has gone is
+    /// attached to `again`, or not.
+    pub(super) fn open(self, id: &str, queues: u16, again: bool) -> Result<Vec<Box<dyn NetBackend>>> {
         let one: Box<dyn NetBackend> = match self {
             Self::Tap(name) => {
                 let all = Tap::open_all(id, &name, queues)?;
-                return Ok(all.into_iter().map(|tap| Box::new(tap) as Box<dyn NetBackend>).collect());
+                let boxed = |tap: Tap| Box::new(tap.reattached(again)) as Box<dyn NetBackend>;
+                return Ok(all.into_iter().map(boxed).collect());
             }
             Self::Stream(path) => Box::new(Stream::connect(id, path)?),
-            Self::Fd(fd) => net::adopt(id, fd)?,
+            Self::Fd(fd) => net::adopt(id, fd, again)?,
             Self::Port(port) => Box::new(port.plug().map_err(|e| e.context(id))?),
             Self::Backend(backend) => backend,
         };
@@ -244,7 +246,7 @@ impl Sources {
     }
 
     /// Opens what is behind `nets[index]`: for each pair of queues.
-    pub fn net(&mut self, index: usize, net: &NetConfig) -> Result<Vec<Box<dyn NetBackend>>> {
+    pub fn net(&mut self, index: usize, net: &NetConfig, again: bool) -> Result<Vec<Box<dyn NetBackend>>> {
         let id = format!("net{index}");
         let (given, others) = self.nets.drain(..).partition(|(i, _)| *i == index);
         self.nets = others;
@@ -252,7 +254,7 @@ impl Sources {
         let named = [net.stream.clone().map(Network::Stream), net.tap.clone().map(Network::Tap)];
         let mut opened = Vec::new();
         for network in given.into_iter().map(|(_, network)| network).chain(named.into_iter().flatten()) {
-            opened.extend(network.open(&id, net.queues)?);
+            opened.extend(network.open(&id, net.queues, again)?);
         }
         match opened.len() {
             0 => Err(nothing(&id)),

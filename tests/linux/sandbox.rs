@@ -13,12 +13,7 @@ use crate::net::{Tap, accept};
 use crate::trial;
 
 pub fn add(trials: &mut Vec<Trial>) {
-    let mut consoles = vec![ConsoleKind::Serial];
-    // Not seen to pass yet: it ran out of time on a busy machine.
-    if std::env::var_os("VMBED_SANDBOX_VIRTIO").is_some() {
-        consoles.push(ConsoleKind::Virtio);
-    }
-    for console in consoles {
+    for console in [ConsoleKind::Serial, ConsoleKind::Virtio] {
         trials
             .push(trial(format!("sandbox::a_stock_guest_needs_no_more_{console:?}"), move || whole(console)));
     }
@@ -52,7 +47,9 @@ fn whole(console: ConsoleKind) {
     config.disks.push(disk);
     config.balloon = Some(BalloonConfig::default());
     config.sandbox = Some(SandboxConfig::default());
-    let guest = Guest::start(config);
+    // Typed by somebody whom a thread in the sandbox reads: not by this one.
+    let (input, mut keyboard) = std::io::pipe().unwrap();
+    let guest = Guest::start_with(config, |builder| builder.console_input(&input).unwrap());
     let report = guest.vm.sandbox().unwrap();
     // Two vCPUs, the main loop, the card's second pair, two queues, the balloon.
     assert_eq!(report.threads.len(), 7, "{report:?}");
@@ -66,7 +63,7 @@ fn whole(console: ConsoleKind) {
         guest.vm.pause().unwrap();
         guest.vm.resume().unwrap();
     }
-    guest.vm.console_input(b"word\n");
+    keyboard.write_all(b"word\n").unwrap();
     assert_eq!(guest.value("typed"), "word");
     guest.power_off();
 }

@@ -152,7 +152,7 @@ fn only_ours() {
         ("1".into(), "2".into())
     );
     assert_eq!(
-        (status("vmbed-guard0", "NoNewPrivs"), status("vmbed-guard0", "Seccomp")),
+        (status("vmbed-guard0", "NoNewPrivs"), status("vmbed-guard1", "Seccomp")),
         ("0".into(), "0".into())
     );
     let mut without = bare(&SPINS);
@@ -278,7 +278,7 @@ fn logger() {
     let told =
         || KEPT.0.lock().unwrap().iter().find(|(_, text)| text.contains("console: output ends")).cloned();
     wait_until("the record of the console's end", || told().is_some());
-    assert_eq!(told().unwrap().0, "vmbed-guard0");
+    assert_eq!(told().unwrap().0, "vmbed-guard1");
     let threads: Vec<_> = KEPT.0.lock().unwrap().iter().map(|(thread, _)| thread.clone()).collect();
     let inside = |name: &&String| name.starts_with("vmbed-dev") || name.starts_with("vmbed-vcpu");
     assert_eq!(threads.iter().find(inside), None, "the logger was called in the sandbox");

@@ -289,7 +289,7 @@ impl Switch {
         options: &PortOptions,
     ) -> Result<SwitchPort> {
         let name = name.into();
-        let network = crate::net::adopt(&name, fd.into())?;
+        let network = crate::net::adopt(&name, fd.into(), true)?;
         let takes = network.offloads() - Offloads::USO;
         self.add_uplink(name, network, takes, options)
     }
