@@ -70,15 +70,22 @@ impl Holdings {
     /// It is what it was. The allowances are for lists that have room for more than is in them, and for caches of allocators and of
     /// threads' stacks; of hundreds of VMs, none can have left anything.
     pub fn assert_as(&self, before: &Self, when: &str) {
+        self.assert_within(before, Self { maps: 16, allocated: KIB, anonymous: 4096 * KIB, ..NOTHING }, when);
+    }
+
+    /// The same with other allowances.
+    pub fn assert_within(&self, before: &Self, more: Self, when: &str) {
         assert_eq!(self.counts(), before.counts(), "descriptors, threads, guests' maps {when}");
-        assert!(self.maps <= before.maps + 16, "maps {when}: {self:?}, {before:?} before");
-        let (heap, all) = (before.allocated + KIB, before.anonymous + 4096 * KIB);
-        assert!(
-            self.allocated <= heap && self.anonymous <= all,
-            "memory {when}: {self:?}, {before:?} before"
-        );
+        let fits = self.maps <= before.maps + more.maps
+            && self.allocated <= before.allocated + more.allocated
+            && self.anonymous <= before.anonymous + more.anonymous;
+        assert!(fits, "maps and memory {when}: {self:?}, {before:?} before");
     }
 }
+
+/// To say what of it there is.
+pub const NOTHING: Holdings =
+    Holdings { descriptors: 0, threads: 0, guest_maps: 0, maps: 0, allocated: 0, anonymous: 0 };
 
 fn anonymous() -> usize {
     let status = fs::read_to_string("/proc/self/status").unwrap();

@@ -4,7 +4,7 @@
 //! `VMBED_SOAK_SECONDS=3600` makes it eight guests for an hour, as `make soak` has it; `VMBED_SEED` has the same things happen again.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, TryLockError};
+use std::sync::{Mutex, MutexGuard, TryLockError};
 use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use vmbed::{Host, PortOptions, StopCause, Switch, SwitchOptions};
 use crate::assets::{self, KERNELS};
 use crate::guest::{Guest, config};
 use crate::guests;
-use crate::holdings::Holdings;
+use crate::holdings::{Holdings, NOTHING};
 use crate::rogue;
 use crate::storage::Storage;
 use crate::{trial, watchdog};
@@ -93,9 +93,9 @@ fn soak() {
     let slots = slots.collect();
     let over = AtomicBool::new(false);
     let (doing, dealt) = (Mutex::new(None), AtomicBool::new(false));
-    let soak = Soak { host, switch, slots, over, begun: Instant::now(), doing, dealt };
+    let soak = Soak { host: host.clone(), switch, slots, over, begun: Instant::now(), doing, dealt };
     let done = soak.run(time, seed);
-    let sum = soak.sums();
+    let sum = Soak::sums(&soak.slots.iter().map(|slot| slot.lock().unwrap()).collect::<Vec<_>>());
     println!("soak: {sum:?}, {done:?}, {:.0?}", soak.begun.elapsed());
     assert!(sum.kept > 0 && sum.ballooned > 0 && done.rows > 0, "everything happened");
     let usage = soak.host.usage();
@@ -103,7 +103,9 @@ fn soak() {
     drop(soak);
     let after = Holdings::now();
     println!("soak: {before:?}, and then {after:?}");
-    after.assert_as(&before, "after all is dropped");
+    // Threads that end leave their heaps to others, with holes in them.
+    let more = Holdings { maps: 100, allocated: 64 << 10, anonymous: 32 << 20, ..NOTHING };
+    after.assert_within(&before, more, "after all is dropped");
 }
 
 impl Soak {
@@ -118,9 +120,8 @@ impl Soak {
             let (mut said, mut running) = (Instant::now(), None);
             while working() && (Instant::now() < end || !self.dealt.load(Ordering::Relaxed)) {
                 self.look(patience);
-                if said.elapsed() > Duration::from_secs(60) {
+                if said.elapsed() > Duration::from_secs(60) && self.say(&mut running) {
                     said = Instant::now();
-                    self.say(running.get_or_insert_with(Holdings::now));
                 }
             }
             self.over.store(true, Ordering::Relaxed);
@@ -193,23 +194,27 @@ impl Soak {
         }
     }
 
-    fn sums(&self) -> Sum {
+    fn sums(slots: &[MutexGuard<'_, Slot>]) -> Sum {
         let mut all = Sum::default();
-        for slot in &self.slots {
-            all += slot.lock().unwrap().sum_so_far();
-        }
+        slots.iter().for_each(|slot| all += slot.sum_so_far());
         all
     }
 
-    /// What the process has while all guests run: more when one is between two lives, and never more and more.
-    fn say(&self, first: &Holdings) {
+    /// Says what has been done, and what the process has while all guests run: never more and more. Not amid somebody's building.
+    fn say(&self, first: &mut Option<Holdings>) -> bool {
+        let slots: Vec<_> = self.slots.iter().filter_map(|slot| slot.try_lock().ok()).collect();
+        if slots.len() < self.slots.len() {
+            return false;
+        }
         let now = Holdings::now();
-        println!("{:7.1} s: {:?} {now:?}", self.begun.elapsed().as_secs_f32(), self.sums());
-        let (most, memory) = (first.descriptors + 200, first.anonymous + (16 << 20));
-        assert!(
-            now.descriptors < most && now.anonymous < memory,
-            "{first:?} in the first minute, now {now:?}"
-        );
+        println!("{:7.1} s: {:?} {now:?}", self.begun.elapsed().as_secs_f32(), Self::sums(&slots));
+        let first = first.get_or_insert(now);
+        // A hostile neighbour may be in the making, or not.
+        let few = now.descriptors < first.descriptors + 100 && now.threads < first.threads + 30;
+        let small =
+            now.allocated < first.allocated + (8 << 20) && now.anonymous < first.anonymous + (64 << 20);
+        assert!(few && small, "{first:?} at first, now {now:?}");
+        true
     }
 
     /// Has all guests verify what they wrote last, and power off.
