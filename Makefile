@@ -58,7 +58,7 @@ lint: ## formatting, clippy with warnings denied, shellcheck
 	cargo clippy --all-targets --features serde,internals -- -D warnings
 	cargo clippy --lib -- -D warnings
 	shellcheck -x tests/setup tests/lab/run tests/lab/place tests/lab/here-or-lab tests/lab/selftest tests/assets/fetch \
-		tests/assets/busybox-initrd tests/assets/disk-tools tests/assets/disk-exercise tests/assets/debian-root tests/demo/run tests/demo/inside tests/demo/overcommit tests/demo/net tests/demo/net-inside tests/stranger/run tests/placement/run benches/figures/run benches/figures/inside fuzz/run tests/hostile/mutants/run .ci/run
+		tests/assets/busybox-initrd tests/assets/disk-tools tests/assets/disk-exercise tests/assets/soak-guest tests/assets/debian-root tests/demo/run tests/demo/inside tests/demo/overcommit tests/demo/net tests/demo/net-inside tests/stranger/run tests/placement/run benches/figures/run benches/figures/inside fuzz/run tests/hostile/mutants/run .ci/run
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
 
 test: setup lint ## everything that must pass, about 10 minutes on 2 cores
@@ -90,7 +90,10 @@ test-all: test ## and the long forms
 	tests/lab/selftest
 	tests/placement/run
 
-soak: setup ## what takes hours if it is to mean something: fifty storms with swap, fifty without; ten minutes of full traffic both ways
+soak: setup ## what takes hours if it is to mean something: eight guests for an hour beside hostile ones, 10,000 lives, 1,000 reboots, a hundred storms, ten minutes of full traffic
+	VMBED_CYCLES=10000 VMBED_REBOOTS=1000 cargo test --features serde,internals --test cycles -- leave_nothing
+	VMBED_SOAK_SECONDS=3600 VMBED_TRIAL_SECONDS=6600 cargo test --features serde,internals --test linux -- soak::guests
+	VMBED_REBOOTS=50 VMBED_TRIAL_SECONDS=3000 cargo test --features serde,internals --test linux -- soak::stock
 	VMBED_STORMS=50 VMBED_TRIAL_SECONDS=3000 cargo test --features serde,internals --test linux -- storm::
 	VMBED_NET_SECONDS=600 VMBED_TRIAL_SECONDS=1500 cargo test --features serde,internals --test linux -- net::full_traffic
 

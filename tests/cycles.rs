@@ -1,4 +1,4 @@
-//! Nothing is left behind: descriptors, threads and maps after hundreds of VMs, after builds that fail
+//! Nothing is left behind: descriptors, threads, maps and memory after hundreds of VMs and of reboots, after builds that fail
 //! half-way, under signals, over a fork. A program of its own, since it counts what its process has.
 
 use std::fs;
@@ -7,7 +7,16 @@ use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Trial};
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
-use vmbed::{BareBoot, CpuMode, DiskConfig, Host, Platform, StopCause, Vm, VmConfig};
+use vmbed::{BareBoot, CpuMode, DiskConfig, EventKind, Host, NetConfig, Platform, StopCause, Vm, VmConfig};
+
+#[path = "guests/mod.rs"]
+mod guests;
+mod holdings;
+#[path = "guests/rogue.rs"]
+mod rogue;
+
+use holdings::Holdings;
+use rogue::{Rogue, USE};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -16,6 +25,7 @@ fn main() {
     let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
     let trials = vec![
         trial("cycles_leave_nothing", cycles),
+        trial("reboots_leave_nothing", reboots),
         trial("builds_cut_short_by_the_descriptor_limit_leave_nothing", few_descriptors),
         trial("signals_at_every_library_thread_change_nothing", signals),
         trial("a_fork_while_vms_run_changes_nothing", fork),
@@ -31,22 +41,9 @@ fn trial(name: &str, run: fn()) -> Trial {
     })
 }
 
-/// What a process has: open descriptors, threads, mappings of guests.
-#[derive(Debug, PartialEq, Eq, Clone, Copy)]
-struct Holdings {
-    descriptors: usize,
-    threads: usize,
-    guest_maps: usize,
-}
-
-fn holdings() -> Holdings {
-    let count = |path: &str| fs::read_dir(path).unwrap().count();
-    let maps = fs::read_to_string("/proc/self/maps").unwrap();
-    Holdings {
-        descriptors: count("/proc/self/fd"),
-        threads: count("/proc/self/task"),
-        guest_maps: maps.lines().filter(|l| l.contains("vmbed-guest") || l.contains("kvm-vcpu")).count(),
-    }
+/// How often: `make soak` wants 10,000 cycles and 1,000 reboots.
+fn times(variable: &str, short: usize) -> usize {
+    std::env::var(variable).map_or(short, |n| n.parse().unwrap_or_else(|_| panic!("{variable} is a number")))
 }
 
 /// A bare guest in a loop, or, on a PC board, with a disk, whose devices' threads and queues exist.
@@ -66,7 +63,7 @@ struct Disk(std::path::PathBuf);
 impl Disk {
     fn new() -> Self {
         let path = std::env::temp_dir().join(format!("vmbed-cycles-{}", std::process::id()));
-        fs::write(&path, vec![0; 1 << 20]).unwrap();
+        fs::write(&path, vec![0; 512 * rogue::SECTORS as usize]).unwrap();
         Self(path)
     }
 }
@@ -81,6 +78,7 @@ fn ends(vm: &Vm) {
     assert_eq!(vm.stop().unwrap(), StopCause::HostStop);
 }
 
+/// Builds, starts, pauses and ends VMs of both kinds, over and over: nothing becomes more.
 fn cycles() {
     let host = Host::open().unwrap();
     let disk = Disk::new();
@@ -104,11 +102,43 @@ fn cycles() {
             }
         }
     };
-    (0..8).for_each(once);
-    let before = holdings();
-    (0..500).for_each(once);
-    assert_eq!(holdings(), before);
+    stays_flat("cycles", times("VMBED_CYCLES", 500), once);
     assert_eq!(host.usage().memory.get(), 0);
+}
+
+/// A guest uses each of its devices and resets its machine, and is built and started again, as an orchestrator does it: on the same
+/// disk, with its cards on the same cable.
+fn reboots() {
+    let host = Host::open().unwrap();
+    let disk = Disk::new();
+    let file = fs::File::options().read(true).write(true).open(&disk.0).unwrap();
+    let (near, far) = std::os::unix::net::UnixDatagram::pair().unwrap();
+    let once = |_| {
+        let rogue = Rogue::with(&host, vec![NetConfig::attached(); 2], |builder, _| {
+            let builder = builder.net_fd(0, &near).unwrap().net_fd(1, &far).unwrap();
+            builder.disk_fd(0, &file).unwrap()
+        });
+        assert_eq!(rogue.does(USE), 0);
+        rogue.ends();
+        assert_eq!(rogue.events(), [EventKind::Stopped(StopCause::GuestReset)]);
+    };
+    stays_flat("reboots", times("VMBED_REBOOTS", 20), once);
+    assert_eq!(host.usage().memory.get(), 0);
+}
+
+/// Does `once` so many times, after a few that fill what is filled once.
+fn stays_flat(what: &str, times: usize, once: impl Fn(usize)) {
+    (0..20).for_each(&once);
+    let (before, begun) = (Holdings::now(), Instant::now());
+    for i in 1..=times {
+        once(i);
+        // Ten looks, so that one sees whether it still grows.
+        if i % times.div_ceil(10) == 0 || i == times {
+            let now = Holdings::now();
+            println!("{i} {what} in {:.0?}: {now:?}", begun.elapsed());
+            now.assert_as(&before, &format!("after {i} {what}"));
+        }
+    }
 }
 
 /// Every build between "not even one descriptor" and "enough" either works or is an error, and takes back
@@ -118,10 +148,10 @@ fn few_descriptors() {
     let disk = Disk::new();
     let old = getrlimit(Resource::Nofile);
     drop(host.build(config(Platform::Pc, &disk.0)).unwrap());
-    let before = holdings();
+    let before = Holdings::now().counts();
     let (mut failed, mut built) = (0, 0);
     for more in 0..120 {
-        let current = Some(before.descriptors as u64 + more);
+        let current = Some(before.0 as u64 + more);
         setrlimit(Resource::Nofile, Rlimit { current, maximum: old.maximum }).unwrap();
         let result = host.build(config(Platform::Pc, &disk.0));
         setrlimit(Resource::Nofile, old).unwrap();
@@ -136,7 +166,7 @@ fn few_descriptors() {
                 failed += 1;
             }
         }
-        assert_eq!(holdings(), before, "with {more} descriptors more");
+        assert_eq!(Holdings::now().counts(), before, "with {more} descriptors more");
         assert_eq!(host.usage().memory.get(), 0);
     }
     assert!(failed > 10 && built > 10, "{failed} failed, {built} were built: the sweep has lost its ends");
@@ -220,7 +250,7 @@ fn drops() {
     let host = Host::open().unwrap();
     let disk = Disk::new();
     drop(host.build(config(Platform::Pc, &disk.0)).unwrap());
-    let before = holdings();
+    let before = Holdings::now().counts();
     for i in 0..60u64 {
         let vm = host.build(config(Platform::Pc, &disk.0)).unwrap();
         std::thread::scope(|scope| {
@@ -234,5 +264,5 @@ fn drops() {
         drop(vm);
         assert!(begin.elapsed() < LONG, "drop is bounded");
     }
-    assert_eq!(holdings(), before);
+    assert_eq!(Holdings::now().counts(), before);
 }

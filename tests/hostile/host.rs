@@ -11,9 +11,10 @@ use vmbed::{
     VmConfig, VmState,
 };
 
-use crate::driven::{Rogue, SEND, USE, beside};
+use crate::driven::beside;
 use crate::files::Scratch;
 use crate::guest::{run, wait_until};
+use crate::rogue::{Rogue, SEND, USE};
 
 /// Says to this program, started anew, that it is the trial's own.
 pub const INSIDE: &str = "VMBED_HOSTILE_INSIDE";

@@ -1,7 +1,7 @@
 //! The project's table of inputs and faults that have broken VMMs, row by row (`list.rs`; the tests' names carry the rows' numbers).
 //!
 //! What is in this file is a board without a KVM and its hostile driver, which goes through registers and guest memory only: `rows.rs`,
-//! `registers.rs`, `frames.rs`. `driven.rs` has a bare guest do it on a KVM. `files.rs`, `ends.rs` and `host.rs` have the rows about
+//! `registers.rs`, `frames.rs`. `driven.rs` has a bare guest do it on a KVM (`../guests/rogue.rs`). `files.rs`, `ends.rs` and `host.rs` have the rows about
 //! what is not a device's.
 //!
 //! Each test shows the defence, that the device (or a VM) works afterwards, and that a second one in this process has not noticed.
@@ -27,6 +27,8 @@ mod guests;
 mod host;
 mod list;
 mod registers;
+#[path = "../guests/rogue.rs"]
+mod rogue;
 mod rows;
 
 const MEMORY: u64 = 1 << 20;

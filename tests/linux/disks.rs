@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Instant;
 
 use libtest_mimic::Trial;
@@ -10,6 +10,7 @@ use vmbed::{Bytes, CacheMode, DiskConfig, DiskEngine, DiskFormat, VmConfig, crea
 
 use crate::assets;
 use crate::guest::{Guest, LONG, config};
+use crate::storage::{MIB, Storage, run};
 use crate::trial;
 
 pub fn add(trials: &mut Vec<Trial>) {
@@ -17,106 +18,6 @@ pub fn add(trials: &mut Vec<Trial>) {
     trials.push(trial("disks::what_was_flushed_survives_a_power_cut", power_cuts));
     trials.push(trial("disks::others_programs_find_nothing_wrong", matrix));
     trials.push(trial("disks::an_image_of_a_disk_that_is_written_to", saved));
-}
-
-const MIB: u64 = 1 << 20;
-
-/// Runs a program to its end, which must be a good one. Without udev: the lab has none.
-fn run(words: &[&str]) -> String {
-    let output = Command::new(words[0])
-        .args(&words[1..])
-        .env("DM_DISABLE_UDEV", "1")
-        .output()
-        .unwrap_or_else(|e| panic!("{words:?}: {e}"));
-    let said =
-        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{words:?}: {}: {said}", output.status);
-    said.trim().to_owned()
-}
-
-/// A file system that can do what disks ask for (holes, O_DIRECT), which the lab's tmpfs cannot.
-struct Storage {
-    /// Where it is mounted.
-    directory: PathBuf,
-    file: PathBuf,
-    loops: Vec<String>,
-    /// Its name in the device mapper, where its power can be cut.
-    mapped: Option<String>,
-}
-
-impl Storage {
-    fn new() -> Self {
-        Self::made(false)
-    }
-
-    /// On a device that can be told to drop what is written to it.
-    fn made(mapped: bool) -> Self {
-        if run(&["uname", "-r"]).contains("amd64") {
-            let _ = Command::new("modprobe").arg("loop").status();
-        }
-        let directory = std::env::temp_dir().join(format!("vmbed-storage-{}", std::process::id()));
-        let file = directory.with_extension("img");
-        let mut storage = Self { directory, file, loops: Vec::new(), mapped: None };
-        fs::File::create(&storage.file).unwrap().set_len(4096 * MIB).unwrap();
-        fs::create_dir_all(&storage.directory).unwrap();
-        run(&["mkfs.ext4", "-q", storage.file.to_str().unwrap()]);
-        let mut device = storage.device(&storage.file.clone());
-        if mapped {
-            let _ = Command::new("modprobe").arg("dm-flakey").status();
-            let name = format!("vmbed-{}", std::process::id());
-            let table = storage.table(&device, "1000000 0");
-            storage.mapped = Some(name.clone());
-            run(&["dmsetup", "create", &name, "--table", &table]);
-            device = format!("/dev/mapper/{name}");
-        }
-        run(&["mount", "-t", "ext4", &device, storage.directory.to_str().unwrap()]);
-        storage
-    }
-
-    fn table(&self, device: &str, mode: &str) -> String {
-        format!("0 {} flakey {device} 0 {mode}", fs::metadata(&self.file).unwrap().len() / 512)
-    }
-
-    /// From now on nothing that is written arrives.
-    fn cut_the_power(&self) {
-        let name = self.mapped.as_deref().expect("a mapped one");
-        let table = self.table(&self.loops[0], "0 1000000 1 drop_writes");
-        run(&["dmsetup", "suspend", "--nolockfs", "--noflush", name]);
-        run(&["dmsetup", "load", name, "--table", &table]);
-        run(&["dmsetup", "resume", name]);
-    }
-
-    /// As the machine finds it when it starts again.
-    fn restart(&mut self) {
-        run(&["umount", self.directory.to_str().unwrap()]);
-        let name = self.mapped.take().expect("a mapped one");
-        run(&["dmsetup", "remove", "--retry", &name]);
-        run(&["mount", "-t", "ext4", &self.loops[0], self.directory.to_str().unwrap()]);
-    }
-
-    /// A block device of that file's bytes.
-    fn device(&mut self, file: &Path) -> String {
-        let device = run(&["losetup", "--find", "--show", file.to_str().unwrap()]);
-        self.loops.push(device.clone());
-        device
-    }
-}
-
-impl Drop for Storage {
-    fn drop(&mut self) {
-        let quietly = |words: &[&str]| {
-            let _ = Command::new(words[0]).args(&words[1..]).stderr(Stdio::null()).status();
-        };
-        // Those on the file system before the one below it.
-        self.loops.iter().skip(1).for_each(|device| quietly(&["losetup", "-d", device]));
-        quietly(&["umount", self.directory.to_str().unwrap()]);
-        if let Some(name) = &self.mapped {
-            quietly(&["dmsetup", "remove", "--retry", name]);
-        }
-        self.loops.iter().take(1).for_each(|device| quietly(&["losetup", "-d", device]));
-        let _ = fs::remove_file(&self.file);
-        let _ = fs::remove_dir(&self.directory);
-    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]

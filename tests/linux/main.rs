@@ -25,9 +25,17 @@ mod disks;
 mod drive;
 mod ends;
 mod guest;
+#[path = "../guests/mod.rs"]
+mod guests;
+#[path = "../holdings/mod.rs"]
+mod holdings;
 mod many;
 mod net;
+#[path = "../guests/rogue.rs"]
+mod rogue;
 mod sandbox;
+mod soak;
+mod storage;
 mod storm;
 mod switch;
 mod time;
@@ -53,6 +61,7 @@ fn main() -> ExitCode {
     if !arguments.list && std::env::var_os(HERE).is_none() {
         assets::prepare();
         c::prepare();
+        soak::prepare();
         wiring::prepare();
         return elsewhere(&arguments);
     }
@@ -68,6 +77,7 @@ fn main() -> ExitCode {
     ends::add(&mut trials);
     net::add(&mut trials);
     sandbox::add(&mut trials);
+    soak::add(&mut trials);
     storm::add(&mut trials);
     switch::add(&mut trials);
     c::add(&mut trials);

@@ -13,6 +13,7 @@ use crate::assets::KERNELS;
 use crate::balloon::wait_until;
 use crate::devices::{noise, sha256};
 use crate::guest::{Guest, LONG, config};
+use crate::holdings::Holdings;
 use crate::trial;
 
 pub fn add(trials: &mut Vec<Trial>) {
@@ -296,15 +297,6 @@ fn queues() {
     guest.vm.stop().unwrap();
 }
 
-/// Descriptors and threads of this process, and its memory that is no guest's, in KiB.
-fn holdings() -> (usize, usize, u64) {
-    let count = |of: &str| std::fs::read_dir(of).unwrap().count();
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
-    let memory = line.trim().trim_end_matches("kB").trim().parse().unwrap();
-    (count("/proc/self/fd"), count("/proc/self/task"), memory)
-}
-
 /// Both ways at once, for 15 s, or as many as VMBED_NET_SECONDS says (`make soak`): nothing is left over, nothing stands still. Then the
 /// bridge is deleted, and another one made.
 fn long() {
@@ -334,7 +326,7 @@ fn long() {
     let carried = || guest.vm.net_statistics(0).unwrap();
     // Of each stream's own, and little: a lab beside another one carries a few Mbit/s.
     wait_until(&guest, "traffic", |_| carried().tx_bytes > 256 << 10 && carried().rx_bytes > 256 << 10);
-    let (before, mut last) = (holdings(), carried());
+    let (before, mut last) = (Holdings::now(), carried());
     // They began before now, and end before `seconds` from here.
     let end = std::time::Instant::now() + Duration::from_secs(seconds.saturating_sub(seconds / 10 + 10));
     while std::time::Instant::now() < end {
@@ -344,9 +336,9 @@ fn long() {
         assert!(now.tx_bytes > last.tx_bytes && now.rx_bytes > last.rx_bytes, "it stands still: {now:?}");
         last = now;
     }
-    let after = holdings();
-    assert_eq!((before.0, before.1), (after.0, after.1), "descriptors and threads");
-    assert!(after.2 < before.2 + 8192, "KiB of memory: {} and then {}", before.2, after.2);
+    let after = Holdings::now();
+    assert_eq!(before.counts(), after.counts(), "descriptors, threads, guests' maps");
+    assert!(after.anonymous < before.anonymous + (8 << 20), "memory: {before:?} and then {after:?}");
     let deadline = std::time::Instant::now() + Duration::from_secs(seconds) + LONG;
     while !guest.console().contains("soak=") {
         assert!(

@@ -27,7 +27,7 @@ pub fn guarded(name: &str, body: impl FnOnce()) {
 }
 
 /// The threads of this process: name, the system call it is in, and, for root, where in the kernel.
-fn threads() -> String {
+pub fn threads() -> String {
     let mut text = String::new();
     for task in std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten() {
         let read = |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
