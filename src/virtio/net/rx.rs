@@ -187,6 +187,7 @@ impl Rx {
 
     /// Takes buffers for the next frame, of so many bytes if there are; `false` when there is none, and the doorbell will ring.
     fn hold(&mut self, memory: &Memory, wanted: u64) -> Result<bool, QueueFault> {
+        self.look_at_first(memory)?;
         // What is of no use is handed back, at most a queue's size of it.
         let mut budget = self.queue.size();
         while self.held.room() < wanted && self.held.pieces() <= PIECES && budget > 0 {
@@ -269,7 +270,7 @@ impl Rx {
             return Ok(Ok(()));
         }
         self.share_out(len);
-        self.finish(memory, &header, len, true).map(Ok)
+        self.deliver(memory, &header, len, true).map(|_| Ok(()))
     }
 
     /// Whether the driver wants the frame that was read. It lies in the driver's own buffers, and only the driver is hurt by what it
@@ -302,19 +303,7 @@ impl Rx {
         }
     }
 
-    /// Puts the header in front of a frame that is in its buffers, and hands them to the driver.
-    fn finish(
-        &mut self,
-        memory: &Memory,
-        header: &Header,
-        len: usize,
-        sound: bool,
-    ) -> Result<(), QueueFault> {
-        self.deliver(memory, header, len, sound)?;
-        self.look_at_first(memory)
-    }
-
-    /// The same, and no more; `false` where the buffers are still ours.
+    /// Puts the header in front of a frame that is in its buffers, and hands them to the driver; `false` where they are still ours.
     fn deliver(
         &mut self,
         memory: &Memory,
@@ -345,10 +334,12 @@ impl Rx {
         Ok(true)
     }
 
-    /// The first of those that are held has to have room for a header.
+    /// The first of those that are held has to have room for a header: what has none goes back. None of them is posted.
     fn look_at_first(&mut self, memory: &Memory) -> Result<(), QueueFault> {
-        let short = self.held.front().is_some_and(|first| first.len < HEADER_LEN as u64);
-        if short { self.refuse(memory, 0) } else { Ok(()) }
+        while self.held.front().is_some_and(|first| first.len < HEADER_LEN as u64) {
+            self.refuse(memory, 0)?;
+        }
+        Ok(())
     }
 
     /// Keeps a frame of `len` bytes whose first `room` bytes are in the held buffers, to deliver it into more of them.
@@ -397,7 +388,7 @@ impl Rx {
             done += step;
         }
         // Else it is all that a driver can give, and still too short.
-        self.finish(memory, &header, len, sound && done == len)?;
+        self.deliver(memory, &header, len, sound && done == len)?;
         Ok(Delivery::Done)
     }
 }
