@@ -33,6 +33,9 @@ void disks_and_cards_by_descriptor(void);
 void guests_that_break_the_rules(void);
 void files_that_lie_and_fail(void);
 void vcpus_that_cannot_go_on(void);
+void disks_whose_host_fails(void);
+void networks_that_go_away(void);
+void too_few_descriptors_and_a_storm(void);
 void the_hosts_side_of_a_network(void);
 void vcpus_on_the_callers_threads(void);
 void devices_on_the_callers_loop(void);
@@ -555,6 +558,9 @@ static const struct {
     CASE(guests_that_break_the_rules),
     CASE(files_that_lie_and_fail),
     CASE(vcpus_that_cannot_go_on),
+    CASE(disks_whose_host_fails),
+    CASE(networks_that_go_away),
+    CASE(too_few_descriptors_and_a_storm),
     CASE(the_hosts_side_of_a_network),
 };
 

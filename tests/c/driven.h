@@ -63,6 +63,15 @@ __attribute__((unused)) static struct guest prepare(int disks, int nets, struct 
     return g;
 }
 
+/* A configuration with the guest, and that disk. */
+__attribute__((unused)) static vmbed_config *with_disk(const vmbed_disk *disk)
+{
+    struct guest g = prepare(0, 0, NULL);
+    OK(vmbed_config_add_disk(g.config, disk, &error));
+    vmbed_builder_free(g.builder), vmbed_host_free(g.host);
+    return g.config;
+}
+
 __attribute__((unused)) static void start(struct guest *g, const struct step *steps, size_t size)
 {
     OK(vmbed_builder_build(g->builder, &g->vm, &error));

@@ -1,25 +1,16 @@
 /*
  * Guests that break the rules, through C: tests/guests/hostile.c, at $VMBED_HOSTILE_GUEST, does every row of hostile-rows.h with the devices of one
- * VM, and a second VM must not notice. tests/hostile/driven.rs does the same in Rust. lies.c has the rows about the host.
+ * VM, and a second VM must not notice. tests/hostile/driven.rs does the same in Rust. lies.c and host.c have the other rows.
  */
-#include "guest.h"
+#include "rogue.h"
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <time.h>
 
 void guests_that_break_the_rules(void);
-void beside_another_vm(void (*happens)(vmbed_host *));
 
 enum { MEMORY = 4 << 20, SECTORS = 1024, END = 255 };
-
-/* Where the guest asks for rows, and says that it has done them. */
-struct ask {
-    pthread_mutex_t lock;
-    pthread_cond_t changed;
-    uint32_t row, answer;
-    bool given, said, ended;
-};
 
 static int32_t ask_read(void *user, uint32_t vcpu, uint64_t offset, uint8_t *data, size_t length)
 {
@@ -50,19 +41,11 @@ static int32_t ask_write(void *user, uint32_t vcpu, uint64_t offset, const uint8
 
 static const vmbed_device_ops ask_ops = {sizeof ask_ops, ask_read, ask_write, NULL};
 
-/* A VM with every device. */
-struct rogue {
-    vmbed_vm *vm;
-    vmbed_events *events;
-    struct ask ask;
-    int disk;
-};
-
-static void begin(struct rogue *rogue, vmbed_host *host)
+void rogue_begin(struct rogue *rogue, vmbed_host *host, const char *const *taps)
 {
     static uint8_t code[1 << 16];
     const vmbed_disk disk = {.size = sizeof disk};
-    const vmbed_net net = {.size = sizeof net};
+    vmbed_net nets[2] = {{.size = sizeof nets[0]}, {.size = sizeof nets[1]}};
     const vmbed_balloon balloon = {.size = sizeof balloon, .hinting = 1};
     vmbed_config *config;
     vmbed_builder *builder;
@@ -81,16 +64,20 @@ static void begin(struct rogue *rogue, vmbed_host *host)
     OK(vmbed_config_set_console(config, VMBED_CONSOLE_VIRTIO, &error));
     OK(vmbed_config_set_balloon(config, &balloon, &error));
     OK(vmbed_config_add_disk(config, &disk, &error));
-    OK(vmbed_config_add_net(config, &net, &error));
-    OK(vmbed_config_add_net(config, &net, &error));
+    for (int i = 0; i < 2; i++) {
+        nets[i].tap = taps ? taps[i] : NULL;
+        OK(vmbed_config_add_net(config, &nets[i], &error));
+    }
     OK(vmbed_builder_new(host, config, &builder, &error));
     rogue->disk = memfd_create("hostile-disk", MFD_CLOEXEC);
     CHECK(rogue->disk >= 0 && ftruncate(rogue->disk, 512 * SECTORS) == 0);
-    CHECK(socketpair(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0, cable) == 0);
     OK(vmbed_builder_disk_fd(builder, 0, rogue->disk, &error));
-    OK(vmbed_builder_net_fd(builder, 0, cable[0], &error));
-    OK(vmbed_builder_net_fd(builder, 1, cable[1], &error));
-    close(cable[0]), close(cable[1]);
+    CHECK(socketpair(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0, cable) == 0);
+    for (int i = 0; i < 2; i++) {
+        if (!taps)
+            OK(vmbed_builder_net_fd(builder, i, cable[i], &error));
+        close(cable[i]);
+    }
     rogue->ask = (struct ask){.lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
     OK(vmbed_builder_add_pio(builder, "ask", 0x10, 8, &ask_ops, &rogue->ask, &error));
     OK(vmbed_builder_build(builder, &rogue->vm, &error));
@@ -100,7 +87,7 @@ static void begin(struct rogue *rogue, vmbed_host *host)
     vmbed_config_free(config);
 }
 
-static void end(struct rogue *rogue)
+void rogue_end(struct rogue *rogue)
 {
     int32_t cause;
     pthread_mutex_lock(&rogue->ask.lock);
@@ -114,8 +101,7 @@ static void end(struct rogue *rogue)
     close(rogue->disk);
 }
 
-/* The guest does that row (0: it uses its devices as it should). How often a device had to ask for a reset. */
-static uint32_t does(struct rogue *rogue, uint32_t row, const char *name)
+uint32_t rogue_does(struct rogue *rogue, uint32_t row, const char *name)
 {
     struct {
         uint32_t failed, at, broken, device;
@@ -142,8 +128,7 @@ static uint32_t does(struct rogue *rogue, uint32_t row, const char *name)
     return report.broken;
 }
 
-/* How often devices have asked for a reset, as the embedder is told. It is told of nothing else. */
-static uint32_t told(struct rogue *rogue)
+uint32_t rogue_told(struct rogue *rogue)
 {
     uint32_t resets = 0;
     for (;;) {
@@ -188,7 +173,7 @@ static void attack(struct rogue *rogue, uint32_t row, const char *name)
         size_t typed = types_without_end(rogue->vm);
         CHECK(typed >= 4096 && typed <= 4096 + 64);
     }
-    uint32_t broken = does(rogue, row, name), resets = told(rogue);
+    uint32_t broken = rogue_does(rogue, row, name), resets = rogue_told(rogue);
     CHECK((broken > 0) == (resets > 0) && resets <= broken);
     OK(vmbed_vm_get_balloon_statistics(rogue->vm, &after, &error));
     CHECK(row != 16 || after.ignored - before.ignored == 3 + 5);
@@ -203,28 +188,28 @@ void beside_another_vm(void (*happens)(vmbed_host *))
     vmbed_usage usage = {.size = sizeof usage};
     vmbed_host *host;
     OK(vmbed_host_open(NULL, &host, &error));
-    begin(&bystander, host);
-    CHECK(does(&bystander, 0, "") == 0 && told(&bystander) == 0);
+    rogue_begin(&bystander, host, NULL);
+    CHECK(rogue_does(&bystander, 0, "") == 0 && rogue_told(&bystander) == 0);
     OK(vmbed_vm_read_memory(bystander.vm, 0, before, sizeof before, &error));
     happens(host);
     OK(vmbed_host_usage(host, &usage, &error));
     CHECK(usage.vms == 1);
     OK(vmbed_vm_read_memory(bystander.vm, 0, after, sizeof after, &error));
     CHECK(!memcmp(before, after, sizeof before));
-    CHECK(does(&bystander, 0, "") == 0 && told(&bystander) == 0);
+    CHECK(rogue_does(&bystander, 0, "") == 0 && rogue_told(&bystander) == 0);
     disk_is_unharmed(&bystander);
-    end(&bystander);
+    rogue_end(&bystander);
     vmbed_host_free(host);
 }
 
 static void every_row(vmbed_host *host)
 {
     static struct rogue rogue;
-    begin(&rogue, host);
+    rogue_begin(&rogue, host, NULL);
 #define ROW(number, name) attack(&rogue, number, #name);
 #include "../guests/hostile-rows.h"
 #undef ROW
-    end(&rogue);
+    rogue_end(&rogue);
 }
 
 void guests_that_break_the_rules(void)

@@ -1,16 +1,15 @@
 /*
  * The rows about files, configurations and vCPUs of the table of inputs that have broken VMMs, through C. After each a good VM works, and a second one
- * of this process has not noticed. tests/hostile/files.rs and ends.rs do the same in Rust, and more of it.
+ * of this process has not noticed. tests/hostile/files.rs and ends.rs do the same in Rust, and more of it. host.c has a host that fails.
  */
 #include "driven.h"
+#include "rogue.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/stat.h>
 
 void files_that_lie_and_fail(void);
 void vcpus_that_cannot_go_on(void);
-/* hostile.c */
-void beside_another_vm(void (*happens)(vmbed_host *));
 
 enum { SIZE = 1 << 20 };
 
@@ -33,15 +32,6 @@ static int32_t build(vmbed_host *host, vmbed_config *config, vmbed_error **out)
     OK(vmbed_host_usage(host, &usage, &error));
     CHECK(usage.vms == 1);
     return status;
-}
-
-/* A configuration with the guest that keeps to the rules, and that disk. */
-static vmbed_config *with_disk(const vmbed_disk *disk)
-{
-    struct guest g = prepare(0, 0, NULL);
-    OK(vmbed_config_add_disk(g.config, disk, &error));
-    vmbed_builder_free(g.builder), vmbed_host_free(g.host);
-    return g.config;
 }
 
 struct told {

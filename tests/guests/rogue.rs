@@ -30,6 +30,8 @@ pub const SECTORS: u64 = 1024;
 /// For a row, and for an end. The guest may be one of ten on one emulated CPU.
 pub const LONG: Duration = Duration::from_secs(240);
 
+const MOMENT: Duration = Duration::from_millis(100);
+
 /// The guest, where somebody has made it already: a lab has a slow compiler.
 pub static CODE: OnceLock<Vec<u8>> = OnceLock::new();
 
@@ -65,16 +67,23 @@ impl Ask {
         self.state.lock().unwrap_or_else(|broken| broken.into_inner())
     }
 
-    /// Gives the guest a row, and waits until it has said something.
-    fn give(&self, row: u32) -> Option<u32> {
-        let (mut state, end) = (self.lock(), Instant::now() + LONG);
-        state.given = Some(row);
+    /// Gives the guest a row, and waits until it has said something. `look` is called meanwhile: it panics where there is nothing to wait
+    /// for any more.
+    fn give(&self, row: u32, look: impl Fn()) -> Option<u32> {
+        let end = Instant::now() + LONG;
+        self.lock().given = Some(row);
         self.changed.notify_all();
-        while state.said.is_none() {
-            let left = end.checked_duration_since(Instant::now())?;
-            state = self.changed.wait_timeout(state, left).unwrap().0;
+        while Instant::now() < end {
+            look();
+            let mut state = self.lock();
+            if state.said.is_none() {
+                state = self.changed.wait_timeout(state, MOMENT).unwrap().0;
+            }
+            if let Some(said) = state.said.take() {
+                return Some(said);
+            }
         }
-        state.said.take()
+        None
     }
 
     fn end(&self) {
@@ -144,7 +153,12 @@ impl Rogue {
 
     /// How often it made a device ask for a reset in that row. Every device serves at its end.
     pub fn does(&self, row: u32) -> u32 {
-        let said = self.ask.give(row);
+        self.does_as_long_as(row, || ())
+    }
+
+    /// The same while there is something to wait for: else `look`, which is called meanwhile, panics.
+    pub fn does_as_long_as(&self, row: u32, look: impl Fn()) -> u32 {
+        let said = self.ask.give(row, look);
         let mut report = [0; 32];
         self.vm.read_memory(guests::RESULTS, &mut report).unwrap();
         let word = |i: usize| u32::from_le_bytes(report[4 * i..][..4].try_into().unwrap());

@@ -286,13 +286,14 @@ const ROWS: [Row; 33] = [
             "files::row_28_a_host_that_fails_and_a_file_system_that_is_only_read",
             "src/block/raw.rs::a_read_beyond_the_end_of_a_shrunk_file_fails",
             "tests/c/lies.c::files_that_lie_and_fail",
+            "tests/c/failing.c::disks_whose_host_fails",
         ]),
     ),
     Row(
         29,
         "the tap goes away or is brought down; the bridge is deleted",
         "frames dropped, event, works again when it returns",
-        Tests(&["host::row_29_a_tap_and_a_bridge_that_go_away"]),
+        Tests(&["host::row_29_a_tap_and_a_bridge_that_go_away", "tests/c/host.c::networks_that_go_away"]),
     ),
     Row(
         30,
@@ -326,6 +327,7 @@ const ROWS: [Row; 33] = [
             "host::row_32_a_storm_of_signals",
             "tests/api/races.rs::a_fork_while_a_vm_runs",
             "tests/c/races.c::a_fork_while_a_vm_runs",
+            "tests/c/host.c::too_few_descriptors_and_a_storm",
         ]),
     ),
     Row(

@@ -187,6 +187,7 @@ impl Rx {
 
     /// Takes buffers for the next frame, of so many bytes if there are; `false` when there is none, and the doorbell will ring.
     fn hold(&mut self, memory: &Memory, wanted: u64) -> Result<bool, QueueFault> {
+        self.look_at_first(memory)?;
         if self.held.room() >= wanted {
             return Ok(true);
         }
@@ -242,10 +243,7 @@ impl Rx {
         for (i, buffer) in self.held.iter().enumerate() {
             let mut writer = Chain::buffer_writer(memory, buffer.spans);
             let skipped = if i == 0 { HEADER_LEN as u64 } else { 0 };
-            let Some(part) = buffer.len.min(left).checked_sub(skipped) else {
-                // Too short for a header, and first only now.
-                return self.refuse(memory, i).map(Ok);
-            };
+            let part = buffer.len.min(left) - skipped;
             left -= part + skipped;
             let found = writer.skip(skipped);
             if found.and_then(|()| writer.rest().slices(part, |slice| list.push(slice))).is_err() {
@@ -276,7 +274,7 @@ impl Rx {
             return Ok(Ok(()));
         }
         self.share_out(len);
-        self.finish(memory, &header, len, true).map(Ok)
+        self.deliver(memory, &header, len, true).map(|_| Ok(()))
     }
 
     /// Whether the driver wants the frame that was read. It lies in the driver's own buffers, and only the driver is hurt by what it
@@ -309,19 +307,7 @@ impl Rx {
         }
     }
 
-    /// Puts the header in front of a frame that is in its buffers, and hands them to the driver.
-    fn finish(
-        &mut self,
-        memory: &Memory,
-        header: &Header,
-        len: usize,
-        sound: bool,
-    ) -> Result<(), QueueFault> {
-        self.deliver(memory, header, len, sound)?;
-        self.look_at_first(memory)
-    }
-
-    /// The same, and no more; `false` where the buffers are still ours.
+    /// Puts the header in front of a frame that is in its buffers, and hands them to the driver; `false` where they are still ours.
     fn deliver(
         &mut self,
         memory: &Memory,
@@ -352,10 +338,12 @@ impl Rx {
         Ok(true)
     }
 
-    /// The first of those that are held has to have room for a header.
+    /// The first of those that are held has to have room for a header: what has none goes back. None of them is posted.
     fn look_at_first(&mut self, memory: &Memory) -> Result<(), QueueFault> {
-        let short = self.held.front().is_some_and(|first| first.len < HEADER_LEN as u64);
-        if short { self.refuse(memory, 0) } else { Ok(()) }
+        while self.held.front().is_some_and(|first| first.len < HEADER_LEN as u64) {
+            self.refuse(memory, 0)?;
+        }
+        Ok(())
     }
 
     /// Keeps a frame of `len` bytes whose first `room` bytes are in the held buffers, to deliver it into more of them.
@@ -405,7 +393,7 @@ impl Rx {
             done += step;
         }
         // Else it is all that a driver can give, and still too short.
-        self.finish(memory, &header, len, sound && done == len)?;
+        self.deliver(memory, &header, len, sound && done == len)?;
         Ok(Delivery::Done)
     }
 }

@@ -16,6 +16,9 @@ impl Rx {
         backend: &mut dyn NetBackend,
     ) -> Result<Received, QueueFault> {
         let Some(port) = backend.port() else { return Ok(Received::NoFrames) };
+        if self.held.posted() == 0 {
+            self.look_at_first(memory)?;
+        }
         // What is of no use is handed back, at most a queue's size of it. With room for the longest frame it is the next frame that wakes
         // us, and no buffer.
         let (mut budget, wanted, rings) = (self.queue.size(), self.wanted(), self.queue.rings(memory));
@@ -94,8 +97,8 @@ impl Rx {
     pub fn let_go(&mut self, memory: &Memory, backend: &dyn NetBackend) {
         if let Some(port) = backend.port() {
             port.withdraw();
+            // All of them, also where the queue has failed and they are lost: the next driver has other buffers.
             while let Next::Landed(landed) = port.next() {
-                // Of a queue that has failed nobody hears; the place of the frame is the next one's all the same.
                 let _ = self.settle(memory, &landed);
             }
         }

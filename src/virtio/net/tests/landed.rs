@@ -285,6 +285,55 @@ fn nothing_comes_into_the_memory_of_a_guest_whose_cable_is_not_plugged_in() {
     assert_eq!(cable.taken(), [frame.clone(), frame]);
 }
 
+#[test]
+fn buffers_without_room_for_a_header_may_be_behind_others_but_not_first() {
+    let mut cable = Cable::new(TSO);
+    let frame = cable.frame(100, 1, MAC.0);
+    for round in 0..3 {
+        for len in [ROOM, 1, 11, 5, ROOM] {
+            cable.give(len);
+        }
+        cable.card.net.process_queues();
+        // The first is full, and what comes behind it cannot be.
+        for _ in 0..2 {
+            cable.send(&frame);
+        }
+        cable.card.net.process_queues();
+        assert_eq!(cable.taken(), [frame.clone(), frame.clone()], "round {round}");
+        assert_eq!(cable.idle.len(), usize::from(SIZE), "the others came back");
+    }
+    assert_eq!((cable.card.broken(), cable.dropped()), (false, 0));
+}
+
+/// What had landed for a driver whose queue has failed is lost with it. The next one is handed only what lands in its own buffers.
+#[test]
+fn what_landed_before_a_queue_failed_is_not_the_next_drivers() {
+    let mut cable = Cable::new(TSO);
+    for _ in 0..8 {
+        cable.give(ROOM);
+    }
+    cable.card.net.process_queues();
+    for number in 0..5 {
+        let frame = cable.frame(100, number, MAC.0);
+        cable.send(&frame);
+    }
+    cable.card.rx.offer(SIZE);
+    cable.card.net.process_queues();
+    assert!(cable.card.broken(), "there is no such descriptor");
+    cable.card.reset();
+    cable.given.clear();
+    cable.idle = (0..u64::from(SIZE)).map(|i| BUFFERS + u64::from(ROOM) * i).collect();
+    for number in 10..14 {
+        cable.give(ROOM);
+        cable.give(ROOM);
+        cable.card.net.process_queues();
+        let frame = cable.frame(3000, number, MAC.0);
+        cable.send(&frame);
+        cable.card.net.process_queues();
+        assert_eq!(cable.taken(), [frame]);
+    }
+}
+
 /// Frames of every length through buffers of every length, amid pauses and resets of posting: each comes once, whole and in order.
 #[test]
 fn frames_come_in_order_whichever_way_they_take() {
