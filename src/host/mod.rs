@@ -80,7 +80,7 @@ impl Host {
         let (probe, kvm) = probe::look(&config.kvm);
         probe.verdict()?;
         let kvm = kvm.ok_or_else(|| Error::new(ErrorKind::Internal, "the probe kept the KVM"))?;
-        let (provider, cores) = config.provider();
+        let (provider, cores) = config.provider()?;
         let ledger = Ledger::new(provider, cores);
         let roll = Arc::new(Roll::default());
         let samples = Arc::new(Samples::open(roll.clone()));
@@ -127,7 +127,7 @@ impl Host {
     /// `InvalidArgument` that names every bad field; `InvalidState` when the generation is another one by now.
     pub fn set_shares(&self, config: &HostConfig, generation: Option<u64>) -> Result<u64> {
         config.validate()?;
-        let (provider, cores) = config.provider();
+        let (provider, cores) = config.provider()?;
         let generation = self.parts.ledger.set_provider(generation, provider, cores)?;
         *lock(&self.reaction) = config.reaction_time;
         Ok(generation)

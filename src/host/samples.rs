@@ -2,22 +2,32 @@
 //! What the kernel says about memory: how much this process may use, what is charged for it, what is free.
 
 use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::budget::Headroom;
+use crate::error::{Error, Result};
 use crate::memory::Roll;
 use crate::sys::lock;
 
-/// The smaller of the machine's memory and the limits of the cgroups above this process; 0 when the
-/// machine does not say.
-pub(super) fn memory_total() -> u64 {
-    let machine = fs::read_to_string("/proc/meminfo").ok();
-    let machine = machine.and_then(|text| meminfo(&text, "MemTotal:")).unwrap_or(0);
+/// The smaller of the machine's memory and the limits of the cgroups above this process.
+///
+/// # Errors
+/// The machine does not say.
+pub(super) fn memory_total() -> Result<u64> {
+    let unknown = |e| {
+        Error::os(
+            "reading /proc/meminfo, for the machine's memory; HostConfig::memory may say what there is",
+            e,
+        )
+    };
+    let text = fs::read_to_string("/proc/meminfo").map_err(unknown)?;
+    let machine = meminfo(&text, "MemTotal:").ok_or_else(|| unknown(io::ErrorKind::InvalidData.into()))?;
     let limits = groups(&membership(), Path::new("/sys/fs/cgroup")).into_iter().filter_map(|g| g.limit());
-    limits.min().map_or(machine, |limit| limit.min(machine))
+    Ok(limits.min().map_or(machine, |limit| limit.min(machine)))
 }
 
 fn membership() -> String {
@@ -267,7 +277,7 @@ mod tests {
             Some(24_683_520 * 1024)
         );
         assert_eq!(meminfo("MemTotal: lots", "MemTotal:"), None);
-        assert!(memory_total() > 64 << 20);
+        assert!(memory_total().unwrap() > 64 << 20);
     }
 
     #[test]
@@ -301,7 +311,7 @@ mod tests {
     fn the_kernel_says_what_is_free_and_what_is_charged() {
         let samples = Samples::open(Arc::default());
         let headroom = samples.headroom(Duration::from_secs(1));
-        assert!(headroom.free.unwrap() > 1 << 20 && headroom.free.unwrap() <= memory_total());
+        assert!(headroom.free.unwrap() > 1 << 20 && headroom.free.unwrap() <= memory_total().unwrap());
         assert_eq!(headroom.needed, 0, "no guest, no rate");
         assert_eq!(
             [&b"12 3"[..], b"7\n", b"x1", b"", b"99999999999999999999"].map(leading),

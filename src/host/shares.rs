@@ -92,8 +92,11 @@ impl HostConfig {
     }
 
     /// The same for the ledger.
-    pub(super) fn provider(&self) -> (Provider, BTreeSet<u32>) {
-        let total = self.memory.map_or_else(samples::memory_total, Bytes::get);
+    ///
+    /// # Errors
+    /// It says nothing of memory, and nor does the machine.
+    pub(super) fn provider(&self) -> Result<(Provider, BTreeSet<u32>)> {
+        let total = self.memory.map_or_else(samples::memory_total, |memory| Ok(memory.get()))?;
         let memory = Inventory {
             total,
             reserved: self.memory_reserved.get(),
@@ -106,7 +109,7 @@ impl HostConfig {
         let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
         let shared = cpus.saturating_sub(cores.len() as u64);
         let vcpus = self.vcpu_ratio.map(|ratio| Inventory { ratio, ..Inventory::new(shared) });
-        (Provider { memory, swap: self.swap.get(), vcpus, dedicated: cores.len() as u64 }, cores)
+        Ok((Provider { memory, swap: self.swap.get(), vcpus, dedicated: cores.len() as u64 }, cores))
     }
 }
 

@@ -23,8 +23,11 @@ fn whole(console: ConsoleKind) {
     let (tap, content) = (Tap::with_queues(), noise(22, 4 << 20));
     let listener = TcpListener::bind((tap.host(), 0)).unwrap();
     let file = TempFile::new(&vec![0; content.len()]);
+    // hvc0 exists once its module is in.
+    let begin =
+        if console == ConsoleKind::Virtio { "exec </dev/hvc0 >/dev/hvc0 2>&1; stty -echo" } else { ":" };
     let script = format!(
-        "{up}
+        "{begin}; {up}
         nc {host} {port} </dev/null >/run/got
         dd if=/run/got of=/dev/vda bs=64k conv=fsync 2>/dev/null
         echo got=$(sha256sum </run/got | cut -d' ' -f1)
