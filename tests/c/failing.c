@@ -155,7 +155,7 @@ static void a_disk_that_fails(vmbed_host *host)
 void disks_whose_host_fails(void)
 {
     /* The file system is this process's own, and gone at its end. */
-    CHECK(unshare(CLONE_NEWNS) == 0 && mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) == 0);
+    CHECK(unshare(CLONE_NEWNS) == 0 && mount("none", "/", "none", MS_REC | MS_PRIVATE, NULL) == 0);
     CHECK(mkdir("host-full", 0700) == 0 && mount("none", "host-full", "tmpfs", 0, "size=64k") == 0);
     beside_another_vm(a_disk_that_is_full);
     CHECK(umount2("host-full", MNT_DETACH) == 0 && rmdir("host-full") == 0);
