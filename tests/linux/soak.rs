@@ -137,7 +137,7 @@ impl Soak {
         self.slots.iter().for_each(|slot| slot.lock().unwrap().begin(&self.host));
         let done = |life: &Life| life.said().rounds() > 0 && life.said().fetched > 0;
         self.wait("the first round of each guest", FIRST, done);
-        let patience = PATIENCE.max(self.begun.elapsed() * 4);
+        let patience = PATIENCE.max(self.begun.elapsed() * 2);
         println!("soak: first rounds after {:.0?}; patience: {patience:.0?}", self.begun.elapsed());
         patience
     }
