@@ -21,6 +21,8 @@ mod given;
 mod ioapic;
 #[path = "../fuzz/bodies/kernel.rs"]
 mod kernel;
+#[path = "../fuzz/bodies/landing.rs"]
+mod landing;
 #[path = "../fuzz/bodies/ledger.rs"]
 mod ledger;
 #[path = "../fuzz/bodies/legacy.rs"]
@@ -180,6 +182,13 @@ fn configurations_are_taken_and_refused() {
         all[..kept.len()].iter().any(|d| d.bad_fields >= 8) && all[..kept.len()].iter().any(|d| d.refused)
     );
     assert!(all.iter().filter(|d| d.parsed).count() > 50);
+}
+
+#[test]
+fn frames_land_in_posted_buffers() {
+    let sums = reached("landing", |input| landing::run(input).counters().to_vec());
+    at_least(&sums, &[("given", 200), ("sent", 100), ("landed", 50), ("came", 40), ("copied", 20)]);
+    at_least(&sums, &[("several", 20), ("handed", 5), ("unwanted", 3)]);
 }
 
 #[test]

@@ -1,0 +1,9 @@
+#![no_main]
+
+#[path = "../bodies/bent.rs"]
+mod bent;
+#[path = "../bodies/landing.rs"]
+mod body;
+mod report;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| report::add(&body::run(data).counters()));
