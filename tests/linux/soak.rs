@@ -295,5 +295,7 @@ fn reboots() {
     (2..2 + times).for_each(once);
     let after = Holdings::now();
     println!("{times} reboots in {:.0?}: {before:?}, then {after:?}", begun.elapsed());
-    after.assert_as(&before, &format!("after {times} reboots"));
+    // As above: what other trials of this process have freed is theirs again, in pieces.
+    let more = Holdings { maps: 100, allocated: 64 << 10, anonymous: 32 << 20, ..NOTHING };
+    after.assert_within(&before, more, &format!("after {times} reboots"));
 }
