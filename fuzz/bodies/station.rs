@@ -27,7 +27,7 @@ const TX: u64 = 0x9_0000;
 const COMMANDS: u64 = 0xa_0000;
 /// Memory that is never given, and what is in it.
 const NOBODYS: u64 = 0xc_0000;
-const CANARY: [u8; 0x1_0000] = [0xc5; 0x1_0000];
+static CANARY: [u8; 0x1_0000] = [0xc5; 0x1_0000];
 const MRG_RXBUF: u64 = 1 << 15;
 const CONTROL: u64 = 1 << 17 | 1 << 18;
 /// CSUM, GUEST_CSUM, GUEST_TSO4, HOST_TSO4.

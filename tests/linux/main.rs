@@ -126,7 +126,7 @@ fn start(root: &Path, half: &str) -> Child {
     Command::new(root.join("tests/lab/here-or-lab"))
         .env(
             "LAB_OPTIONS",
-            format!("--memory 9G --timeout {} --attempts 3", watchdog::limit().as_secs() + 900),
+            format!("--memory 9G --timeout {} --attempts 3", watchdog::limit().as_secs() + 2100),
         )
         .args(["env", &format!("{HERE}=1"), &format!("{HALF}={half}")])
         .arg(program)
