@@ -61,7 +61,7 @@ lint: ## formatting, clippy with warnings denied, shellcheck
 		tests/assets/busybox-initrd tests/assets/disk-tools tests/assets/disk-exercise tests/assets/soak-guest tests/assets/debian-root tests/demo/run tests/demo/inside tests/demo/overcommit tests/demo/net tests/demo/net-inside tests/stranger/run tests/placement/run benches/figures/run benches/figures/inside fuzz/run tests/hostile/mutants/run .ci/run
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
 
-test: setup lint ## everything that must pass, about 10 minutes on 2 cores
+test: setup lint ## everything that must pass, 30 to 50 minutes on 2 cores
 	cargo test --features serde,internals --lib --examples --tests
 	cargo test --features serde,internals --doc
 	$(MAKE) models
