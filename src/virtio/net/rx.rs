@@ -25,6 +25,9 @@ mod landed;
 /// Frames in one wake-up; the backend's fd stays readable for the rest.
 const SHARE: u32 = 256;
 
+/// So many frames in a row that one buffer holds, and the next is expected to be such a one.
+const RUN: u32 = 64;
+
 /// Pieces of held buffers beyond which no more are taken: the kernel takes 1024 in one call, and one chain has 256 at most.
 const PIECES: usize = 512;
 
@@ -35,6 +38,8 @@ pub(super) struct Rx {
     mergeable: bool,
     /// What a frame may leave to the driver.
     takes: Offloads,
+    /// Frames in a row that one buffer has held.
+    short: u32,
     /// Buffers for the next frames.
     held: Held,
     /// The last one that was taken from the ring.
@@ -102,6 +107,7 @@ impl Rx {
         Self {
             mergeable,
             takes,
+            short: 0,
             held: Held::new(queue.size()),
             chain: Chain::with_capacity(queue.max_size()),
             quiet: false,
@@ -178,11 +184,20 @@ impl Rx {
         self.overflow.kept == 0 && self.control.is_open()
     }
 
+    /// Whether a frame may be of many segments.
+    fn takes_long(&self) -> bool {
+        self.mergeable && self.takes.intersects(Offloads::TSO4 | Offloads::TSO6 | Offloads::USO)
+    }
+
+    /// Whether none has been for a while: to have room for one is work, and the next that comes all the same is copied.
+    fn expects_short(&self) -> bool {
+        self.short >= RUN
+    }
+
     /// How much to have ready: the longest frame where one may be of many segments, so that none is copied; else a buffer, which
     /// holds any but a jumbo frame.
     fn wanted(&self) -> u64 {
-        let long = self.mergeable && self.takes.intersects(Offloads::TSO4 | Offloads::TSO6 | Offloads::USO);
-        if long { (HEADER_LEN + MAX_FRAME) as u64 } else { 1 }
+        if self.takes_long() && !self.expects_short() { (HEADER_LEN + MAX_FRAME) as u64 } else { 1 }
     }
 
     /// Takes buffers for the next frame, of so many bytes if there are; `false` when there is none, and the doorbell will ring.
@@ -237,10 +252,16 @@ impl Rx {
     ) -> Result<io::Result<()>, QueueFault> {
         // It is looked at before the driver sees it, since it may say things that the driver has not asked for.
         let mut header = [0; HEADER_LEN];
+        let first = self.held.front().map_or(0, |first| first.len);
+        let longest = (HEADER_LEN + MAX_FRAME) as u64;
+        let most = if self.takes_long() && self.expects_short() { first.min(longest) } else { longest };
         let mut list = self.pieces.list();
         list.push_room(&mut header);
-        let mut left = (HEADER_LEN + MAX_FRAME) as u64;
+        let mut left = most;
         for (i, buffer) in self.held.iter().enumerate() {
+            if left == 0 {
+                break;
+            }
             let mut writer = Chain::buffer_writer(memory, buffer.spans);
             let skipped = if i == 0 { HEADER_LEN as u64 } else { 0 };
             let part = buffer.len.min(left) - skipped;
@@ -251,7 +272,7 @@ impl Rx {
                 return self.refuse(memory, i).map(Ok);
             }
         }
-        let room = self.held.room().min((HEADER_LEN + MAX_FRAME) as u64) as usize - HEADER_LEN;
+        let room = self.held.room().min(most) as usize - HEADER_LEN;
         list.push_room(&mut self.overflow.room);
         let len = match backend.receive(&list) {
             Ok(len) => len.saturating_sub(HEADER_LEN),
@@ -269,6 +290,7 @@ impl Rx {
             self.counters.filtered.add(1);
             return Ok(Ok(()));
         }
+        self.short = if (HEADER_LEN + len) as u64 > first { 0 } else { self.short.saturating_add(1) };
         if len > room {
             self.keep(memory, &header, room, len);
             return Ok(Ok(()));

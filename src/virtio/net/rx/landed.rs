@@ -79,6 +79,7 @@ impl Rx {
     fn settle(&mut self, memory: &Memory, landed: &Landed) -> Result<(), QueueFault> {
         let Landed { buffers, header, len, .. } = *landed;
         self.held.land(buffers);
+        self.short = if buffers > 1 { 0 } else { self.short.saturating_add(1) };
         if !self.control.is_up() || !(MIN_FRAME..=MAX_FRAME).contains(&len) {
             self.counters.rx.dropped();
         } else if !self.is_wanted(memory) {
