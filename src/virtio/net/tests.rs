@@ -19,6 +19,7 @@ use crate::virtio::Signals;
 use crate::virtio::queue_driver::{Dice, Driver, WRITE, activation, bend, signals};
 
 mod commands;
+mod kept;
 mod landed;
 
 const BUFFERS: u64 = 0x2_0000;
@@ -283,45 +284,6 @@ fn a_frame_that_the_backend_cannot_take_now_is_sent_later() {
     let rest: Vec<_> = std::iter::from_fn(|| b.tx.take_used()).map(|(head, _)| head).collect();
     assert_eq!(rest, heads[8..]);
     assert_eq!(std::iter::from_fn(|| b.far.get()).count(), 16);
-}
-
-#[test]
-fn a_pause_loses_no_frame_and_no_buffer() {
-    let mut b = bench(MRG);
-    b.give(&[100, 100]);
-    b.far.put(&frame(300));
-    b.net.process_queues();
-    assert_eq!(b.rx.take_used(), None, "read, but too long for what is there");
-    let queues = b.net.deactivate();
-    b.far.put(&frame(60));
-    let positions: Vec<_> = queues.iter().flatten().map(Queue::position).collect();
-    assert_eq!(positions, [(0, 0), (0, 0)]);
-    b.rx.send(&[(BUFFERS + 0x2000, 1526, WRITE)]);
-    b.rx.send(&[(BUFFERS + 0x3000, 1526, WRITE)]);
-    let memory = b.rx.memory.clone();
-    b.net.activate(Activation { features: MRG, memory, queues, signals: b.signals.clone() }).unwrap();
-    b.net.process_queues();
-    let used: Vec<_> = std::iter::from_fn(|| b.rx.take_used()).map(|(_, len)| len).collect();
-    assert_eq!(used, [100, 100, 112, 72]);
-}
-
-#[test]
-fn a_frame_kept_for_one_driver_is_not_cut_up_for_the_next() {
-    let mut b = bench(MRG);
-    b.give(&[100, 100]);
-    b.far.put(&frame(300));
-    b.net.process_queues();
-    assert_eq!(b.rx.take_used(), None, "read, but too long for what is there");
-    b.net.deactivate();
-    b.signals.set_status(0);
-    b.rx.reset();
-    b.tx.reset();
-    b.net.activate(activation(0, &[&b.rx, &b.tx], &b.signals)).unwrap();
-    b.give(&[100, 1526]);
-    b.far.put(&frame(60));
-    b.net.process_queues();
-    assert_eq!(b.rx.take_used().map(|(_, len)| len), Some(72), "the new driver's first frame is whole");
-    assert_eq!(b.rx.take_used(), None);
 }
 
 /// Row 29.
