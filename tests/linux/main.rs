@@ -5,10 +5,12 @@
 //! `cargo test --test linux -- FILTER` works as ever.
 
 use std::io::{BufRead, BufReader};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::Instant;
 
-use libtest_mimic::{Arguments, Trial};
+use libtest_mimic::{Arguments, Completion, Trial};
 
 mod accounts;
 mod assets;
@@ -34,6 +36,7 @@ mod net;
 #[path = "../guests/rogue.rs"]
 mod rogue;
 mod sandbox;
+mod share;
 mod soak;
 mod storage;
 mod storm;
@@ -43,9 +46,9 @@ mod vhost;
 mod watchdog;
 mod wiring;
 
-/// Says which half of the trials, of two, a process runs: `0` or `1`. Absent where all are wanted.
-const HALF: &str = "VMBED_LINUX_TESTS_HALF";
 const HERE: &str = "VMBED_LINUX_TESTS_HERE";
+/// What takes minutes in a lab.
+const LONG: [&str; 4] = ["disks::others_programs", "soak::guests", "storm::", "vhost::"];
 
 fn main() -> ExitCode {
     if let Ok(part) = std::env::var(cage::PART) {
@@ -85,50 +88,57 @@ fn main() -> ExitCode {
     vhost::add(&mut trials);
     many::add(&mut trials);
     wiring::add(&mut trials);
-    if let Some(half) = std::env::var(HALF).ok().and_then(|h| h.parse::<usize>().ok()) {
-        let mut index = half;
-        trials.retain(|_| {
-            index += 1;
-            index % 2 == 1
-        });
-    }
+    // Those that take minutes begin first, so that no lab is alone with one in the end.
+    trials.sort_by_key(|trial| !LONG.iter().any(|long| trial.name().starts_with(long)));
     let arguments = Arguments { test_threads: arguments.test_threads.or(Some(1)), ..arguments };
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
-/// Runs this program again where stock kernels boot: all at once on this machine, or half of the trials in
-/// each of two labs, which have one CPU each.
+/// Runs this program again where stock kernels boot: all at once on this machine, or in two labs, which have one CPU each.
 fn elsewhere(arguments: &Arguments) -> ExitCode {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let place =
         Command::new(root.join("tests/lab/place")).output().expect("tests/lab/place cannot be started");
     eprint!("{}", String::from_utf8_lossy(&place.stderr));
-    let halves: &[&str] = match &place.stdout[..] {
-        b"lab\n" if arguments.filter.is_none() => &["0", "1"],
-        _ => &[""],
-    };
-    let started: Vec<_> = halves.iter().map(|half| start(root, half)).collect();
-    let ended: Vec<_> = started.into_iter().map(|child| std::thread::spawn(|| succeeds(child))).collect();
-    // All of them, also after one has failed.
-    let failed = ended.into_iter().map(|e| e.join().unwrap()).filter(|ok| !ok).count();
-    if failed > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+    if place.stdout != b"lab\n" || arguments.filter.is_some() {
+        return if succeeds(start(root, None)) { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+    let directory = assets::directory().join(format!("out/trials-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).expect("a directory that the labs share");
+    let started = ["0", "1"].map(|lab| start(root, Some((&directory, lab))));
+    let ended = started.map(|child| std::thread::spawn(|| succeeds(child)));
+    // Both of them, also after one has failed.
+    let good = ended.map(|e| e.join().unwrap()) == [true; 2];
+    let (passed, not) = share::outcome(&directory);
+    println!(
+        "{} trials passed in two labs; the slowest, in seconds: {:?}",
+        passed.len(),
+        &passed[..passed.len().min(12)]
+    );
+    not.iter().for_each(|trial| println!("{trial} did not pass"));
+    let _ = std::fs::remove_dir_all(&directory);
+    if good && not.is_empty() && !passed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Passes on what a half says, in whole lines, and waits for its end.
-fn succeeds(mut half: Child) -> bool {
-    let lines = BufReader::new(half.stdout.take().expect("it is piped")).lines();
+/// Passes on what a lab says, in whole lines, and waits for its end.
+fn succeeds(mut lab: Child) -> bool {
+    let lines = BufReader::new(lab.stdout.take().expect("it is piped")).lines();
     lines.map_while(Result::ok).for_each(|line| println!("{line}"));
-    half.wait().expect("waiting for what was started").success()
+    lab.wait().expect("waiting for what was started").success()
 }
 
-fn start(root: &Path, half: &str) -> Child {
+fn start(root: &Path, shared: Option<(&Path, &str)>) -> Child {
     let program = std::env::current_exe().expect("this program's own path");
-    Command::new(root.join("tests/lab/here-or-lab"))
+    let mut command = Command::new(root.join("tests/lab/here-or-lab"));
+    if let Some((directory, lab)) = shared {
+        command.env(share::DIRECTORY, directory).env(share::LAB, lab);
+    }
+    command
         .env(
             "LAB_OPTIONS",
             format!("--memory 9G --timeout {} --attempts 3", watchdog::limit().as_secs() + 2100),
         )
-        .args(["env", &format!("{HERE}=1"), &format!("{HALF}={half}")])
+        .args(["env", &format!("{HERE}=1")])
         .arg(program)
         .args(std::env::args_os().skip(1))
         .stdout(Stdio::piped())
@@ -139,8 +149,19 @@ fn start(root: &Path, half: &str) -> Child {
 /// A trial by the name of its function's module and what it shows.
 fn trial(name: impl Into<String>, run: impl FnOnce() + Send + 'static) -> Trial {
     let name = name.into();
-    Trial::test(name.clone(), move || {
-        watchdog::guarded(&name, run);
-        Ok(())
+    Trial::ignorable_test(name.clone(), move || {
+        let Some(share) = share::Share::given() else {
+            watchdog::guarded(&name, run);
+            return Ok(Completion::Completed);
+        };
+        match share.turn(&name) {
+            share::Turn::Done(why) => return Ok(Completion::ignored_with(why)),
+            share::Turn::Failed => return Err("it failed before this lab's new start".into()),
+            share::Turn::Mine => {}
+        }
+        let began = Instant::now();
+        let ended = catch_unwind(AssertUnwindSafe(|| watchdog::guarded(&name, run)));
+        share.say(&name, ended.is_ok(), began.elapsed());
+        ended.map_or_else(|panic| resume_unwind(panic), |()| Ok(Completion::Completed))
     })
 }
