@@ -31,7 +31,7 @@ const THREAD: u128 = 24 << 10;
 /// The same of a thread that serves devices, with a disk's queue and requests.
 const DEVICE: u128 = 51 << 10;
 /// A ring for a queue's 256 requests: the kernel's half, and what is kept of each until it ends.
-const RING: u128 = 78 << 10;
+const RING: u128 = 50 << 10;
 
 /// The model.
 pub(crate) fn overhead(shape: Shape) -> Bytes {
