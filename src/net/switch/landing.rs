@@ -1,9 +1,11 @@
 #![forbid(unsafe_code)]
 //! Frames straight into buffers that a card has posted at its port: one copy, from guest to guest.
 //!
-//! Buffers are taken out under the queue's lock and filled without it; the frame has its place in the order meanwhile. Nothing lands
-//! while a frame waits in a buffer of ours, which it would overtake.
+//! Buffers are taken out under the queue's lock and filled without it. A frame comes when it is all there: whoever sends may be stopped
+//! amid a copy, and those of others pass it meanwhile. Its own cannot, since it sends one after the other. Nothing lands while a frame
+//! waits in a buffer of ours, which it would overtake.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -15,8 +17,8 @@ use crate::sys::io::{Buffers, IoReader, OwnedList, Pieces};
 use crate::sys::sync::atomic::Ordering;
 use crate::sys::sync::{lock, wait_until};
 
-/// How long a copy is waited for. It takes a moment, but whoever sends may be stopped amid it: by a debugger, by a cgroup that is frozen, by a
-/// page of its guest's that comes from a slow swap.
+/// How long a copy is waited for. It takes a moment, but whoever sends may be stopped amid it: by a debugger, by a cgroup that is frozen or
+/// has used up its share, by a page of its guest's that comes from a slow swap.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The buffers that a card has posted, and who is filling some.
@@ -29,30 +31,49 @@ pub(super) struct Posted {
     mergeable: bool,
     /// Frames that are being copied.
     filling: usize,
+    /// Frames that ever were: the number of the next.
+    begun: u64,
     /// Somebody waits until there are none.
     awaited: bool,
     /// Used again.
     rooms: Vec<Pieces>,
 }
 
-/// A frame's place in the order.
+/// One that has its buffers. Those of lower numbers have the posted ones before.
+pub(super) struct Place {
+    number: u64,
+    /// It is all there, or will not come.
+    there: bool,
+    landed: Landed,
+}
+
+impl Place {
+    pub fn is_there(&self) -> bool {
+        self.there
+    }
+}
+
+/// A frame in buffers that were posted.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Landed {
-    /// How many of the posted buffers it takes, from the first on. It begins behind room for its header.
+    /// How many buffers before its own are still being filled.
+    pub after: usize,
+    /// How many it takes. It begins behind room for its header.
     pub buffers: usize,
     pub header: [u8; HEADER_LEN],
     /// Without the header. 0 for one that was not finished.
     pub len: usize,
-    there: bool,
 }
 
 /// What lies ready for a card that has posted buffers.
 pub(crate) enum Next {
     Landed(Landed),
-    /// One is being copied: the bell rings when it is there.
+    /// Some are being copied: the bell rings when one is there.
     Filling,
-    /// One waits in a buffer of ours, and nothing is posted any more.
-    Waiting,
+    /// One waits in a buffer of ours, and nothing is posted any more. So many of the first buffers are still being filled.
+    Waiting {
+        filling: usize,
+    },
     /// The bell rings for the next.
     Nothing,
 }
@@ -74,47 +95,54 @@ impl Queue {
     /// What lies ready, for whoever has posted buffers.
     pub(crate) fn next(&self) -> Next {
         let mut inner = lock(&self.inner);
-        match inner.ready.front() {
-            Some(Entry::Landed(landed)) if landed.there => {
-                let landed = *landed;
-                inner.ready.pop_front();
-                inner.taken += 1;
-                Next::Landed(landed)
-            }
-            Some(Entry::Landed(_)) => {
-                inner.hush(&self.bell);
-                Next::Filling
-            }
-            Some(Entry::Frame(_)) => {
-                if let Some(buffers) = &mut inner.posted.buffers {
-                    buffers.clear();
+        let Inner { ready, posted, .. } = &mut *inner;
+        let mut after = 0;
+        for index in 0..ready.len() {
+            match &ready[index] {
+                Entry::Landed(place) if place.there => {
+                    let landed = Landed { after, ..place.landed };
+                    ready.remove(index);
+                    return Next::Landed(landed);
                 }
-                self.open_to_land.store(false, Ordering::Relaxed);
-                Next::Waiting
-            }
-            None => {
-                inner.hush(&self.bell);
-                Next::Nothing
+                Entry::Landed(place) => after += place.landed.buffers,
+                Entry::Frame(_) => {
+                    if let Some(buffers) = &mut posted.buffers {
+                        buffers.clear();
+                    }
+                    self.open_to_land.store(false, Ordering::Relaxed);
+                    return Next::Waiting { filling: after };
+                }
             }
         }
+        inner.hush(&self.bell);
+        if after > 0 { Next::Filling } else { Next::Nothing }
+    }
+
+    /// Nothing more lands in what was posted; what does already goes on.
+    pub(crate) fn retract(&self) {
+        lock(&self.inner).posted.forget();
+        self.open_to_land.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether somebody is copying into what was posted, be it withdrawn or not.
+    pub(crate) fn is_filled(&self) -> bool {
+        lock(&self.inner).posted.filling > 0
     }
 
     /// Takes back what was posted. Waits for those who are copying: nobody else's lock is held over it. Who is not done after five seconds
-    /// is not waited for any longer, and what had landed is lost: its memory is there until it is done, and its own guest's alone.
+    /// is not waited for any longer, and what had landed is lost: its memory is there until it is done, and its own guest's alone. That
+    /// guest may not use it for something else before ([`is_filled`](Self::is_filled)).
     pub(crate) fn withdraw(&self) {
+        self.retract();
         let mut inner = lock(&self.inner);
-        inner.posted.forget();
-        self.open_to_land.store(false, Ordering::Relaxed);
         let end = Instant::now() + PATIENCE;
         while inner.posted.filling > 0 {
             inner.posted.awaited = true;
             let late;
             (inner, late) = wait_until(&self.filled, inner, end);
             if late {
-                let Inner { ready, taken, .. } = &mut *inner;
-                while matches!(ready.front(), Some(Entry::Landed(_))) {
-                    ready.pop_front();
-                    *taken += 1;
+                while matches!(inner.ready.front(), Some(Entry::Landed(_))) {
+                    inner.ready.pop_front();
                 }
                 return;
             }
@@ -130,7 +158,7 @@ impl Queue {
 
     fn take_posted(&self, len: usize) -> Option<Landing<'_>> {
         let mut inner = lock(&self.inner);
-        let Inner { ready, posted, taken, .. } = &mut *inner;
+        let Inner { ready, posted, .. } = &mut *inner;
         if matches!(ready.back(), Some(Entry::Frame(_))) {
             return None;
         }
@@ -141,11 +169,23 @@ impl Queue {
         let count = enough(buffers.lengths(), len, posted.mergeable)?;
         let list = buffers.take(count, posted.rooms.pop().unwrap_or_default());
         posted.filling += 1;
-        let number = *taken + ready.len() as u64;
-        let landed = Landed { buffers: count, header: [0; HEADER_LEN], len: 0, there: false };
-        ready.push_back(Entry::Landed(landed));
+        let number = posted.begun;
+        posted.begun += 1;
+        let landed = Landed { after: 0, buffers: count, header: [0; HEADER_LEN], len: 0 };
+        ready.push_back(Entry::Landed(Place { number, there: false, landed }));
         Some(Landing { queue: self, list: Some(list), at: HEADER_LEN, landed, number })
     }
+}
+
+/// The place with that number, if it was not thrown away. They are in the order of their numbers, before any other frame.
+fn place_of(number: u64, ready: &mut VecDeque<Entry>) -> Option<&mut Place> {
+    let Some(Entry::Landed(first)) = ready.front() else { return None };
+    // Exactly there, unless later ones have gone before it.
+    let at = usize::try_from(number.checked_sub(first.number)?).ok()?.min(ready.len() - 1);
+    let is_it = |entry: &Entry| matches!(entry, Entry::Landed(place) if place.number == number);
+    let at = (0..=at).rev().find(|&at| is_it(&ready[at]))?;
+    let Some(Entry::Landed(place)) = ready.get_mut(at) else { return None };
+    Some(place)
 }
 
 impl Posted {
@@ -204,13 +244,12 @@ impl Drop for Landing<'_> {
     fn drop(&mut self) {
         let room = self.list.take().map(|list| list.into_parts().0);
         let mut inner = lock(&self.queue.inner);
-        let Inner { ready, posted, taken, rung, .. } = &mut *inner;
+        let Inner { ready, posted, rung, .. } = &mut *inner;
         posted.rooms.extend(room);
         posted.filling -= 1;
-        let place = self.number.checked_sub(*taken).and_then(|at| ready.get_mut(at as usize));
         let mut rings = false;
-        if let Some(Entry::Landed(landed)) = place {
-            *landed = Landed { there: true, ..self.landed };
+        if let Some(place) = place_of(self.number, ready) {
+            (place.there, place.landed) = (true, self.landed);
             rings = *rung == 0;
             *rung += u64::from(rings);
         }
@@ -223,5 +262,13 @@ impl Drop for Landing<'_> {
         if rings {
             self.queue.bell.ring();
         }
+    }
+}
+
+#[cfg(test)]
+impl super::SwitchPort {
+    /// A frame of `len` bytes for the card here, whose sender is stopped amid it until this is dropped.
+    pub(crate) fn stuck(&self, len: usize) -> Option<impl Sized + '_> {
+        self.port.queue.land(len)
     }
 }

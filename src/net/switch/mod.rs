@@ -19,8 +19,9 @@
 //! forwards has a snapshot of all ports, and takes a new one when the switch's generation has changed. The
 //! table's readers take no lock. A queue's lock is held to put in a buffer or to take one out. A limit's lock
 //! is held for one subtraction, and only where there is a limit. A receiver that does not receive has a full
-//! queue, and frames for it are dropped there; its senders never wait. A card that takes its buffers back waits for
-//! those who are copying into them.
+//! queue, and frames for it are dropped there; its senders never wait. Nor does it wait for a sender that is stopped
+//! amid a frame: others' come before it. A card that takes its buffers back waits for those who are copying into them,
+//! for a while.
 
 use std::fmt;
 use std::io::Write;

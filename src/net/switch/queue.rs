@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::time::SystemTime;
 
-use super::landing::{Landed, Posted};
+use super::landing::{Place, Posted};
 use crate::net::{HEADER_LEN, MAX_FRAME};
 use crate::sys::sync::atomic::{AtomicBool, Ordering};
 use crate::sys::sync::{Bell, Condvar, Mutex, MutexGuard, lock};
@@ -22,7 +22,7 @@ const SIZES: [(usize, usize); 2] = [(2048, 512), (HEADER_LEN + MAX_FRAME, 32)];
 pub(super) enum Entry {
     Frame(Item),
     /// In buffers of the card's own, or on its way there.
-    Landed(Landed),
+    Landed(Place),
 }
 
 /// One frame in a buffer of ours.
@@ -58,8 +58,6 @@ pub struct Queue {
 #[derive(Default)]
 pub(super) struct Inner {
     pub ready: VecDeque<Entry>,
-    /// How many were taken out, which is the number of the first that waits.
-    pub taken: u64,
     pub posted: Posted,
     /// Buffers without a frame, of each size.
     spare: [Vec<Buffer>; 2],
@@ -104,7 +102,7 @@ impl Queue {
         // The bell's count is what it was: whoever is about to ring it does so. Who is copying finds that nobody waits for it.
         let old = std::mem::take(&mut *inner);
         (inner.closed, inner.rung) = (true, old.rung);
-        (inner.taken, inner.posted) = (old.taken + old.ready.len() as u64, old.posted);
+        inner.posted = old.posted;
         inner.posted.forget();
         self.open_to_land.store(false, Ordering::Relaxed);
         inner.hush(&self.bell);
@@ -164,16 +162,17 @@ impl Queue {
                 inner.spare[size].push(buffer);
             }
         }
-        match inner.ready.pop_front() {
-            Some(Entry::Frame(item)) => {
-                inner.taken += 1;
-                Some(item)
-            }
-            other => {
-                // What has landed is for who has posted.
-                if let Some(landed) = other {
-                    inner.ready.push_front(landed);
-                }
+        // It passes those that are still being copied, which are others'.
+        let being_copied = |entry: &Entry| matches!(entry, Entry::Landed(place) if !place.is_there());
+        let at = inner.ready.iter().take_while(|entry| being_copied(entry)).count();
+        match inner.ready.get(at) {
+            Some(Entry::Frame(_)) => match inner.ready.remove(at) {
+                Some(Entry::Frame(item)) => Some(item),
+                _ => None,
+            },
+            // What has landed is for who has posted, and rings on.
+            Some(Entry::Landed(_)) => None,
+            None => {
                 inner.hush(&self.bell);
                 None
             }

@@ -2,6 +2,7 @@
 //! virtio-net (5.1): a network card.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VLAN,
@@ -36,6 +37,9 @@ mod worker;
 pub(crate) use control::Control;
 pub use statistics::NetStatistics;
 pub(crate) use vhost::Vhost;
+
+/// Between two looks at a frame that is being copied.
+const MOMENT: Duration = Duration::from_millis(1);
 
 /// Entries of each queue.
 const QUEUE_SIZE: u16 = 256;
@@ -77,6 +81,15 @@ enum State {
     Active(Attached<Worker>),
     /// Its backend went down with the loop that it was on.
     Lost,
+}
+
+impl Pair {
+    fn worker(&self) -> Option<&Attached<Worker>> {
+        match &self.state {
+            State::Active(worker) => Some(worker),
+            State::Idle(..) | State::Lost => None,
+        }
+    }
 }
 
 impl Net {
@@ -128,11 +141,7 @@ impl Net {
     /// Serves all queues on the caller's thread: for drivers in this process ([`Place::Caller`]).
     #[cfg(any(test, feature = "internals"))]
     pub fn process_queues(&self) {
-        for pair in &self.pairs {
-            if let State::Active(worker) = &pair.state {
-                worker.with(Worker::process_queues);
-            }
-        }
+        self.pairs.iter().filter_map(Pair::worker).for_each(|worker| worker.with(Worker::process_queues));
         if let Some(commands) = &self.commands {
             commands.with(Server::process_queue);
         }
@@ -207,11 +216,7 @@ impl Net {
         signals: Signals,
         queue: Queue,
     ) -> Result<()> {
-        let handle = |pair: &Pair| match &pair.state {
-            State::Active(worker) => Some(worker.handle()),
-            _ => None,
-        };
-        let pairs = self.pairs.iter().map_while(handle).collect();
+        let pairs = self.pairs.iter().map_while(|pair| Some(pair.worker()?.handle())).collect();
         let commander = Commander { control: self.control.clone(), features, pairs };
         let server = Server::new(queue, memory, signals, commander);
         self.commands = Some(self.place.attach(server, self.control.id())?);
@@ -252,6 +257,26 @@ impl VirtioDevice for Net {
             drop(self.deactivate());
         }
         begun
+    }
+
+    fn drain(&mut self, deadline: Instant) -> bool {
+        let workers = || self.pairs.iter().filter_map(Pair::worker);
+        // Whoever sends copies a frame in a moment, unless he is stopped amid it.
+        while !workers().all(|worker| worker.with(Worker::drain)) {
+            if Instant::now() >= deadline {
+                workers().for_each(|worker| worker.with(Worker::go_on));
+                return false;
+            }
+            std::thread::sleep(MOMENT);
+        }
+        true
+    }
+
+    fn is_at_rest(&self) -> bool {
+        self.pairs.iter().all(|pair| match &pair.state {
+            State::Idle(parts, _) => parts.backend.port().is_none_or(|port| !port.is_filled()),
+            State::Active(_) | State::Lost => true,
+        })
     }
 
     fn deactivate(&mut self) -> Vec<Option<Queue>> {

@@ -18,6 +18,7 @@ use crate::sys::io::{Buffers, Pieces};
 use crate::virtio::queue::{Chain, Queue, QueueFault, Rings};
 
 use held::Held;
+use landed::Landing;
 
 mod held;
 mod landed;
@@ -50,6 +51,8 @@ pub(super) struct Rx {
     pieces: Pieces,
     /// Buffers on their way to the port.
     offered: Option<Buffers<Memory>>,
+    /// The port gets none: a pause is near.
+    pub draining: bool,
     pub overflow: Overflow,
     control: Arc<Control>,
     counters: Arc<Counters>,
@@ -114,6 +117,7 @@ impl Rx {
             parts: Vec::with_capacity(queue.size().into()),
             pieces: Pieces::with_capacity(usize::from(queue.max_size()) + 2),
             offered: None,
+            draining: false,
             overflow,
             counters: control.counters[pair].clone(),
             control,
@@ -134,10 +138,11 @@ impl Rx {
             if let Some(wait) = self.control.wait(&self.control.receive).filter(|_| is_up) {
                 return Ok(Received::Limited(wait));
             }
-            if self.held.posted() > 0 {
+            if self.held.is_at_port() {
                 match self.land(memory, backend)? {
-                    Some(end) => return Ok(end),
-                    None => continue,
+                    Landing::Settled => continue,
+                    Landing::Waits => {}
+                    Landing::Ends(end) => return Ok(end),
                 }
             }
             if !is_up {
@@ -194,8 +199,8 @@ impl Rx {
         self.short >= RUN
     }
 
-    /// How much to have ready: the longest frame where one may be of many segments, so that none is copied; else a buffer, which
-    /// holds any but a jumbo frame.
+    /// How much to have ready: the longest frame where one may be of many segments, so that none is copied twice, but for one that comes
+    /// behind many short ones; else a buffer, which holds any but a jumbo frame.
     fn wanted(&self) -> u64 {
         if self.takes_long() && !self.expects_short() { (HEADER_LEN + MAX_FRAME) as u64 } else { 1 }
     }

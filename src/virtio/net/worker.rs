@@ -128,6 +128,17 @@ impl Worker {
         }
     }
 
+    /// Has the network begin nothing more in buffers of the driver's: whether nothing that was begun is left.
+    pub fn drain(&mut self) -> bool {
+        self.rx.drain(&*self.backend)
+    }
+
+    /// The pause that was near does not come.
+    pub fn go_on(&mut self) {
+        self.rx.draining = false;
+        self.rx.queue.rearm();
+    }
+
     /// Gives everything back, in the order of the queues.
     pub fn finish(mut self) -> ([Queue; 2], Parts, Overflow) {
         self.stop_kernel();
@@ -295,6 +306,7 @@ impl Worker {
     fn unwatchable(&mut self, error: event_manager::Error) {
         self.broken = true;
         self.stop_kernel();
+        self.rx.let_go(&self.memory, &*self.backend);
         self.signals.needs_reset(format_args!("the host cannot watch its descriptors: {error}"));
     }
 }

@@ -22,6 +22,8 @@ struct Inner {
     config: [u8; 4],
     /// Fail the next activation.
     refuse: bool,
+    /// Somebody writes to the driver's memory.
+    written: bool,
     activations: u32,
 }
 
@@ -32,6 +34,11 @@ impl Echo {
 
     pub fn refuse_once(&self) {
         lock(&self.0).refuse = true;
+    }
+
+    /// Whether somebody writes to the driver's memory, also after a reset.
+    pub fn set_written(&self, written: bool) {
+        lock(&self.0).written = written;
     }
 
     pub fn activations(&self) -> u32 {
@@ -95,6 +102,10 @@ impl VirtioDevice for Echo {
 
     fn queue_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
+    }
+
+    fn is_at_rest(&self) -> bool {
+        !lock(&self.0).written
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

@@ -95,6 +95,8 @@ pub(super) struct Core {
     signals: Signals,
     memory: Memory,
     service: Service,
+    /// A reset is not over: somebody still writes to memory of the driver's. The status says so until it is.
+    settling: bool,
     driver_features: u64,
     /// Which half of the features the next access means; a driver may write anything here.
     pub device_feature_select: u32,
@@ -124,6 +126,7 @@ impl Core {
             signals,
             memory,
             service: Service::Idle,
+            settling: false,
             driver_features: 0,
             device_feature_select: 0,
             driver_feature_select: 0,
@@ -188,12 +191,24 @@ impl Core {
         self.device.write_config(offset, data);
     }
 
-    /// Writes the status register. Bits are only ever added, save by a reset.
+    /// Reads the status register: 0 once a reset is over (4.1.4.3.1).
+    pub fn status(&mut self) -> u8 {
+        if self.settling && self.device.is_at_rest() {
+            self.settling = false;
+            self.signals.set_status(0);
+        }
+        self.signals.status()
+    }
+
+    /// Writes the status register. Bits are only ever added, save by a reset, until whose end nothing is heard.
     pub fn set_status(&mut self, value: u8) -> Change {
-        let old = self.signals.status();
         if value == 0 {
             self.reset();
             return Change::Reset;
+        }
+        let old = self.status();
+        if self.settling {
+            return Change::None;
         }
         let mut status = (old | value) & DRIVER_BITS;
         if status & !old & FEATURES_OK != 0 && !self.features_are_good() {
@@ -276,6 +291,7 @@ impl Core {
             signals,
             memory: _,
             service,
+            settling,
             driver_features,
             device_feature_select,
             driver_feature_select,
@@ -288,7 +304,8 @@ impl Core {
             *service = Service::Idle;
         }
         signals.set_config_interrupt(None);
-        signals.set_status(0);
+        *settling = !device.is_at_rest();
+        signals.set_status(if *settling { NEEDS_RESET } else { 0 });
         *driver_features = 0;
         (*device_feature_select, *driver_feature_select, *queue_select) = (0, 0, 0);
         queues.iter_mut().for_each(QueueRegisters::reset);

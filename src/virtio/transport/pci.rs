@@ -154,7 +154,7 @@ impl State {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         let (page, within) = (offset & !(parts::PAGE - 1), offset % parts::PAGE);
         match page {
-            parts::COMMON => common::read(&self.core, self.config_vector, within, data),
+            parts::COMMON => common::read(&mut self.core, self.config_vector, within, data),
             parts::ISR => {
                 data.fill(0);
                 if let (0, Some(first)) = (within, data.first_mut()) {

@@ -27,7 +27,7 @@ fn post(net: &Net, memory: &Memory, mut at: u64, sizes: &[usize], mergeable: boo
 fn next(net: &Net) -> Option<Landed> {
     match net.plugs[1].port().unwrap().next() {
         Next::Landed(landed) => Some(landed),
-        Next::Filling | Next::Waiting | Next::Nothing => None,
+        Next::Filling | Next::Waiting { .. } | Next::Nothing => None,
     }
 }
 
@@ -74,7 +74,7 @@ fn nothing_overtakes_a_frame_that_waits_and_nothing_lands_where_there_is_no_room
         post(&net, &memory, 0x1000, sizes, mergeable);
         net.send(0, &frame(mac(1), mac(0), &[1; 500]));
         net.send(0, &frame(mac(1), mac(0), &[2; 20]));
-        assert!(matches!(net.plugs[1].port().unwrap().next(), Next::Waiting), "{sizes:?}");
+        assert!(matches!(net.plugs[1].port().unwrap().next(), Next::Waiting { filling: 0 }), "{sizes:?}");
         for byte in [1, 2] {
             assert_eq!(net.next(1).expect("it waits").1.last(), Some(&byte));
         }
@@ -93,8 +93,7 @@ fn what_is_not_finished_is_no_frame_and_buffers_come_back_when_nobody_copies() {
     post(&net, &memory, 0x1000, &[700, 700, 700], true);
     let queue = net.plugs[1].port().unwrap();
     let (first, second) = (queue.land(100).expect("room"), queue.land(200).expect("room"));
-    second.done([3; 12], 200);
-    assert!(matches!(queue.next(), Next::Filling), "the first is before it");
+    assert!(matches!(queue.next(), Next::Filling));
     // Somebody takes back what is posted, and has it when the last copy has ended.
     std::thread::scope(|scope| {
         let (sender, done) = mpsc::channel();
@@ -103,12 +102,43 @@ fn what_is_not_finished_is_no_frame_and_buffers_come_back_when_nobody_copies() {
             sender.send(()).unwrap();
         });
         assert!(done.recv_timeout(Duration::from_millis(200)).is_err(), "one is being filled");
+        second.done([3; 12], 200);
+        assert!(done.recv_timeout(Duration::from_millis(200)).is_err(), "one is being filled still");
+        assert!(queue.is_filled());
         drop(first);
         done.recv_timeout(Duration::from_secs(60)).expect("waited for the buffers to be given back");
     });
-    assert!(queue.land(100).is_none(), "nothing is posted");
+    assert!(queue.land(100).is_none() && !queue.is_filled(), "nothing is posted");
     assert_eq!(next(&net).map(|landed| (landed.buffers, landed.len)), Some((1, 0)));
     assert_eq!(next(&net).map(|landed| (landed.buffers, landed.len, landed.header)), Some((1, 200, [3; 12])));
+}
+
+#[test]
+fn who_is_stopped_amid_a_copy_stops_nobody_else() {
+    let (mut net, memory) = stage([PortOptions::access(1), PortOptions::access(1)]);
+    post(&net, &memory, 0x1000, &[700; 6], true);
+    let port = net.ports[1].port.clone();
+    let queue = &port.queue;
+    let [stuck, slow] = [900, 100].map(|len| queue.land(len).expect("room"));
+    net.send(0, &frame(mac(1), mac(0), &[1; 50]));
+    assert_eq!(next(&net).map(|landed| (landed.after, landed.buffers, landed.len)), Some((3, 1, 64)));
+    slow.done([0; 12], 100);
+    let landed = next(&net).expect("it is there now");
+    assert_eq!((landed.after, landed.buffers, landed.len), (2, 1, 100));
+    assert!(matches!(queue.next(), Next::Filling));
+    // Nor where all that is left waits in buffers of ours.
+    net.send(0, &frame(mac(1), mac(0), &[2; 1500]));
+    assert!(matches!(queue.next(), Next::Waiting { filling: 2 }));
+    let late = queue.land(100);
+    assert!(late.is_none(), "a frame waits before it");
+    assert_eq!(net.next(1).map(|(_, frame)| frame.len()), Some(1514));
+    assert!(net.next(1).is_none());
+    // What has come to its end goes before what came into a buffer of ours later.
+    stuck.done([5; 12], 900);
+    net.send(0, &frame(mac(1), mac(0), &[3; 50]));
+    assert!(net.next(1).is_none());
+    assert_eq!(next(&net).map(|landed| (landed.after, landed.buffers, landed.header)), Some((0, 2, [5; 12])));
+    assert!(net.next(1).is_some());
 }
 
 #[test]

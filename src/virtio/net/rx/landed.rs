@@ -8,6 +8,16 @@ use crate::net::switch::{Landed, Next};
 use crate::sys::io::Buffers;
 use crate::virtio::queue::QueueFault;
 
+/// What came of a look.
+pub(super) enum Landing {
+    /// A frame was there.
+    Settled,
+    /// One is to be read from the port, as from any network.
+    Waits,
+    /// Nothing was there, and the run ends.
+    Ends(Received),
+}
+
 impl Rx {
     /// Waits for frames: where the network takes buffers before them, with all posted that the driver has given.
     pub(super) fn post(
@@ -15,7 +25,7 @@ impl Rx {
         memory: &Memory,
         backend: &mut dyn NetBackend,
     ) -> Result<Received, QueueFault> {
-        let Some(port) = backend.port() else { return Ok(Received::NoFrames) };
+        let Some(port) = backend.port().filter(|_| !self.draining) else { return Ok(Received::NoFrames) };
         if self.held.posted() == 0 {
             self.look_at_first(memory)?;
         }
@@ -51,34 +61,34 @@ impl Rx {
         Ok(Received::NoFrames)
     }
 
-    /// Looks for a frame in the buffers that are posted; why the run ends, if it does.
+    /// Looks for a frame in the buffers that are posted.
     pub(super) fn land(
         &mut self,
         memory: &Memory,
         backend: &mut dyn NetBackend,
-    ) -> Result<Option<Received>, QueueFault> {
-        let next = backend.port().map_or(Next::Waiting, |port| port.next());
+    ) -> Result<Landing, QueueFault> {
+        let next = backend.port().map_or(Next::Waiting { filling: 0 }, |port| port.next());
         match next {
             Next::Landed(landed) => {
                 self.settle(memory, &landed)?;
                 if self.held.posted() < usize::from(self.queue.size() / 2) {
                     self.post(memory, backend)?;
                 }
-                Ok(None)
+                Ok(Landing::Settled)
             }
-            Next::Waiting => {
-                self.held.withdraw();
-                Ok(None)
+            Next::Waiting { filling } => {
+                self.held.withdraw(filling);
+                Ok(Landing::Waits)
             }
-            Next::Filling => Ok(Some(Received::NoFrames)),
-            Next::Nothing => self.post(memory, backend).map(Some),
+            Next::Filling => Ok(Landing::Ends(Received::NoFrames)),
+            Next::Nothing => self.post(memory, backend).map(Landing::Ends),
         }
     }
 
     /// Hands a frame to the driver that is in its buffers, or keeps those for another.
     fn settle(&mut self, memory: &Memory, landed: &Landed) -> Result<(), QueueFault> {
-        let Landed { buffers, header, len, .. } = *landed;
-        self.held.land(buffers);
+        let Landed { after, buffers, header, len } = *landed;
+        self.held.land(after, buffers);
         self.short = if buffers > 1 { 0 } else { self.short.saturating_add(1) };
         if !self.control.is_up() || !(MIN_FRAME..=MAX_FRAME).contains(&len) {
             self.counters.rx.dropped();
@@ -94,6 +104,16 @@ impl Rx {
         Ok(())
     }
 
+    /// Posts no more, and takes back what is posted, as far as nobody fills it: whether that is all.
+    pub fn drain(&mut self, backend: &dyn NetBackend) -> bool {
+        let Some(port) = backend.port() else { return true };
+        if !self.draining {
+            self.draining = true;
+            port.retract();
+        }
+        !port.is_filled()
+    }
+
     /// Gives the buffers that wait for a frame back to the ring; frames that are in some are the driver's first.
     pub fn let_go(&mut self, memory: &Memory, backend: &dyn NetBackend) {
         if let Some(port) = backend.port() {
@@ -103,7 +123,7 @@ impl Rx {
                 let _ = self.settle(memory, &landed);
             }
         }
-        self.held.withdraw();
+        self.held.withdraw(0);
         // Somebody else may say whether the doorbell is wanted meanwhile.
         self.quiet = false;
         // The last one taken first. One that was passed over, because its frame was dropped, cannot go back once later ones are done.

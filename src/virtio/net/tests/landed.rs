@@ -197,6 +197,73 @@ fn buffers_outside_memory_or_too_short_come_back_and_frames_go_into_others() {
 }
 
 #[test]
+fn a_sender_that_is_stopped_amid_a_frame_stops_nobody_else() {
+    for mergeable in [true, false] {
+        let mut cable = Cable::new(if mergeable { TSO } else { 0 });
+        let port = cable.port.clone();
+        (0..16).for_each(|_| cable.give(ROOM));
+        cable.card.net.process_queues();
+        let stuck = [3000, 40, 1000].map(|len| port.stuck(len));
+        assert_eq!(stuck.each_ref().map(Option::is_some), [mergeable, true, true]);
+        for number in 0..50 {
+            let frame = cable.frame(60 + 7 * number as usize, number, MAC.0);
+            cable.send(&frame);
+            cable.card.net.process_queues();
+            let mut taken = cable.taken();
+            assert_eq!(taken.is_empty(), number > 13 - u32::from(mergeable) * 2, "{number}");
+            if taken.is_empty() {
+                // All that were posted are used up, and it waits in a buffer of the switch's.
+                cable.give(ROOM);
+                cable.card.net.process_queues();
+                taken = cable.taken();
+            }
+            assert_eq!(taken, [frame], "{number}");
+        }
+        // One ends well, as far as is known: its bytes are nobody's.
+        drop(stuck);
+        cable.card.net.process_queues();
+        let frame = cable.frame(1500, 7, MAC.0);
+        cable.send(&frame);
+        cable.card.net.process_queues();
+        assert_eq!(cable.taken(), [frame]);
+        assert!(!cable.card.broken());
+    }
+}
+
+#[test]
+fn a_pause_does_not_come_and_a_reset_is_not_over_while_somebody_copies() {
+    let mut cable = Cable::new(TSO);
+    let port = cable.port.clone();
+    (0..8).for_each(|_| cable.give(ROOM));
+    cable.card.net.process_queues();
+    let stuck = port.stuck(100).expect("room");
+    assert!(!cable.card.net.drain(Instant::now()), "one is being copied");
+    let frame = cable.frame(500, 1, MAC.0);
+    for _ in 0..2 {
+        cable.send(&frame);
+        cable.card.net.process_queues();
+        assert_eq!(cable.taken().pop().as_ref(), Some(&frame), "it goes on");
+    }
+    drop(cable.card.net.deactivate());
+    assert!(!cable.card.net.is_at_rest());
+    drop(stuck);
+    assert!(cable.card.net.is_at_rest());
+    cable.card.reset();
+    cable.begin();
+    (0..8).for_each(|_| cable.give(ROOM));
+    cable.card.net.process_queues();
+    assert!(cable.card.net.drain(Instant::now()));
+    cable.send(&frame);
+    cable.card.net.process_queues();
+    assert_eq!(cable.taken(), std::slice::from_ref(&frame), "from a buffer of the switch's");
+    cable.pause();
+    cable.send(&frame);
+    assert_eq!(cable.peek(1), frame[..32], "it is posted again");
+    cable.card.net.process_queues();
+    assert_eq!(cable.taken(), [frame]);
+}
+
+#[test]
 fn the_next_guest_on_a_port_has_frames_land_in_its_own_memory() {
     let mut cable = Cable::new(TSO);
     cable.give(ROOM);

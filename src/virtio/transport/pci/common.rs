@@ -26,7 +26,7 @@ const QUEUE_DEVICE: u64 = 0x30;
 const HIGH: u64 = 4;
 
 /// Reads any piece of the structure. Beyond it there is nothing: zeroes.
-pub(super) fn read(core: &Core, config_vector: u16, offset: u64, data: &mut [u8]) {
+pub(super) fn read(core: &mut Core, config_vector: u16, offset: u64, data: &mut [u8]) {
     let mut space = [0; COMMON_LEN as usize];
     let mut put = |at: u64, bytes: &[u8]| {
         let at = at as usize;
@@ -38,7 +38,7 @@ pub(super) fn read(core: &Core, config_vector: u16, offset: u64, data: &mut [u8]
     put(DRIVER_FEATURE, &core.driver_features().to_le_bytes());
     put(CONFIG_MSIX_VECTOR, &config_vector.to_le_bytes());
     put(NUM_QUEUES, &(core.queues().len() as u16).to_le_bytes());
-    put(DEVICE_STATUS, &[core.signals().status()]);
+    put(DEVICE_STATUS, &[core.status()]);
     put(CONFIG_GENERATION, &[core.signals().config_generation()]);
     put(QUEUE_SELECT, &core.queue_select.to_le_bytes());
     if let Some(queue) = core.queue() {

@@ -288,6 +288,24 @@ fn after_a_reset_everything_is_as_at_first_and_works() {
 }
 
 #[test]
+fn a_reset_is_over_when_nobody_writes_to_the_drivers_memory_any_more() {
+    let mut s = setup();
+    s.start();
+    s.echo.set_written(true);
+    s.reset();
+    assert_eq!((s.driver.status(), s.echo.features()), (NEEDS_RESET, None));
+    // A driver that does not wait gets nowhere, nor does another reset help.
+    s.driver.set_status(ACKNOWLEDGE);
+    assert_eq!(s.driver.status(), NEEDS_RESET);
+    s.reset();
+    assert_eq!(s.driver.status(), NEEDS_RESET);
+    s.echo.set_written(false);
+    assert_eq!(s.driver.status(), 0);
+    s.start();
+    assert!(s.round(0) && s.round(1));
+}
+
+#[test]
 fn impossible_rings_and_a_device_that_refuses_need_a_reset() {
     let mut s = setup();
     let told = |s: &Setup| {
