@@ -1133,6 +1133,21 @@ int32_t vmbed_block_complete(vmbed_block *disk,
 /** The same; the VM is not built where it cannot. */
 #define VMBED_VHOST_REQUIRED 2
 
+/** A frame's TCP or UDP checksum is to be completed: from the header's `csum_start` on. Without it, none of the others. */
+#define VMBED_OFFLOAD_CSUM 1
+
+/** A frame is to be cut into segments: TCP over IPv4. */
+#define VMBED_OFFLOAD_TSO4 2
+
+/** TCP over IPv6. */
+#define VMBED_OFFLOAD_TSO6 4
+
+/** TSO of connections with explicit congestion notification. */
+#define VMBED_OFFLOAD_ECN 8
+
+/** A frame is to be cut into UDP datagrams. */
+#define VMBED_OFFLOAD_USO 16
+
 /** A virtio-net card. */
 typedef struct {
     /** sizeof(struct vmbed_net) */
@@ -1185,8 +1200,8 @@ typedef struct {
 
 /**
  * A network of your own. A frame is one message: a header of 12 bytes (`struct virtio_net_hdr_v1`) and the frame from its
- * Ethernet header on, without its checksum; at most 65,557 bytes behind the header. No offload is negotiated: the header
- * of every frame that a guest sends is all zero, and one for a guest must ask for nothing: put zeroes.
+ * Ethernet header on, without its checksum; at most 65,557 bytes behind the header. A header says what is left to do on its
+ * frame: nothing, so that it is all zero, but for the `offloads` that both sides know.
  *
  * The functions are called on a device thread of the VM's, one at a time for each card, and must not block. They return 0
  * or an errno. Where frames come from other threads, a pair of connected sockets does all of this:
@@ -1208,6 +1223,15 @@ typedef struct {
     int32_t (*send)(void *user, const vmbed_piece *pieces, size_t count);
     /** Ends the network's data, see vmbed_destroy_fn. May be NULL. */
     vmbed_destroy_fn destroy;
+    /** VMBED_OFFLOAD_*: what it does itself on frames that a guest sends, and may leave to do on those for a guest. 0: nothing. */
+    uint32_t offloads;
+    /** Zero. */
+    uint32_t reserved;
+    /**
+     * Says what of it the guest's driver takes: a frame for it that leaves anything else to do is dropped. Called when a driver begins,
+     * before anything else. May be NULL.
+     */
+    void (*set_offloads)(void *user, uint32_t taken);
 } vmbed_net_ops;
 
 /**
