@@ -1777,8 +1777,14 @@ int32_t vmbed_wiring_attach(vmbed_wiring *wiring,
                             const char *bridge,
                             vmbed_error **error);
 
-/** Takes a port from its bridge; nothing where it is on none. */
-int32_t vmbed_wiring_detach(vmbed_wiring *wiring, const char *port, vmbed_error **error);
+/**
+ * Takes a port from its bridge; nothing where it is on none. When that is undone, it has its settings there again (cost, priority,
+ * flooding, isolation and the like), its VLANs, and the addresses that somebody has put behind it for good (`bridge fdb`); not
+ * static groups (`bridge mdb`), settings of single VLANs and tunnels (`bridge vlan set`), and what the bridge had learned.
+ */
+int32_t vmbed_wiring_detach(vmbed_wiring *wiring,
+                            const char *port,
+                            vmbed_error **error);
 
 /**
  * Says which VLANs a port of a bridge is in, or the bridge itself: as the host's own interface on it. With `trunk` NULL, and
@@ -1793,12 +1799,21 @@ int32_t vmbed_wiring_set_vlans(vmbed_wiring *wiring,
                                size_t trunk_length,
                                vmbed_error **error);
 
-/** Sets an interface up or down. */
-int32_t vmbed_wiring_set_up(vmbed_wiring *wiring, const char *name, bool up, vmbed_error **error);
+/**
+ * Sets an interface up or down. One that is set down loses its routes and IPv6 addresses. When that is undone, it has again what
+ * somebody gave it of them; what routers advertise they say again. What does not come back: next hop objects and the routes
+ * through them, IPv6 routes with a source address of their own (vmbed_wiring_release() says so), permanent neighbours, and the
+ * routes and IPv6 addresses of VLAN interfaces on it.
+ */
+int32_t vmbed_wiring_set_up(vmbed_wiring *wiring,
+                            const char *name,
+                            bool up,
+                            vmbed_error **error);
 
 /**
  * Sets the largest packet that an interface carries, in bytes without the Ethernet header. VMBED_ERR_INVALID_ARGUMENT where it
- * cannot.
+ * cannot. Below 1280 bytes there is no IPv6: its addresses and routes are lost, and come back as in vmbed_wiring_set_up(); its own
+ * `net.ipv6.conf` do not.
  */
 int32_t vmbed_wiring_set_mtu(vmbed_wiring *wiring,
                              const char *name,
