@@ -1802,8 +1802,7 @@ int32_t vmbed_wiring_set_vlans(vmbed_wiring *wiring,
 /**
  * Sets an interface up or down. One that is set down loses its routes and IPv6 addresses. When that is undone, it has again what
  * somebody gave it of them; what routers advertise they say again. What does not come back: next hop objects and the routes
- * through them, IPv6 routes with a source address of their own (vmbed_wiring_release() says so), permanent neighbours, and the
- * routes and IPv6 addresses of VLAN interfaces on it.
+ * through them, permanent neighbours, and the routes and IPv6 addresses of VLAN interfaces on it.
  */
 int32_t vmbed_wiring_set_up(vmbed_wiring *wiring,
                             const char *name,

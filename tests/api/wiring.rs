@@ -171,6 +171,8 @@ fn paths_that_were_there() {
     run("ip addr add 10.7.0.1/24 dev eth0");
     run("ip addr add fd07::1/64 dev eth0");
     run("ip addr add fd07::2/128 dev eth0 preferred_lft 0");
+    run("ip addr add fd07::3/64 dev eth0 nodad");
+    run("ip addr change fd07::3/64 dev eth0");
     for route in [
         "10.8.0.0/16 via 10.7.0.2 metric 5 mtu 1300",
         // The kernel tells of the second of these first, whose gateway is behind the first.
@@ -179,6 +181,7 @@ fn paths_that_were_there() {
         "10.9.0.0/16 via 10.7.0.3 src 10.7.0.1 table 100",
         "fd08::/64 via fd07::9",
         "fd09::/64 via fe80::1 dev eth0 metric 77 table 100",
+        "fd0b::/64 via fd07::9 src fd07::3",
     ] {
         run(&format!("ip route add {route}"));
     }
@@ -186,7 +189,7 @@ fn paths_that_were_there() {
     let has = |what: &str| paths("eth0").iter().any(|line| line.contains(what));
     wait_until("a link-local address", || has("scope link"));
     let before = paths("eth0");
-    assert!(before.len() >= 9, "{before:#?}");
+    assert!(before.len() >= 11, "{before:#?}");
     let down = |wiring: &Wiring| wiring.set_up("eth0", false);
     let small = |wiring: &Wiring| wiring.set_mtu("eth0", 1000);
     for change in [&down as &dyn Fn(&Wiring) -> vmbed::Result<()>, &small] {

@@ -1,12 +1,16 @@
 #![forbid(unsafe_code)]
 //! What an interface loses when it is taken from its bridge, or set down, so that it can be given back.
 
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
-use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressProtocol};
+use std::net::IpAddr;
+
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_route::address::{
+    AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressProtocol,
+};
 use netlink_packet_route::link::{InfoBridgePort, InfoPortData, InfoPortKind, LinkAttribute, LinkInfo};
 use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState};
 use netlink_packet_route::route::{
-    RouteAttribute, RouteFlags, RouteMessage, RouteNextHopFlags, RouteProtocol,
+    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteNextHopFlags, RouteProtocol,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
@@ -133,8 +137,7 @@ impl Links {
     /// Gives them back to an interface that is up again, as far as nobody else has.
     pub fn restore_paths(&mut self, paths: &Paths) -> Result<(), Refusal> {
         for address in &paths.addresses {
-            let address = RouteNetlinkMessage::NewAddress(address.clone());
-            unless_there(self.0.tell(address, NLM_F_CREATE | NLM_F_EXCL))?;
+            self.restore_address(address, paths.routes.iter().any(|route| begins_at(route, address)))?;
         }
         // One may lead to where another one's gateway is.
         let mut missing: Vec<_> = paths.routes.iter().collect();
@@ -152,6 +155,26 @@ impl Links {
             if missing.is_empty() || missing.len() == before {
                 return refused;
             }
+        }
+    }
+
+    /// The kernel takes no route from an address that it still checks for duplicates: one of those is had without a check.
+    fn restore_address(&mut self, address: &AddressMessage, is_source: bool) -> Result<(), Refusal> {
+        let mut first = address.clone();
+        if is_source {
+            first.header.flags |= AddressHeaderFlags::Nodad;
+            for attribute in &mut first.attributes {
+                if let AddressAttribute::Flags(flags) = attribute {
+                    *flags |= AddressFlags::Nodad;
+                }
+            }
+        }
+        let first_is_all = first == *address;
+        match self.0.tell(RouteNetlinkMessage::NewAddress(first), NLM_F_CREATE | NLM_F_EXCL) {
+            Ok(()) if !first_is_all => {
+                self.0.tell(RouteNetlinkMessage::NewAddress(address.clone()), NLM_F_REPLACE)
+            }
+            result => unless_there(result),
         }
     }
 
@@ -206,6 +229,20 @@ fn is_lost(route: &RouteMessage, index: u32) -> bool {
     };
     let object = |attribute: &RouteAttribute| matches!(attribute, RouteAttribute::NhId(_));
     !by_itself && route.attributes.iter().any(through) && !route.attributes.iter().any(object)
+}
+
+/// Whether what goes that way has that address as its source.
+fn begins_at(route: &RouteMessage, address: &AddressMessage) -> bool {
+    let mut sources = route.attributes.iter().filter_map(|attribute| match attribute {
+        RouteAttribute::PrefSource(RouteAddress::Inet6(source)) => Some(IpAddr::V6(*source)),
+        _ => None,
+    });
+    sources.any(|source| {
+        let of = |a: &AddressAttribute| {
+            matches!(a, AddressAttribute::Address(ip) | AddressAttribute::Local(ip) if *ip == source)
+        };
+        address.attributes.iter().any(of)
+    })
 }
 
 /// Without what the kernel only tells.
