@@ -1133,6 +1133,21 @@ int32_t vmbed_block_complete(vmbed_block *disk,
 /** The same; the VM is not built where it cannot. */
 #define VMBED_VHOST_REQUIRED 2
 
+/** A frame's TCP or UDP checksum is to be completed: from the header's `csum_start` on. Without it, none of the others. */
+#define VMBED_OFFLOAD_CSUM 1
+
+/** A frame is to be cut into segments: TCP over IPv4. */
+#define VMBED_OFFLOAD_TSO4 2
+
+/** TCP over IPv6. */
+#define VMBED_OFFLOAD_TSO6 4
+
+/** TSO of connections with explicit congestion notification. */
+#define VMBED_OFFLOAD_ECN 8
+
+/** A frame is to be cut into UDP datagrams. */
+#define VMBED_OFFLOAD_USO 16
+
 /** A virtio-net card. */
 typedef struct {
     /** sizeof(struct vmbed_net) */
@@ -1185,8 +1200,8 @@ typedef struct {
 
 /**
  * A network of your own. A frame is one message: a header of 12 bytes (`struct virtio_net_hdr_v1`) and the frame from its
- * Ethernet header on, without its checksum; at most 65,557 bytes behind the header. No offload is negotiated: the header
- * of every frame that a guest sends is all zero, and one for a guest must ask for nothing: put zeroes.
+ * Ethernet header on, without its checksum; at most 65,557 bytes behind the header. A header says what is left to do on its
+ * frame: nothing, so that it is all zero, but for the `offloads` that both sides know.
  *
  * The functions are called on a device thread of the VM's, one at a time for each card, and must not block. They return 0
  * or an errno. Where frames come from other threads, a pair of connected sockets does all of this:
@@ -1208,6 +1223,15 @@ typedef struct {
     int32_t (*send)(void *user, const vmbed_piece *pieces, size_t count);
     /** Ends the network's data, see vmbed_destroy_fn. May be NULL. */
     vmbed_destroy_fn destroy;
+    /** VMBED_OFFLOAD_*: what it does itself on frames that a guest sends, and may leave to do on those for a guest. 0: nothing. */
+    uint32_t offloads;
+    /** Zero. */
+    uint32_t reserved;
+    /**
+     * Says what of it the guest's driver takes: a frame for it that leaves anything else to do is dropped. Called when a driver begins,
+     * before anything else. May be NULL.
+     */
+    void (*set_offloads)(void *user, uint32_t taken);
 } vmbed_net_ops;
 
 /**
@@ -1753,8 +1777,14 @@ int32_t vmbed_wiring_attach(vmbed_wiring *wiring,
                             const char *bridge,
                             vmbed_error **error);
 
-/** Takes a port from its bridge; nothing where it is on none. */
-int32_t vmbed_wiring_detach(vmbed_wiring *wiring, const char *port, vmbed_error **error);
+/**
+ * Takes a port from its bridge; nothing where it is on none. When that is undone, it has its settings there again (cost, priority,
+ * flooding, isolation and the like), its VLANs, and the addresses that somebody has put behind it for good (`bridge fdb`); not
+ * static groups (`bridge mdb`), settings of single VLANs and tunnels (`bridge vlan set`), and what the bridge had learned.
+ */
+int32_t vmbed_wiring_detach(vmbed_wiring *wiring,
+                            const char *port,
+                            vmbed_error **error);
 
 /**
  * Says which VLANs a port of a bridge is in, or the bridge itself: as the host's own interface on it. With `trunk` NULL, and
@@ -1769,12 +1799,20 @@ int32_t vmbed_wiring_set_vlans(vmbed_wiring *wiring,
                                size_t trunk_length,
                                vmbed_error **error);
 
-/** Sets an interface up or down. */
-int32_t vmbed_wiring_set_up(vmbed_wiring *wiring, const char *name, bool up, vmbed_error **error);
+/**
+ * Sets an interface up or down. One that is set down loses its routes and IPv6 addresses. When that is undone, it has again what
+ * somebody gave it of them; what routers advertise they say again. What does not come back: next hop objects and the routes
+ * through them, permanent neighbours, and the routes and IPv6 addresses of VLAN interfaces on it.
+ */
+int32_t vmbed_wiring_set_up(vmbed_wiring *wiring,
+                            const char *name,
+                            bool up,
+                            vmbed_error **error);
 
 /**
  * Sets the largest packet that an interface carries, in bytes without the Ethernet header. VMBED_ERR_INVALID_ARGUMENT where it
- * cannot.
+ * cannot. Below 1280 bytes there is no IPv6: its addresses and routes are lost, and come back as in vmbed_wiring_set_up(); its own
+ * `net.ipv6.conf` do not.
  */
 int32_t vmbed_wiring_set_mtu(vmbed_wiring *wiring,
                              const char *name,

@@ -56,8 +56,14 @@ def wait_until(what: str, done: Callable[[], object]) -> None:
 
 #: The steps of tests/guests/virtio.c.
 END, READ, WRITE, FLUSH, BEGIN_READ, FINISH, SEND, RECEIVE, RESET, TELL, BEGIN_WRITE = range(11)
-INFLATE, DEFLATE, ACCOUNT, ASKED, TARGET, DISCARD, ZERO = range(11, 18)
+INFLATE, DEFLATE, ACCOUNT, ASKED, TARGET, DISCARD, ZERO, HEADER = range(11, 19)
 Step = tuple[int, int, int, int]
+
+
+def behind(header: bytes) -> Step:
+    """The step from which on frames are sent behind that header."""
+    one, two, three = struct.unpack("<3I", header)
+    return HEADER, one, two, three
 
 
 def driver(disks: int = 0, nets: int = 0) -> vmbed.BareConfig:
@@ -127,6 +133,8 @@ class Echo(vmbed.NetBackend):
 
     def __init__(self) -> None:
         self.frames: deque[bytes] = deque()
+        self.headers: list[bytes] = []
+        self.taken: vmbed.Offloads | None = None
         self.bell = os.eventfd(0, os.EFD_NONBLOCK)
 
     def fileno(self) -> int:
@@ -141,8 +149,11 @@ class Echo(vmbed.NetBackend):
             return None
         return self.frames.popleft()
 
+    def set_offloads(self, taken: vmbed.Offloads) -> None:
+        self.taken = taken
+
     def send(self, frame: bytes) -> None:
-        assert frame[:12] == bytes(12)
+        self.headers.append(frame[:12])
         if len(frame) == 12 + 99:
             raise OSError(errno.ENETDOWN, "down")
         self.frames.append(frame)

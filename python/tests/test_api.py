@@ -12,6 +12,7 @@ import os
 import random
 import select
 import socket
+import struct
 import tempfile
 import threading
 import time
@@ -45,6 +46,7 @@ from guest import (
     Echo,
     Port,
     Ram,
+    behind,
     builder,
     driver,
     finish,
@@ -679,6 +681,23 @@ def test_a_card_moves_to_another_network() -> None:
 
 
 def test_a_network_of_ones_own() -> None:
+    # A checksum at 34 + 16, and segments of 1448 bytes behind 54 of headers: TCP over IPv4, and over IPv6.
+    headers = [struct.pack("<BBHHHHH", 1, *some, 34, 16, 0) for some in ((0, 0, 0), (1, 54, 1448), (4, 54, 1448))]
+    csum, tso4, tso6 = map(behind, headers)
+    steps = [csum, (SEND, 0, 200, 5), (RECEIVE, 1, 0, 0), tso4, (SEND, 0, 1990, 5), (RECEIVE, 2, 0, 0), tso6, (SEND, 0, 1990, 5)]
+    echo, known = Echo(), vmbed.Offloads
+    echo.offloads = known.CSUM | known.TSO4 | known.TSO6
+    with start(vmbed.Host().builder(driver(nets=1)).net_backend(0, echo), steps) as vm:
+        results = finish(vm, len(steps))
+        assert (results[2], results[5]) == ((0, 212, 1000), (0, 2002, 9950))
+        assert (echo.headers, echo.taken) == (headers[:2], known.CSUM | known.TSO4)
+        for slot, header in enumerate(headers[:2], 1):
+            # In one buffer.
+            assert vm.read_memory(0x180000 + 2048 * slot, 12) == header[:10] + bytes([1, 0])
+        carried = vm.net_statistics()
+        assert (carried.tx_frames, carried.tx_dropped, carried.rx_frames) == (2, 1, 2), "its driver knows no TSO6"
+        assert not vm.exceptions
+    os.close(echo.bell)
     echo = Echo()
     steps = [(SEND, 0, 60, 5), (RECEIVE, 0, 0, 0), (SEND, 0, 99, 5), (SEND, 0, 5, 5)]
     with start(vmbed.Host().builder(driver(nets=1)).net_backend(0, echo), steps) as vm:
@@ -686,7 +705,7 @@ def test_a_network_of_ones_own() -> None:
         assert vm.net_statistics() == (1, 60, 0, 1, 60, 2, 0, 0)
         with pytest.raises(vmbed.InvalidArgument, match="net1"):
             vm.net_statistics(1)
-        assert not vm.exceptions
+        assert not vm.exceptions and echo.headers == [bytes(12)] * len(echo.headers)
     os.close(echo.bell)
     rate = vmbed.Rate(bytes_per_second=1 << 20)
     unplugged = driver()

@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 
 from ._lib import call, ffi, hold, let_go, lib, text
-from .backend import BlockBackend, BlockOp, BlockRequest, NetBackend
+from .backend import BlockBackend, BlockOp, BlockRequest, NetBackend, Offloads
 from .config import Backing, BackingKind, Balloon, BareConfig, Cgroup, CacheMode, Config, Console, CpuidMask, Disk, DiskEngine, DiskFormat, HugePages, LinuxConfig, Mode, Net, Platform, Sandbox, Vhost, create_disk
 from .device import Device, log_line
 from .errors import (
@@ -98,7 +98,7 @@ __all__ = [
     "Builder", "Busy", "CacheMode", "Capture", "CaptureSummary", "Cause", "Config", "Console", "Constraint", "CpuidMask",
     "Device", "Disk", "DiskEngine", "DiskFormat", "DiskStatistics", "Dispatcher", "Error", "Event", "Events", "Exhausted", "Field",
     "Finding", "GuestMemory", "Host", "HugePages", "HostError", "Internal", "InvalidArgument", "InvalidState", "Kind",
-    "LinuxConfig", "Memory", "Mode", "Net", "NetBackend", "NetStatistics", "NotFound", "PermissionDenied",
+    "LinuxConfig", "Memory", "Mode", "Net", "NetBackend", "NetStatistics", "NotFound", "Offloads", "PermissionDenied",
     "Platform", "PortOptions", "PortStatistics", "Pressure", "Probe", "Rate", "Reclaim", "Refused", "Registers",
     "Sandbox", "SandboxReport", "Shares", "Slack", "Stage", "State", "Switch", "SwitchPort", "ThreadRole", "TimedOut", "Traffic",
     "UNLIMITED", "UNLIMITED_RATE", "Unsupported", "Usage", "VcpuReturn", "VcpuStatistics", "Verdict", "Vhost", "Vm", "Wiring",

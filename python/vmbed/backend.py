@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from enum import Enum
+from enum import Enum, IntFlag
 from typing import Any, Callable
 
 from ._lib import ffi, let_go, lib, structure
@@ -108,14 +108,38 @@ class BlockBackend:
         raise NotImplementedError
 
 
+class Offloads(IntFlag):
+    """What may be left to do on a frame (virtio 1.2, 5.1.6): its header says where."""
+
+    NONE = 0
+    #: Its TCP or UDP checksum. Without it, none of the others.
+    CSUM = 1
+    #: It is to be cut into segments: TCP over IPv4.
+    TSO4 = 2
+    #: TCP over IPv6.
+    TSO6 = 4
+    #: TSO of connections with explicit congestion notification.
+    ECN = 8
+    #: It is to be cut into UDP datagrams.
+    USO = 16
+
+
 class NetBackend:
     """A network of your own.
 
-    A frame is bytes: a header of 12 (`struct virtio_net_hdr_v1`, all zero: no offload is negotiated) and the frame from
-    its Ethernet header on, without its checksum. The methods are called on a device thread of the VM's, one call at a
+    A frame is bytes: a header of 12 (`struct virtio_net_hdr_v1`) and the frame from its Ethernet header on, without its
+    checksum. A header says what is left to do on its frame: nothing, so that it is all zero, but for the
+    :attr:`offloads` that both sides know. The methods are called on a device thread of the VM's, one call at a
     time, and must not block. What they raise but OSError is kept in :attr:`Vm.exceptions` and counts as EIO. Where frames
     come from other threads, one of a pair of connected sockets is easier: :meth:`Builder.net_fd`.
     """
+
+    #: What it does itself on frames that a guest sends, and may leave to do on those for a guest. Looked at when it is attached.
+    offloads: Offloads = Offloads.NONE
+
+    def set_offloads(self, taken: Offloads) -> None:
+        """What of it the guest's driver takes: a frame for it that leaves anything else to do is dropped. Called when a driver
+        begins, before anything else."""
 
     def fileno(self) -> int:
         """Polls readable while a frame waits, and writable while there is room: an eventfd will do. It is duplicated."""
@@ -223,9 +247,26 @@ def _net_send(user: Any, pieces: Any, count: int) -> int:
     return _guarded(attached, send)
 
 
+@ffi.callback("void(void *, uint32_t)")  # type: ignore[untyped-decorator]
+def _net_set_offloads(user: Any, taken: int) -> None:
+    attached: Attached = ffi.from_handle(user)
+
+    def set_offloads() -> int:
+        attached.target.set_offloads(Offloads(taken))
+        return 0
+
+    _guarded(attached, set_offloads)
+
+
 _BLOCK = {"read": _block_read, "write": _block_write, "flush": _block_flush, "destroy": let_go}
 BLOCK = structure("vmbed_block_ops", **_BLOCK)
 DISCARDING = structure("vmbed_block_ops", **_BLOCK, discard=_block_discard, write_zeroes=_block_zeroes)
-NET = structure("vmbed_net_ops", receive=_net_receive, send=_net_send, destroy=let_go)
+_NET = {"receive": _net_receive, "send": _net_send, "destroy": let_go, "set_offloads": _net_set_offloads}
 
-__all__ = ["BLOCK", "BlockBackend", "BlockOp", "BlockRequest", "DISCARDING", "NET", "NetBackend"]
+
+def net_table(backend: NetBackend) -> Any:
+    """Its functions, and what it knows."""
+    return structure("vmbed_net_ops", **_NET, offloads=int(backend.offloads))
+
+
+__all__ = ["BLOCK", "BlockBackend", "BlockOp", "BlockRequest", "DISCARDING", "NetBackend", "Offloads", "net_table"]

@@ -209,7 +209,7 @@ class Builder:
 
     def net_backend(self, index: int, net: NetBackend) -> Builder:
         """Puts card `index` of the configuration, one without a TAP interface, on a network of yours."""
-        arguments = (self._pointer, index, backend.NET, net.fileno(), self._hold(net))
+        arguments = (self._pointer, index, backend.net_table(net), net.fileno(), self._hold(net))
         call(lib.vmbed_builder_net_backend, *arguments)
         return self
 

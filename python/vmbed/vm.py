@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Callable, NamedTuple
 
 from ._lib import HasFileno, call, ffi, fileno, filled, hold, lib, make, optional, structure
-from .backend import NET, NetBackend
+from .backend import NetBackend, net_table
 from .config import DiskFormat
 from .device import Attached
 from .events import Cause, Events
@@ -399,8 +399,8 @@ class Vm:
         elif port is not None:
             call(lib.vmbed_vm_change_net_port, self._pointer, index, port._pointer)
         elif backend is not None:
-            handle = hold(Attached(backend, self.exceptions))
-            call(lib.vmbed_vm_change_net_backend, self._pointer, index, NET, backend.fileno(), handle)
+            table, fd = net_table(backend), backend.fileno()
+            call(lib.vmbed_vm_change_net_backend, self._pointer, index, table, fd, hold(Attached(backend, self.exceptions)))
         else:
             keep = [optional(tap), optional(None if stream is None else os.fsencode(stream))]
             call(lib.vmbed_vm_change_net, self._pointer, index, structure("vmbed_net", tap=keep[0], stream=keep[1]))

@@ -64,7 +64,9 @@ class Wiring:
         call(lib.vmbed_wiring_attach, self._pointer, port.encode(), bridge.encode())
 
     def detach(self, port: str) -> None:
-        """Takes a port from its bridge."""
+        """Takes a port from its bridge. When that is undone, it has its settings there again (cost, flooding, isolation and the like),
+        its VLANs and the addresses that somebody has put behind it for good (`bridge fdb`); not static groups (`bridge mdb`),
+        settings of single VLANs and tunnels (`bridge vlan set`), and what the bridge had learned."""
         call(lib.vmbed_wiring_detach, self._pointer, port.encode())
 
     def set_vlans(self, port: str, vlan: int = 0, trunk: list[int] | None = None) -> None:
@@ -72,11 +74,14 @@ class Wiring:
         call(lib.vmbed_wiring_set_vlans, self._pointer, port.encode(), vlan, numbers(trunk), len(trunk or []))
 
     def set_up(self, name: str, up: bool = True) -> None:
-        """Sets an interface up or down."""
+        """Sets an interface up or down. One that is set down loses its routes and IPv6 addresses. When that is undone, it has again
+        what somebody gave it of them; not next hop objects and the routes through them, permanent neighbours, and the routes and IPv6
+        addresses of VLAN interfaces on it."""
         call(lib.vmbed_wiring_set_up, self._pointer, name.encode(), up)
 
     def set_mtu(self, name: str, mtu: int) -> None:
-        """Sets the largest packet that an interface carries, in bytes without the Ethernet header."""
+        """Sets the largest packet that an interface carries, in bytes without the Ethernet header. Below 1280 there is no IPv6: its
+        addresses and routes are lost, and come back as in :meth:`set_up`; its own `net.ipv6.conf` do not."""
         call(lib.vmbed_wiring_set_mtu, self._pointer, name.encode(), mtu)
 
     def set_mac(self, name: str, mac: str) -> None:

@@ -18,7 +18,7 @@ use super::switch::vmbed_port;
 use super::vm::vmbed_vm;
 use crate::config::{NetConfig, Vhost};
 use crate::error::{Error, Result};
-use crate::net::NetBackend;
+use crate::net::{NetBackend, Offloads};
 use crate::sys::io::IoList;
 use crate::vm::Network;
 
@@ -234,9 +234,20 @@ pub unsafe extern "C" fn vmbed_vm_set_net_rates(
     })
 }
 
+/// A frame's TCP or UDP checksum is to be completed: from the header's `csum_start` on. Without it, none of the others.
+pub const VMBED_OFFLOAD_CSUM: u32 = 1;
+/// A frame is to be cut into segments: TCP over IPv4.
+pub const VMBED_OFFLOAD_TSO4: u32 = 2;
+/// TCP over IPv6.
+pub const VMBED_OFFLOAD_TSO6: u32 = 4;
+/// TSO of connections with explicit congestion notification.
+pub const VMBED_OFFLOAD_ECN: u32 = 8;
+/// A frame is to be cut into UDP datagrams.
+pub const VMBED_OFFLOAD_USO: u32 = 16;
+
 /// A network of your own. A frame is one message: a header of 12 bytes (`struct virtio_net_hdr_v1`) and the frame from its
-/// Ethernet header on, without its checksum; at most 65,557 bytes behind the header. No offload is negotiated: the header
-/// of every frame that a guest sends is all zero, and one for a guest must ask for nothing: put zeroes.
+/// Ethernet header on, without its checksum; at most 65,557 bytes behind the header. A header says what is left to do on its
+/// frame: nothing, so that it is all zero, but for the `offloads` that both sides know.
 ///
 /// The functions are called on a device thread of the VM's, one at a time for each card, and must not block. They return 0
 /// or an errno. Where frames come from other threads, a pair of connected sockets does all of this:
@@ -263,11 +274,18 @@ pub struct vmbed_net_ops {
         Option<unsafe extern "C" fn(user: *mut c_void, pieces: *const vmbed_piece, count: usize) -> i32>,
     /// Ends the network's data, see vmbed_destroy_fn. May be NULL.
     pub destroy: vmbed_destroy_fn,
+    /// VMBED_OFFLOAD_*: what it does itself on frames that a guest sends, and may leave to do on those for a guest. 0: nothing.
+    pub offloads: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// Says what of it the guest's driver takes: a frame for it that leaves anything else to do is dropped. Called when a driver begins,
+    /// before anything else. May be NULL.
+    pub set_offloads: Option<unsafe extern "C" fn(user: *mut c_void, taken: u32)>,
 }
 
 // SAFETY: it is repr(C) with its size first, and of functions NULL is a value.
 unsafe impl Sized_ for vmbed_net_ops {
-    const FIRST: usize = size_of::<Self>();
+    const FIRST: usize = offset_of!(Self, offloads);
     const NAME: &'static str = "vmbed_net_ops";
 }
 
@@ -295,6 +313,8 @@ pub unsafe extern "C" fn vmbed_builder_net_backend(
 struct ForeignNet {
     receive: unsafe extern "C" fn(*mut c_void, *const vmbed_piece, usize, *mut usize) -> i32,
     send: unsafe extern "C" fn(*mut c_void, *const vmbed_piece, usize) -> i32,
+    offloads: Offloads,
+    set_offloads: Option<unsafe extern "C" fn(*mut c_void, u32)>,
     fd: OwnedFd,
     user: UserData,
 }
@@ -306,9 +326,13 @@ impl ForeignNet {
         let missing = |name: &str| invalid(format!("vmbed_net_ops: {name} is NULL"));
         let receive = ops.receive.ok_or_else(|| missing("receive"))?;
         let send = ops.send.ok_or_else(|| missing("send"))?;
+        let offloads = Offloads::from_bits(ops.offloads).ok_or_else(|| {
+            invalid(format!("vmbed_net_ops.offloads is {:#x}, not of VMBED_OFFLOAD_*", ops.offloads))
+        })?;
+        reserved("vmbed_net_ops", ops.reserved)?;
         let fd = crate::sys::fd::duplicate(self::fd(fd, "fd")?)
             .map_err(|e| Error::os("duplicating the network's fd", e))?;
-        Ok(Self { receive, send, fd, user })
+        Ok(Self { receive, send, offloads, set_offloads: ops.set_offloads, fd, user })
     }
 }
 
@@ -325,6 +349,17 @@ impl NetBackend for ForeignNet {
         let pieces = frame.raw();
         // SAFETY: as above.
         outcome(unsafe { (self.send)(self.user.pointer(), pieces.as_ptr().cast(), pieces.len()) })
+    }
+
+    fn offloads(&self) -> Offloads {
+        self.offloads
+    }
+
+    fn set_offloads(&mut self, taken: Offloads) {
+        if let Some(function) = self.set_offloads {
+            // SAFETY: the embedder's function with its own data.
+            unsafe { function(self.user.pointer(), taken.bits()) }
+        }
     }
 
     fn fd(&self) -> BorrowedFd<'_> {

@@ -202,7 +202,9 @@ pub unsafe extern "C" fn vmbed_wiring_attach(
     call(error, || handle::object(wiring)?.attach(text(port, "port")?, text(bridge, "bridge")?))
 }
 
-/// Takes a port from its bridge; nothing where it is on none.
+/// Takes a port from its bridge; nothing where it is on none. When that is undone, it has its settings there again (cost, priority,
+/// flooding, isolation and the like), its VLANs, and the addresses that somebody has put behind it for good (`bridge fdb`); not
+/// static groups (`bridge mdb`), settings of single VLANs and tunnels (`bridge vlan set`), and what the bridge had learned.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_wiring_detach(
     wiring: *mut vmbed_wiring,
@@ -231,7 +233,9 @@ pub unsafe extern "C" fn vmbed_wiring_set_vlans(
     })
 }
 
-/// Sets an interface up or down.
+/// Sets an interface up or down. One that is set down loses its routes and IPv6 addresses. When that is undone, it has again what
+/// somebody gave it of them; what routers advertise they say again. What does not come back: next hop objects and the routes
+/// through them, permanent neighbours, and the routes and IPv6 addresses of VLAN interfaces on it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_wiring_set_up(
     wiring: *mut vmbed_wiring,
@@ -243,7 +247,8 @@ pub unsafe extern "C" fn vmbed_wiring_set_up(
 }
 
 /// Sets the largest packet that an interface carries, in bytes without the Ethernet header. VMBED_ERR_INVALID_ARGUMENT where it
-/// cannot.
+/// cannot. Below 1280 bytes there is no IPv6: its addresses and routes are lost, and come back as in vmbed_wiring_set_up(); its own
+/// `net.ipv6.conf` do not.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_wiring_set_mtu(
     wiring: *mut vmbed_wiring,

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use vmbed::{
     BareBoot, BlockBackend, BlockOp, BlockRequest, Bytes, CpuMode, DiskConfig, ErrorKind, EventKind, IoList,
-    NetBackend, NetConfig, Network, Platform, RateLimit, StopCause, Vm, VmBuilder, VmConfig,
+    NetBackend, NetConfig, Network, Offloads, Platform, RateLimit, StopCause, Vm, VmBuilder, VmConfig,
 };
 
 use crate::guest::{Port, ends, host, wait_until};
@@ -209,9 +209,12 @@ pub fn a_disk_that_does_not_answer() {
     assert!(!ram.perform(kept()), "its memory is there, and nobody waits for it");
 }
 
-/// A network that gives every frame back.
+/// A network that gives every frame back, with its header.
 struct Echo {
     frames: VecDeque<Vec<u8>>,
+    offloads: Offloads,
+    /// The headers that came, and what the driver takes.
+    heard: Arc<Mutex<(Vec<[u8; 12]>, Offloads)>>,
     ready: OwnedFd,
     bell: OwnedFd,
     dropped: Arc<AtomicU32>,
@@ -221,7 +224,14 @@ impl Echo {
     fn new(dropped: &Arc<AtomicU32>) -> Self {
         let (ready, bell) = UnixDatagram::pair().unwrap();
         ready.set_nonblocking(true).unwrap();
-        Self { frames: VecDeque::new(), ready: ready.into(), bell: bell.into(), dropped: dropped.clone() }
+        Self {
+            frames: VecDeque::new(),
+            offloads: Offloads::empty(),
+            heard: Arc::default(),
+            ready: ready.into(),
+            bell: bell.into(),
+            dropped: dropped.clone(),
+        }
     }
 }
 
@@ -237,13 +247,21 @@ impl NetBackend for Echo {
     fn send(&mut self, frame: &IoList<'_>) -> io::Result<()> {
         let mut bytes = vec![0; frame.len()];
         assert_eq!(frame.copy_to(0, &mut bytes), bytes.len());
-        assert_eq!(bytes[..12], [0; 12]);
+        self.heard.lock().unwrap().0.push(bytes[..12].try_into().unwrap());
         assert!(frame.copy_from(0, &[1]).is_err(), "it is not to be written to");
         if bytes.len() == 12 + 99 {
             return Err(io::Error::from_raw_os_error(libc::ENETDOWN));
         }
         self.frames.push_back(bytes);
         UnixDatagram::from(self.bell.try_clone()?).send(&[1]).map(drop)
+    }
+
+    fn offloads(&self) -> Offloads {
+        self.offloads
+    }
+
+    fn set_offloads(&mut self, taken: Offloads) {
+        self.heard.lock().unwrap().1 = taken;
     }
 
     fn fd(&self) -> BorrowedFd<'_> {
@@ -257,15 +275,73 @@ impl Drop for Echo {
     }
 }
 
+/// The headers of a checksum at 34 + 16, and of segments of 1448 bytes behind 54 of headers: TCP over IPv4, and over IPv6.
+const CSUM: [u8; 12] = [1, 0, 0, 0, 0, 0, 34, 0, 16, 0, 0, 0];
+const TSO4: [u8; 12] = [1, 1, 54, 0, 0xa8, 5, 34, 0, 16, 0, 0, 0];
+const TSO6: [u8; 12] = [1, 4, 54, 0, 0xa8, 5, 34, 0, 16, 0, 0, 0];
+
+/// Frames with something left to do, there and back.
+fn offloads_both_ways(dropped: &Arc<AtomicU32>) {
+    let header = |bytes: [u8; 12]| {
+        let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+        (Op::Header, word(0), word(4), word(8))
+    };
+    let steps = [
+        (header(CSUM)),
+        (Op::Send, 0, 200, 5),
+        (Op::Receive, 1, 0, 0),
+        (header(TSO4)),
+        (Op::Send, 0, 1990, 5),
+        (Op::Receive, 2, 0, 0),
+        (header(TSO6)),
+        (Op::Send, 0, 1990, 5),
+    ];
+    let taken = Offloads::CSUM | Offloads::TSO4;
+    let mut echo = Echo::new(dropped);
+    echo.offloads = taken | Offloads::TSO6;
+    let heard = echo.heard.clone();
+    let guest = Guest::start(host().builder(config(0, 1)).net_backend(0, echo), &steps);
+    let results = guest.results(steps.len());
+    assert_eq!([results[2], results[5]], [(0, 212, 1000), (0, 2002, 9950)]);
+    assert_eq!(*heard.lock().unwrap(), (vec![CSUM, TSO4], taken));
+    for (slot, mut came) in [(1, CSUM), (2, TSO4)] {
+        let mut header = [0; 12];
+        guest.vm.read_memory(guests::FRAMES + 2048 * slot, &mut header).unwrap();
+        // In one buffer.
+        came[10] = 1;
+        assert_eq!(header, came);
+    }
+    let carried = guest.vm.net_statistics(0).unwrap();
+    assert_eq!(
+        (carried.tx_frames, carried.tx_dropped, carried.rx_frames),
+        (2, 1, 2),
+        "its driver knows no TSO6"
+    );
+    // In front of a network that knows nothing, nothing may be left to do.
+    let echo = Echo::new(dropped);
+    let heard = echo.heard.clone();
+    let guest = Guest::start(
+        host().builder(config(0, 1)).net_backend(0, echo),
+        &[header(CSUM), (Op::Send, 0, 200, 5)],
+    );
+    guest.results(2);
+    assert_eq!(*heard.lock().unwrap(), (vec![], Offloads::empty()));
+    assert_eq!(guest.vm.net_statistics(0).unwrap().tx_dropped, 1);
+}
+
 pub fn a_network_of_ones_own() {
+    offloads_both_ways(&Arc::default());
     let dropped = Arc::new(AtomicU32::new(0));
     let steps = [(Op::Send, 0, 60, 5), (Op::Receive, 0, 0, 0), (Op::Send, 0, 99, 5), (Op::Send, 0, 5, 5)];
-    let guest = Guest::start(host().builder(config(0, 1)).net_backend(0, Echo::new(&dropped)), &steps);
+    let echo = Echo::new(&dropped);
+    let heard = echo.heard.clone();
+    let guest = Guest::start(host().builder(config(0, 1)).net_backend(0, echo), &steps);
     assert_eq!(guest.results(steps.len())[1], (0, 72, 300));
     let carried = guest.vm.net_statistics(0).unwrap();
     assert_eq!((carried.tx_frames, carried.tx_bytes, carried.tx_dropped), (1, 60, 2));
     assert_eq!((carried.rx_frames, carried.rx_bytes, carried.rx_dropped), (1, 60, 0));
     assert_eq!(guest.vm.net_statistics(1).unwrap_err().kind(), ErrorKind::InvalidArgument);
+    assert!(heard.lock().unwrap().0.iter().all(|header| *header == [0; 12]), "it knows no offloads");
     drop(guest);
     assert_eq!(dropped.load(Ordering::SeqCst), 1);
 

@@ -202,7 +202,7 @@ struct echo {
     uint8_t frames[4][2048];
     size_t lengths[4];
     int put, taken, bell;
-    atomic_int destroyed;
+    atomic_int destroyed, takes;
 };
 
 static size_t length_of(const vmbed_piece *pieces, size_t count)
@@ -252,7 +252,12 @@ static void echo_destroy(void *user)
     ((struct echo *)user)->destroyed++;
 }
 
-static const vmbed_net_ops echo_ops = {sizeof echo_ops, echo_receive, echo_send, echo_destroy};
+static void echo_takes(void *user, uint32_t taken)
+{
+    ((struct echo *)user)->takes = (int)taken;
+}
+
+static const vmbed_net_ops echo_ops = {.size = sizeof echo_ops, .receive = echo_receive, .send = echo_send, .destroy = echo_destroy};
 
 static int32_t says_nothing(void *user, const vmbed_piece *pieces, size_t count, size_t *length)
 {
@@ -266,7 +271,7 @@ static int32_t takes_all(void *user, const vmbed_piece *pieces, size_t count)
     return 0;
 }
 
-static const vmbed_net_ops silent_ops = {sizeof silent_ops, says_nothing, takes_all, echo_destroy};
+static const vmbed_net_ops silent_ops = {.size = sizeof silent_ops, .receive = says_nothing, .send = takes_all, .destroy = echo_destroy};
 
 void a_card_moves_to_another_network(void)
 {
@@ -310,8 +315,58 @@ void a_card_moves_to_another_network(void)
     close(pair[0]), close(pair[1]), close(silence.bell), close(other.bell);
 }
 
+/* Frames with something left to do, there and back: a checksum at 34 + 16, and segments of 1448 bytes behind 54 of headers. */
+static void offloads_both_ways(void)
+{
+    static const struct step steps[] = {
+        {HEADER, 0x00000001, 0x00220000, 16}, {SEND, 0, 200, 5},  {RECEIVE, 1, 0, 0},
+        {HEADER, 0x00360101, 0x002205a8, 16}, {SEND, 0, 1990, 5}, {RECEIVE, 2, 0, 0},
+        {HEADER, 0x00360401, 0x002205a8, 16}, {SEND, 0, 1990, 5}, {END, 0, 0, 0}};
+    static const uint8_t came[2][12] = {{1, 0, 0, 0, 0, 0, 34, 0, 16, 0, 1, 0}, {1, 1, 54, 0, 0xa8, 5, 34, 0, 16, 0, 1, 0}};
+    struct echo echo = {.bell = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC), .takes = -1};
+    vmbed_net_statistics carried = {.size = sizeof carried};
+    vmbed_net_ops ops = echo_ops;
+    struct result results[8];
+    uint8_t header[12];
+    ops.offloads = VMBED_OFFLOAD_CSUM | VMBED_OFFLOAD_TSO4 | VMBED_OFFLOAD_TSO6, ops.set_offloads = echo_takes;
+    struct guest g = prepare(0, 1, NULL);
+    OK(vmbed_builder_net_backend(g.builder, 0, &ops, echo.bell, &echo, &error));
+    start(&g, steps, sizeof steps);
+    finish(&g, results, sizeof results);
+    CHECK(results[2].length == 212 && results[5].length == 2002 && echo.takes == (VMBED_OFFLOAD_CSUM | VMBED_OFFLOAD_TSO4));
+    for (size_t i = 0; i < 2; i++) {
+        /* As the guest sent it, and the network has it; in one buffer. */
+        OK(vmbed_vm_read_memory(g.vm, 0x180800 + 2048 * i, header, sizeof header, &error));
+        CHECK(memcmp(header, came[i], 12) == 0 && memcmp(echo.frames[i], came[i], 10) == 0 && echo.frames[i][10] == 0);
+    }
+    OK(vmbed_vm_get_net_statistics(g.vm, 0, &carried, &error));
+    CHECK(carried.tx_frames == 2 && carried.tx_dropped == 1 && carried.rx_frames == 2);
+    drop(&g);
+
+    /* A program that is older than offloads: what lies behind its structure is nobody's. */
+    echo.takes = -1;
+    ops.size = offsetof(vmbed_net_ops, offloads);
+    g = prepare(0, 1, NULL);
+    OK(vmbed_builder_net_backend(g.builder, 0, &ops, echo.bell, &echo, &error));
+    static const struct step asks[] = {{HEADER, 0x00000001, 0x00220000, 16}, {SEND, 0, 200, 5}, {END, 0, 0, 0}};
+    start(&g, asks, sizeof asks);
+    finish(&g, results, sizeof *results * 2);
+    OK(vmbed_vm_get_net_statistics(g.vm, 0, &carried, &error));
+    CHECK(echo.takes == -1 && carried.tx_frames == 0 && carried.tx_dropped == 1);
+    drop(&g);
+
+    ops.size = sizeof ops, ops.offloads = VMBED_OFFLOAD_USO << 1;
+    g = prepare(0, 1, NULL);
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "offloads is 0x20", vmbed_builder_net_backend(g.builder, 0, &ops, echo.bell, &echo, &error));
+    ops.offloads = VMBED_OFFLOAD_USO, ops.reserved = 1;
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "reserved", vmbed_builder_net_backend(g.builder, 0, &ops, echo.bell, &echo, &error));
+    drop(&g);
+    close(echo.bell);
+}
+
 void a_network_of_ones_own(void)
 {
+    offloads_both_ways();
     static const struct step steps[] = {
         {SEND, 0, 60, 5}, {RECEIVE, 0, 0, 0}, {SEND, 0, 99, 5}, {SEND, 0, 5, 5}, {END, 0, 0, 0}};
     struct echo echo = {.bell = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)};

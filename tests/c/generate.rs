@@ -62,7 +62,7 @@ const NULL_IS_GOOD: [&str; 21] = [
 const ENUMERATIONS: [&str; 5] = ["mode", "register_", "platform", "console", "level"];
 
 /// Structures that have grown since the baseline, and their first new field.
-const GROWN: [(&str, &str); 8] = [
+const GROWN: [(&str, &str); 9] = [
     ("vmbed_block_ops", "discard"),
     ("vmbed_disk", "format"),
     ("vmbed_disk_statistics", "discards"),
@@ -70,6 +70,7 @@ const GROWN: [(&str, &str); 8] = [
     ("vmbed_usage", "dedicated_vcpus"),
     ("vmbed_memory", "loaned"),
     ("vmbed_net", "mtu"),
+    ("vmbed_net_ops", "offloads"),
     ("vmbed_net_statistics", "rx_filtered"),
 ];
 
@@ -161,7 +162,7 @@ static void good(void)
     memset(&the_vmbed_block_ops, 0, sizeof the_vmbed_block_ops);
     the_vmbed_block_ops.s = (vmbed_block_ops){sizeof(vmbed_block_ops), f_block, f_block, f_block, NULL, f_block, f_block};
     memset(&the_vmbed_net_ops, 0, sizeof the_vmbed_net_ops);
-    the_vmbed_net_ops.s = (vmbed_net_ops){sizeof(vmbed_net_ops), f_receive, f_send, NULL};
+    the_vmbed_net_ops.s = (vmbed_net_ops){sizeof(vmbed_net_ops), f_receive, f_send, NULL, VMBED_OFFLOAD_CSUM, 0, NULL};
     memset(&the_vmbed_disk_statistics, 0, sizeof the_vmbed_disk_statistics), the_vmbed_disk_statistics.s.size = sizeof(vmbed_disk_statistics);
     memset(&the_vmbed_net_statistics, 0, sizeof the_vmbed_net_statistics), the_vmbed_net_statistics.s.size = sizeof(vmbed_net_statistics);
     memset(&the_vmbed_backing, 0, sizeof the_vmbed_backing), the_vmbed_backing.s.size = sizeof(vmbed_backing);

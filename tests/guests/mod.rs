@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 pub const ENTRY: u64 = 0x1_0000;
 pub const SCRIPT: u64 = 0x8000;
 pub const RESULTS: u64 = 0x9000;
+/// Where it receives its frames, 2 KiB for each.
+pub const FRAMES: u64 = 0x18_0000;
 /// What it needs.
 pub const MEMORY: u64 = 4 << 20;
 pub const STACK: u64 = 0x7f00;
@@ -37,6 +39,7 @@ pub enum Op {
     Target,
     Discard,
     Zero,
+    Header,
 }
 
 /// What comes of a step: the worst status, the bytes that the device wrote, the sum of what it read.

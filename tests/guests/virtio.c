@@ -13,7 +13,7 @@
 #define SIZE 16           /* entries of each queue, four for a request */
 #define SAY 0x10          /* a port of the test's */
 
-enum { END, READ, WRITE, FLUSH, BEGIN_READ, FINISH, SEND, RECEIVE, RESET, TELL, BEGIN_WRITE, INFLATE, DEFLATE, ACCOUNT, ASKED, TARGET, DISCARD, ZERO };
+enum { END, READ, WRITE, FLUSH, BEGIN_READ, FINISH, SEND, RECEIVE, RESET, TELL, BEGIN_WRITE, INFLATE, DEFLATE, ACCOUNT, ASKED, TARGET, DISCARD, ZERO, HEADER };
 
 struct step {
     u32 op, sector, sectors, fill;
@@ -39,6 +39,8 @@ struct device {
 };
 
 static struct device disk, card, balloon;
+/* What the card's driver knows of offloads, and the header in front of the frames that it sends. */
+static u32 offloads, header[3];
 static u16 pending;
 
 static void die(u8 why)
@@ -128,7 +130,7 @@ static struct device *the_disk(void)
 static struct device *the_card(void)
 {
     if (!card.common)
-        setup(&card, 0x1041, 2, 0, RINGS + 0x10000);
+        setup(&card, 0x1041, 2, offloads, RINGS + 0x10000);
     return &card;
 }
 
@@ -219,21 +221,29 @@ static void finish(struct result *results)
 }
 
 /*
- * A frame for the device, or room for one, behind a header of 12 bytes. A frame is all of one byte, but its destination
- * where `sector` names another one.
+ * A frame for the device, or room for one, number `sector`, behind a header of 12 bytes. A frame is all of one byte, but its
+ * destination where `sector` names another one.
  */
 static void transfer(const struct step *step, struct result *result)
 {
     int receives = step->op == RECEIVE;
     struct queue *queue = &the_card()->queues[receives ? 0 : 1];
-    volatile u8 *frame = (volatile u8 *)(DATA + (receives ? 0x80000UL : 0x90000UL));
+    volatile u8 *frame = (volatile u8 *)(DATA + (receives ? 0x80000UL + 2048 * step->sector : 0x90000UL));
     for (u32 i = 0; i < 2048; i++)
-        frame[i] = i < 12 ? 0 : (u8)(i < 18 && step->sector ? step->sector : step->fill);
+        frame[i] = i < 12 ? (receives ? 0 : ((u8 *)header)[i]) : (u8)(i < 18 && step->sector ? step->sector : step->fill);
     put(queue, 0, (u64)frame, receives ? 2048 : 12 + step->sectors, receives ? 2 : 0);
     offer(queue, 0);
     done(queue, &result->length);
     for (u32 i = 12; i < result->length; i++)
         result->sum += frame[i];
+}
+
+/* Frames are sent behind these 12 bytes from here on. The first has the driver begin again, as one that knows CSUM and TSO4, both ways. */
+static void set_header(const struct step *step)
+{
+    if (!offloads)
+        card.common = 0, offloads = 1 << 0 | 1 << 1 | 1 << 7 | 1 << 11;
+    header[0] = step->sector, header[1] = step->sectors, header[2] = step->fill;
 }
 
 /* Gives `sectors` pages from page `sector` on to the balloon, filled before, or takes them back. */
@@ -280,6 +290,7 @@ __attribute__((section(".text.startup"))) void guest(void)
         case FINISH: finish(result); break;
         case SEND:
         case RECEIVE: transfer(step, result); break;
+        case HEADER: set_header(step); break;
         case RESET: disk.common = 0, pending = 0, the_disk(); break;
         case INFLATE:
         case DEFLATE: move_pages(step, result); break;

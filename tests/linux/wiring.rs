@@ -1,7 +1,7 @@
 //! The host's side of guests' networks: what `Wiring` makes, and that nothing of it is left. `ip` and `bridge` judge; then guests who ping each
 //! other. In network namespaces of the tests' own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -79,7 +79,16 @@ fn links() -> BTreeMap<String, Value> {
         let up = link["flags"].as_array().unwrap().contains(&"UP".into());
         kept.insert("up".into(), up.into());
         if let Some(Value::Object(info)) = kept.get_mut("linkinfo") {
-            info.retain(|name, _| name == "info_kind" || name == "info_slave_kind");
+            info.retain(|name, _| name == "info_kind" || name.starts_with("info_slave_"));
+            if let Some(Value::Object(port)) = info.get_mut("info_slave_data") {
+                let own =
+                    ["id", "no", "state", "topology_change_ack", "config_pending", "root_id", "bridge_id"];
+                port.retain(|name, _| {
+                    !own.contains(&name.as_str())
+                        && !name.ends_with("_timer")
+                        && !name.starts_with("designated")
+                });
+            }
         }
         links.insert(link["ifname"].as_str().unwrap().to_owned(), kept.into());
     }
@@ -192,7 +201,16 @@ fn others() {
     run("ip link add br1 address 02:00:00:00:01:01 type bridge");
     run("ip link set eth0 master br0");
     run("bridge vlan add dev eth0 vid 7");
-    let before = (links(), vlans("eth0"));
+    run("ip link set eth0 type bridge_slave cost 7 isolated on flood off");
+    run("bridge fdb add 02:00:00:00:00:09 dev eth0 master static vlan 7");
+    let table = || {
+        run("bridge fdb show dev eth0")
+            .lines()
+            .filter(|line| line.contains("master"))
+            .map(str::to_owned)
+            .collect::<BTreeSet<_>>()
+    };
+    let before = (links(), vlans("eth0"), table());
     let changed = || {
         let wiring = Wiring::new().unwrap();
         wiring.set_mtu("eth0", 1400).unwrap();
@@ -205,7 +223,7 @@ fn others() {
         wiring
     };
     changed().release().unwrap();
-    assert_eq!((links(), vlans("eth0")), before);
+    assert_eq!((links(), vlans("eth0"), table()), before);
     // They move it, and give it another size: so it stays.
     let wiring = changed();
     run("ip link set eth0 master br0");

@@ -3,11 +3,12 @@
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::link::{
-    AfSpecBridge, BridgeFlag, BridgeVlanInfo, BridgeVlanInfoFlags, InfoBridge, InfoData, InfoKind, InfoVlan,
-    LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
+    AfSpecBridge, BridgeFlag, BridgeVlanInfo, BridgeVlanInfoFlags, InfoBridge, InfoBridgePort, InfoData,
+    InfoKind, InfoPortData, InfoVlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
+use super::kept::is_setting;
 use crate::config::MacAddress;
 use crate::sys::netlink::{Refusal, Route};
 
@@ -21,6 +22,8 @@ pub(super) struct Link {
     pub mac: Option<MacAddress>,
     /// The bridge that it is a port of, by its index.
     pub master: Option<u32>,
+    /// What that bridge does with it as with no other.
+    pub port: Vec<InfoBridgePort>,
     /// `Some` for a bridge: whether it tells VLANs apart.
     pub filters: Option<bool>,
 }
@@ -50,7 +53,19 @@ pub(super) enum Setting {
     Master(Option<u32>),
 }
 
+/// Fewer than this are too few for IPv6 (RFC 8200, 5), and Linux takes it from the interface.
+const MIN_IPV6_MTU: u32 = 1280;
+
 impl Setting {
+    /// Whether the interface loses addresses and routes by it.
+    pub fn takes_paths(self) -> bool {
+        match self {
+            Self::Up(up) => !up,
+            Self::Mtu(mtu) => mtu < MIN_IPV6_MTU,
+            Self::Mac(_) | Self::Master(_) => false,
+        }
+    }
+
     /// The same thing as the interface has it now.
     pub fn now(self, link: &Link) -> Option<Self> {
         Some(match self {
@@ -62,7 +77,7 @@ impl Setting {
     }
 }
 
-fn message(index: u32, attributes: Vec<LinkAttribute>) -> LinkMessage {
+pub(super) fn message(index: u32, attributes: Vec<LinkAttribute>) -> LinkMessage {
     let mut message = LinkMessage::default();
     (message.header.index, message.attributes) = (index, attributes);
     message
@@ -77,7 +92,7 @@ fn link_of(message: &LinkMessage) -> Link {
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::Address(bytes) => link.mac = bytes[..].try_into().ok().map(MacAddress),
             LinkAttribute::Controller(index) => link.master = Some(*index).filter(|index| *index != 0),
-            LinkAttribute::LinkInfo(info) => link.filters = filters(info),
+            LinkAttribute::LinkInfo(info) => (link.filters, link.port) = (filters(info), port(info)),
             _ => {}
         }
     }
@@ -93,8 +108,16 @@ fn filters(info: &[LinkInfo]) -> Option<bool> {
     })
 }
 
+fn port(info: &[LinkInfo]) -> Vec<InfoBridgePort> {
+    let data = info.iter().find_map(|info| match info {
+        LinkInfo::PortData(InfoPortData::BridgePort(data)) => Some(data),
+        _ => None,
+    });
+    data.into_iter().flatten().filter(|attribute| is_setting(attribute)).cloned().collect()
+}
+
 /// How interfaces are asked for, and changed.
-pub(super) struct Links(Route);
+pub(super) struct Links(pub(super) Route);
 
 impl Links {
     pub fn open() -> std::io::Result<Self> {

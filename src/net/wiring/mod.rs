@@ -15,6 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::sys::lock;
 use crate::sys::tap;
 
+mod kept;
 mod links;
 mod options;
 mod refused;
@@ -164,7 +165,9 @@ impl Wiring {
         })
     }
 
-    /// Takes a port from its bridge; nothing where it is on none.
+    /// Takes a port from its bridge; nothing where it is on none. When that is undone, it has its settings there again (cost, priority,
+    /// flooding, isolation and the like), its VLANs, and the addresses that somebody has put behind it for good (`bridge fdb`); not
+    /// static groups (`bridge mdb`), settings of single VLANs and tunnels (`bridge vlan set`), and what the bridge had learned.
     ///
     /// # Errors
     /// [`NotFound`](ErrorKind::NotFound).
@@ -172,12 +175,17 @@ impl Wiring {
         let who = format!("interface '{port}'");
         self.whole(|state| {
             let link = state.link(&who, port)?;
-            // Its VLANs go with it.
-            let vlans = if link.master.is_some() { state.vlans(&who, &link)? } else { Vec::new() };
-            if !state.is_ours(link.index) && !vlans.is_empty() {
-                state.done.push(Step::Vlans { index: link.index, before: vlans, after: None });
+            let Link { index, master: Some(master), .. } = link else { return Ok(()) };
+            if state.is_ours(index) {
+                return state.set(&who, index, Setting::Master(None));
             }
-            state.change(&who, &link, Setting::Master(None))
+            let port = state
+                .links
+                .port(&link)
+                .map_err(|e| Refused::of(&e.error).because(&who, "reading what it is on its bridge", e))?;
+            state.set(&who, index, Setting::Master(None))?;
+            state.done.push(Step::Taken { index, master, port });
+            Ok(())
         })
     }
 
@@ -194,7 +202,9 @@ impl Wiring {
         })
     }
 
-    /// Sets an interface up or down.
+    /// Sets an interface up or down. One that is set down loses its routes and IPv6 addresses. When that is undone, it has again what
+    /// somebody gave it of them; what routers advertise they say again. What does not come back: next hop objects and the routes
+    /// through them, permanent neighbours, and the routes and IPv6 addresses of VLAN interfaces on it.
     ///
     /// # Errors
     /// [`NotFound`](ErrorKind::NotFound), [`PermissionDenied`](ErrorKind::PermissionDenied).
@@ -203,7 +213,8 @@ impl Wiring {
     }
 
     /// Sets the largest packet that an interface carries, in bytes without the Ethernet header. A bridge's is that of its smallest
-    /// port unless it is set.
+    /// port unless it is set. Below 1280 bytes there is no IPv6: its addresses and routes are lost, and come back as in
+    /// [`set_up`](Self::set_up); its own `net.ipv6.conf` do not.
     ///
     /// # Errors
     /// [`InvalidArgument`](ErrorKind::InvalidArgument): more than the interface can, or fewer.
@@ -341,12 +352,23 @@ impl State {
             return Ok(());
         }
         let Link { index, .. } = *link;
-        self.links.set(index, setting).map_err(|e| Refused::of(&e.error).because(who, &said(setting), e))?;
         // What is deleted in the end need not be put right before.
-        if let Some(before) = before.filter(|_| !self.is_ours(index)) {
-            self.done.push(Step::Set { index, before, after: setting });
+        if self.is_ours(index) {
+            return self.set(who, index, setting);
         }
+        let paths = setting
+            .takes_paths()
+            .then(|| self.links.paths(index))
+            .transpose()
+            .map_err(|e| Refused::of(&e.error).because(who, "reading its addresses and routes", e))?;
+        self.set(who, index, setting)?;
+        self.done.extend(paths.map(|paths| Step::Paths { index, paths }));
+        self.done.extend(before.map(|before| Step::Set { index, before, after: setting }));
         Ok(())
+    }
+
+    fn set(&mut self, who: &str, index: u32, setting: Setting) -> Result<()> {
+        self.links.set(index, setting).map_err(|e| Refused::of(&e.error).because(who, &said(setting), e))
     }
 
     fn vlans(&mut self, who: &str, link: &Link) -> Result<Vec<Vlan>> {
@@ -376,7 +398,7 @@ impl State {
             return Err(Refused::of(&e.error).because(who, "setting its VLANs", e));
         }
         if !self.is_ours(link.index) {
-            self.done.push(Step::Vlans { index: link.index, before, after: Some(wanted) });
+            self.done.push(Step::Vlans { index: link.index, before, after: wanted });
         }
         Ok(())
     }

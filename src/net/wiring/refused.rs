@@ -77,3 +77,50 @@ impl Refused {
         self.at(who, &said).with_source(error)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a user reads, by what the kernel said where.
+    #[test]
+    fn what_is_missing_is_named() {
+        type Reading = fn(&io::Error) -> Refused;
+        let (plain, tap): (Reading, Reading) = (Refused::of, Refused::of_tap);
+        let vlan: Reading = |error| Refused::of_kind(error, Refused::NoModule("8021q"));
+        let filtering: Reading = |error| Refused::of_kind(error, Refused::NoFiltering);
+        let none = ";;";
+        for (reading, errno, kind, words) in [
+            (plain, libc::EPERM, ErrorKind::PermissionDenied, "CAP_NET_ADMIN"),
+            (plain, libc::EACCES, ErrorKind::PermissionDenied, "CAP_NET_ADMIN"),
+            (plain, libc::EEXIST, ErrorKind::Busy, "there is one already"),
+            (plain, libc::ENODEV, ErrorKind::NotFound, none),
+            (plain, libc::ERANGE, ErrorKind::InvalidArgument, none),
+            (plain, libc::EOPNOTSUPP, ErrorKind::Unsupported, none),
+            (plain, libc::EBUSY, ErrorKind::Busy, none),
+            (plain, libc::ENOMEM, ErrorKind::Os, none),
+            (vlan, libc::EOPNOTSUPP, ErrorKind::Unsupported, "the kernel lacks it: modprobe 8021q, as root"),
+            (vlan, libc::EAFNOSUPPORT, ErrorKind::Unsupported, "modprobe 8021q"),
+            (vlan, libc::EPERM, ErrorKind::PermissionDenied, "CAP_NET_ADMIN"),
+            (vlan, libc::EEXIST, ErrorKind::Busy, "there is one already"),
+            (filtering, libc::EOPNOTSUPP, ErrorKind::Unsupported, "CONFIG_BRIDGE_VLAN_FILTERING"),
+            (filtering, libc::EOPNOTSUPP, ErrorKind::Unsupported, "modprobe bridge"),
+            (filtering, libc::EPERM, ErrorKind::PermissionDenied, "CAP_NET_ADMIN"),
+            (tap, libc::ENOENT, ErrorKind::Unsupported, "modprobe tun"),
+            (tap, libc::ENODEV, ErrorKind::Unsupported, "modprobe tun"),
+            (tap, libc::ENXIO, ErrorKind::Unsupported, "modprobe tun"),
+            (tap, libc::EBUSY, ErrorKind::Busy, "there is one already"),
+            (tap, libc::EPERM, ErrorKind::PermissionDenied, "CAP_NET_ADMIN"),
+            (tap, libc::EINVAL, ErrorKind::InvalidArgument, none),
+        ] {
+            let raw = io::Error::from_raw_os_error(errno);
+            let refusal = Refusal { error: io::Error::from_raw_os_error(errno), words: "no!".to_owned() };
+            let error = reading(&raw).because("tap 'vnet0'", "making it", refusal);
+            let said = error.to_string();
+            assert!(error.kind() == kind, "{raw}: {error:?}");
+            assert!(said.starts_with("the host's network: tap 'vnet0': making it (no!)"), "{said}");
+            let remedy = said.split_once(';').map(|(_, remedy)| remedy);
+            assert!(remedy.map_or(words == none, |remedy| remedy.contains(words)), "{raw}: {said}");
+        }
+    }
+}

@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! What was done, and how it is undone: as far as nobody else has changed it since.
 
+use super::kept::{Entry, Paths, Port};
 use super::links::{Link, Links, Setting, Vlan};
 use super::refused::Refused;
 use crate::error::{Error, Result};
@@ -19,11 +20,27 @@ pub(super) enum Step {
         before: Setting,
         after: Setting,
     },
-    /// `after` is not known where it was taken from its bridge.
     Vlans {
         index: u32,
         before: Vec<Vlan>,
-        after: Option<Vec<Vlan>>,
+        after: Vec<Vlan>,
+    },
+    /// It was taken from its bridge.
+    Taken {
+        index: u32,
+        master: u32,
+        port: Port,
+    },
+    /// What is behind it on that bridge: when it is in its VLANs again.
+    Entries {
+        index: u32,
+        master: u32,
+        entries: Vec<Entry>,
+    },
+    /// What it lost by the step that follows.
+    Paths {
+        index: u32,
+        paths: Paths,
     },
 }
 
@@ -34,16 +51,18 @@ impl Step {
 
     pub fn index(&self) -> u32 {
         match self {
-            Self::Made { index, .. } | Self::Set { index, .. } | Self::Vlans { index, .. } => *index,
+            Self::Made { index, .. }
+            | Self::Set { index, .. }
+            | Self::Vlans { index, .. }
+            | Self::Taken { index, .. }
+            | Self::Entries { index, .. }
+            | Self::Paths { index, .. } => *index,
         }
     }
 
-    fn undo(&self, links: &mut Links) -> std::result::Result<(), Refusal> {
-        // The kernel does not give an index to another interface until they have all been used.
-        let link = match links.numbered(self.index()) {
-            Err(refusal) if refusal.error.raw_os_error() == Some(libc::ENODEV) => return Ok(()),
-            link => link?,
-        };
+    /// What is to be given back when all else is undone goes to `last`.
+    fn undo(&self, links: &mut Links, last: &mut Vec<Self>) -> std::result::Result<(), Refusal> {
+        let Some(link) = there(links, self.index())? else { return Ok(()) };
         match self {
             Self::Made { stays: true, .. } => Ok(()),
             // Another namespace's interface may have that number by now.
@@ -53,34 +72,63 @@ impl Step {
                 if after.now(&link) != Some(*after) {
                     return Ok(());
                 }
+                if before.takes_paths() {
+                    last.push(Self::Paths { index: *index, paths: links.paths(*index)? });
+                }
                 links.set(*index, *before)
             }
             Self::Vlans { index, before, after } => {
                 let now = links.vlans(*index)?;
-                if link.master.is_none() && link.filters.is_none()
-                    || after.as_ref().is_some_and(|after| now != *after)
-                {
+                if link.master.is_none() && link.filters.is_none() || now != *after {
                     return Ok(());
                 }
                 links.set_vlans(&link, &now, before)
             }
+            // Others have put it on another one, or on the same, as they want it there.
+            Self::Taken { .. } if link.master.is_some() => Ok(()),
+            Self::Taken { index, master, port } => {
+                if there(links, *master)?.is_none() {
+                    return Ok(());
+                }
+                links.set(*index, Setting::Master(Some(*master)))?;
+                let (index, master, entries) = (*index, *master, port.entries.clone());
+                last.push(Self::Entries { index, master, entries });
+                links.restore_port(index, port)
+            }
+            Self::Entries { index, master, entries } if link.master == Some(*master) => {
+                links.restore_entries(*index, entries)
+            }
+            Self::Entries { .. } => Ok(()),
+            Self::Paths { paths, .. } if link.up => links.restore_paths(paths),
+            Self::Paths { .. } => Ok(()),
         }
     }
 }
 
-/// Undoes all steps but the first `keep`, the last first; of what fails, says what failed first.
+/// The kernel does not give an index to another interface until they have all been used.
+fn there(links: &mut Links, index: u32) -> std::result::Result<Option<Link>, Refusal> {
+    match links.numbered(index) {
+        Err(refusal) if refusal.error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+        link => link.map(Some),
+    }
+}
+
+/// Undoes all steps but the first `keep`, the last first; of what fails, says what failed first. Where an interface is down only between
+/// two of them, what others have given it meanwhile comes back as well.
 pub(super) fn undo(links: &mut Links, done: &mut Vec<Step>, keep: usize) -> Result<()> {
-    let mut result = Ok(());
-    for step in done.drain(keep..).rev() {
-        if let Err(refusal) = step.undo(links) {
+    let (mut result, mut last) = (Ok(()), Vec::new());
+    let mut attempt = |step: Step, last: &mut Vec<Step>| {
+        if let Err(refusal) = step.undo(links, last) {
             let name = links.numbered(step.index()).map_or_else(|_| String::new(), |link| link.name);
             let error: Error = Refused::of(&refusal.error).because(
                 &format!("interface '{name}'"),
                 "undoing what was done to it",
                 refusal,
             );
-            result = result.and(Err(error));
+            result = std::mem::replace(&mut result, Ok(())).and(Err(error));
         }
-    }
+    };
+    done.drain(keep..).rev().for_each(|step| attempt(step, &mut last));
+    std::mem::take(&mut last).into_iter().for_each(|step| attempt(step, &mut last));
     result
 }

@@ -30,8 +30,9 @@ const FEATURES: [(Offloads, u64, u64); 5] = [
     (Offloads::USO, 1 << VIRTIO_NET_F_HOST_USO, 1 << VIRTIO_NET_F_GUEST_USO4 | 1 << VIRTIO_NET_F_GUEST_USO6),
 ];
 
-/// The features to offer in front of a network that knows these.
+/// The features to offer in front of a network that knows these: none where it cannot do checksums, which the others want (5.1.3.1).
 pub(super) fn offered(offloads: Offloads) -> u64 {
+    let offloads = if offloads.contains(Offloads::CSUM) { offloads } else { Offloads::empty() };
     let known = FEATURES.iter().filter(|(offload, ..)| offloads.contains(*offload));
     known.fold(0, |bits, (_, host, guest)| bits | host | guest)
 }
@@ -177,7 +178,7 @@ mod tests {
             let some = Offloads::from_bits_truncate(bits) | Offloads::CSUM;
             assert_eq!(accepted(offered(some)), (some, some));
         }
-        assert_eq!(offered(Offloads::empty()), 0);
+        assert_eq!([offered(Offloads::empty()), offered(Offloads::all() - Offloads::CSUM)], [0, 0]);
         // Who cannot do checksums can do nothing else; each way is chosen by itself.
         assert_eq!(accepted(1 << VIRTIO_NET_F_HOST_TSO4), (Offloads::empty(), Offloads::empty()));
         assert_eq!(accepted(1 << VIRTIO_NET_F_GUEST_CSUM), (Offloads::empty(), Offloads::CSUM));
