@@ -46,7 +46,7 @@ demo: ## boot a stock Debian with disk and network, and show what it does
 demo-overcommit: ## guests with twice the memory of their machine, in the lab: what vmbed does about it
 	tests/demo/overcommit
 
-demo-net: ## four stock guests on bridges with VLANs, behind NAT, and on the switch inside: who reaches whom
+demo-net: ## four stock Debian kernels on bridges with VLANs, behind NAT, and on the switch inside: who reaches whom
 	tests/demo/net
 
 lab: ## run one command on a real KVM with nested paging: make lab CMD='...'

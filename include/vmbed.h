@@ -1269,7 +1269,8 @@ int32_t vmbed_config_add_net(vmbed_config *config, const vmbed_net *net, vmbed_e
  * Puts card `index`, added without a TAP interface, on an open descriptor, which is duplicated: one queue of a TAP
  * interface that somebody attached (TUNSETIFF with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR; it becomes nonblocking), or a
  * connected Unix socket of the kind SOCK_SEQPACKET or SOCK_DGRAM, on which each message is a frame as vmbed_net_ops
- * describes it. When the other end of a SOCK_SEQPACKET is closed, the network is gone. Called once for each of the card's
+ * describes it; or one of the kind SOCK_STREAM, with the protocol of vmbed_net.stream. When the other end of a SOCK_SEQPACKET or
+ * SOCK_STREAM is closed, the network is gone. Called once for each of the card's
  * `queues`, with as many queues of one TAP interface. vmbed_builder_build() says whether it is one of these, and whether there is such a card.
  */
 int32_t vmbed_builder_net_fd(vmbed_builder *builder,
@@ -1712,7 +1713,10 @@ typedef struct {
     uint32_t vlan;
     /** Other than 0: it can have several queues, and is for cards that have (vmbed_net.queues). */
     uint32_t multi_queue;
-    /** Other than 0: it stays when the wiring is released. */
+    /**
+     * Other than 0: it stays when the wiring is released. 0: it is deleted then, or by vmbed_wiring_free(). To the kernel all of them are
+     * persistent (TUNSETPERSIST), since a card attaches to it later: it stays when the process is killed, as a bridge does.
+     */
     uint32_t persistent;
     /** The user who may open it without any capability, by number. 0: nobody. */
     uint32_t owner;

@@ -8,6 +8,7 @@
 
 use std::fs::File;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -86,8 +87,8 @@ pub enum Part {
     Threaded(DiskConfig),
     /// A network card; [`Board::network`] is the other end of its cable. One for each board.
     Net,
-    /// A card on that TAP interface.
-    Tap(String),
+    /// A card on that queue of a TAP interface.
+    Tap(OwnedFd),
     /// A card on that port of a switch.
     Port(SwitchPort),
     /// A source of random numbers.
@@ -201,7 +202,7 @@ impl Board {
                 self.network = Some(control.far);
                 Device::Net(card(id, Box::new(pair)))
             }
-            Part::Tap(name) => Device::Net(card(id, Box::new(Tap::open(id, &name)?))),
+            Part::Tap(queue) => Device::Net(card(id, Box::new(Tap::adopt(id, queue)?))),
             Part::Port(port) => Device::Net(card(id, Box::new(port.plug()?))),
             Part::Rng => Device::Rng(Rng::new(id, Place::Caller)),
             Part::Console => {

@@ -182,3 +182,20 @@ fn a_use_is_found_however_it_is_written() {
     assert_eq!(named("    let x = crate::sys::lock(&crate::irq::A);"), ["sys", "irq"]);
     assert_eq!(statements("use crate::{\n  a::B,\n  c,\n};\nlet x = 1;").len(), 2);
 }
+
+/// What is set up somehow in one language is drawn, and set up in the others as well. That their lines compile is for the doctests,
+/// `tests/c.rs` and `tests/python.rs`.
+#[test]
+fn every_network_has_a_drawing_and_lines_in_three_languages() {
+    let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/networking.md")).unwrap();
+    let parts = [("```text\n", "a drawing"), ("```rust", "Rust"), ("```c\n", "C"), ("```python\n", "Python")];
+    let mut complete = 0;
+    for section in page.replace("\n### ", "\n## ").split("\n## ") {
+        let missing: Vec<_> =
+            parts.iter().filter(|(fence, _)| !section.contains(fence)).map(|(_, what)| what).collect();
+        let title = section.lines().next().unwrap_or_default();
+        assert!(missing.is_empty() || missing.len() == parts.len(), "'{title}' lacks {missing:?}");
+        complete += usize::from(missing.is_empty());
+    }
+    assert_eq!(complete, 15, "sections with all of it: a set-up that is gone, or new");
+}

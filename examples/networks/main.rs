@@ -1,5 +1,5 @@
-//! What `make demo-net` runs: four stock guests on bridges of the host with VLANs and on a NAT network, and the same four on a switch inside of
-//! this process, with no privilege. Prints who reached whom, and whether that is as it should be.
+//! What `make demo-net` runs: four guests (stock Debian kernels with a busybox) on bridges of the host with VLANs and on a NAT network, and the
+//! same four on a switch inside of this process, with no privilege. Prints who reached whom, and whether that is as it should be.
 //!
 //! `networks bridge KERNEL INITRD`, `ovs` and `vxlan` want to be root in a network namespace of their own; `networks switch KERNEL INITRD`
 //! wants `/dev/kvm` and nothing else.

@@ -198,7 +198,8 @@ class Builder:
 
     def net_fd(self, index: int, net: int | HasFileno) -> Builder:
         """Puts card `index` of the configuration, one without a TAP interface, on a queue of one that somebody attached, or
-        on a connected Unix socket (SOCK_SEQPACKET or SOCK_DGRAM), on which each message is a frame (:class:`NetBackend`)."""
+        on a connected Unix socket (SOCK_SEQPACKET or SOCK_DGRAM), on which each message is a frame (:class:`NetBackend`), or
+        on one of the kind SOCK_STREAM, with the protocol of ``Net.stream``."""
         call(lib.vmbed_builder_net_fd, self._pointer, index, _fd(net))
         return self
 

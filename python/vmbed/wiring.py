@@ -10,7 +10,8 @@ from ._lib import call, lib, make, numbers, optional, structure
 class Wiring:
     """What this process has made of the host's network, and changed in it. All of it is undone by :meth:`release`, at the end of a
     ``with`` block, and with the last reference: what it made is gone, what was there before is as it was, and what others have changed
-    meanwhile stays as they left it. It works in the network namespace of the thread that makes it, and wants ``CAP_NET_ADMIN`` there.
+    meanwhile stays as they left it. A process that is killed undoes nothing. It works in the network namespace of the thread that makes
+    it, and wants ``CAP_NET_ADMIN`` there.
 
     A call that fails has changed nothing.
     """
@@ -42,7 +43,8 @@ class Wiring:
 
         In the one VLAN `vlan`, without tags (0: what the bridge gives to every port); with `trunk` in those, with tags, and in `vlan` without
         one. The user `owner` and members of `group`, by number, may open it without any capability. `persistent`: it stays when the rest
-        is undone.
+        is undone. To the kernel all of them are persistent, since a card attaches to it later: when the process is killed it stays, as a
+        bridge does.
         """
         on, address, list_ = optional(bridge), optional(mac), numbers(trunk)
         options = structure(

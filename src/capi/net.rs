@@ -113,7 +113,8 @@ pub unsafe extern "C" fn vmbed_config_add_net(
 /// Puts card `index`, added without a TAP interface, on an open descriptor, which is duplicated: one queue of a TAP
 /// interface that somebody attached (TUNSETIFF with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR; it becomes nonblocking), or a
 /// connected Unix socket of the kind SOCK_SEQPACKET or SOCK_DGRAM, on which each message is a frame as vmbed_net_ops
-/// describes it. When the other end of a SOCK_SEQPACKET is closed, the network is gone. Called once for each of the card's
+/// describes it; or one of the kind SOCK_STREAM, with the protocol of vmbed_net.stream. When the other end of a SOCK_SEQPACKET or
+/// SOCK_STREAM is closed, the network is gone. Called once for each of the card's
 /// `queues`, with as many queues of one TAP interface. vmbed_builder_build() says whether it is one of these, and whether there is such a card.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_builder_net_fd(

@@ -60,7 +60,8 @@ pub struct vmbed_tap_options {
     pub vlan: u32,
     /// Other than 0: it can have several queues, and is for cards that have (vmbed_net.queues).
     pub multi_queue: u32,
-    /// Other than 0: it stays when the wiring is released.
+    /// Other than 0: it stays when the wiring is released. 0: it is deleted then, or by vmbed_wiring_free(). To the kernel all of them are
+    /// persistent (TUNSETPERSIST), since a card attaches to it later: it stays when the process is killed, as a bridge does.
     pub persistent: u32,
     /// The user who may open it without any capability, by number. 0: nobody.
     pub owner: u32,

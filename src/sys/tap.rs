@@ -28,7 +28,9 @@ pub(crate) fn attach(fd: BorrowedFd<'_>, name: &str, flags: i32) -> io::Result<(
     check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })
 }
 
-/// Makes an interface that stays until it is deleted (TUNSETPERSIST), for that user and group. EBUSY where there is one.
+/// Makes an interface that stays until it is deleted (TUNSETPERSIST), for that user and group. EBUSY where there is one. It could be kept by
+/// this descriptor instead, but then nobody else could attach to one with a single queue (EBUSY); and one with several, whose descriptor is
+/// set aside (IFF_DETACH_QUEUE), would keep its carrier when no card is on it, so that its bridge went on sending there.
 pub(crate) fn make(name: &str, several: bool, owner: Option<u32>, group: Option<u32>) -> io::Result<()> {
     let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
     let queues = if several { libc::IFF_MULTI_QUEUE } else { 0 };

@@ -26,7 +26,7 @@ pub use options::{BridgeOptions, TapOptions};
 /// What this process has made of the host's network, and changed in it: bridges, TAP interfaces and VLAN interfaces, what is on which
 /// bridge, and in which VLANs. When it is released, or dropped, all of that is undone, in reverse: what it made is gone, and what was
 /// there before is as it was. What others have changed meanwhile stays as they left it, and interfaces that were there before are never
-/// deleted.
+/// deleted. A process that is killed undoes nothing.
 ///
 /// It works in the network namespace of the thread that makes it; its methods are for threads of that namespace. They want the capability
 /// `CAP_NET_ADMIN` there, may be called from any of its threads, and do not block for long. A call that fails has changed

@@ -43,7 +43,8 @@ pub struct TapOptions {
     pub mtu: Option<u32>,
     /// The host's address on it, of no concern to the guest. Otherwise made up by the kernel.
     pub mac: Option<MacAddress>,
-    /// It stays when the [`Wiring`](super::Wiring) is released.
+    /// It stays when the [`Wiring`](super::Wiring) is released. Without this it is deleted then, and when the `Wiring` is dropped. To the kernel all
+    /// of them are persistent (`TUNSETPERSIST`), since a card attaches to it later: it stays when the process is killed, as a bridge does.
     pub persistent: bool,
 }
 
