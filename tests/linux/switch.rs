@@ -78,9 +78,9 @@ fn vlans() {
     let take = program.replace("DISK", "vda") + "/run/uso; sleep 600";
     let fetch = pair(&client, &(up("10.9.0.2") + get + &take), &[&segments()]);
     assert_eq!(fetch.value("got"), sha256(&content));
-    // Segments of TCP pass uncut: how many Linux puts in one depends on how fast they go.
+    // Segments of TCP pass uncut: Linux puts two in a frame at least, and more the faster they go.
     let (given, taken) = (server.statistics().received, client.statistics().sent);
-    assert!(given.bytes / given.frames > 3000 && taken.bytes / taken.frames > 3000, "{given:?} {taken:?}");
+    assert!(given.bytes / given.frames > 2000 && taken.bytes / taken.frames > 2000, "{given:?} {taken:?}");
     assert_eq!([serve.value("uso"), fetch.value("uso")], ["111", "111"]);
     serve.vm.console_input(b"go\n");
     assert_eq!((fetch.value("segments").as_str(), serve.value("given").as_str()), ("40", "yes"));
