@@ -58,7 +58,7 @@ lint: ## formatting, clippy with warnings denied, shellcheck
 	cargo clippy --all-targets --features serde,internals -- -D warnings
 	cargo clippy --lib -- -D warnings
 	shellcheck -x tests/setup tests/lab/run tests/lab/place tests/lab/here-or-lab tests/lab/selftest tests/assets/fetch \
-		tests/assets/busybox-initrd tests/assets/disk-tools tests/assets/disk-exercise tests/assets/soak-guest tests/assets/debian-root tests/demo/run tests/demo/inside tests/demo/overcommit tests/demo/net tests/demo/net-inside tests/stranger/run tests/placement/run benches/figures/run benches/figures/inside fuzz/run tests/hostile/mutants/run .ci/run
+		tests/assets/busybox-initrd tests/assets/disk-tools tests/assets/disk-exercise tests/assets/soak-guest tests/assets/net-exercise tests/assets/debian-root tests/demo/run tests/demo/inside tests/demo/overcommit tests/demo/net tests/demo/net-inside tests/stranger/run tests/placement/run benches/figures/run benches/figures/inside fuzz/run tests/hostile/mutants/run .ci/run
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
 
 test: setup lint ## everything that must pass, 30 to 50 minutes on 2 cores
@@ -83,6 +83,7 @@ test-all: test ## and the long forms
 	VMBED_CUTS=200 cargo test --features serde,internals --test powercut
 	VMBED_DISKS=all VMBED_CUTS=20 VMBED_TRIAL_SECONDS=3000 cargo test --features serde,internals --test linux -- disks::
 	VMBED_VHOST=1 VMBED_TRIAL_SECONDS=900 cargo test --features serde,internals --test linux -- vhost::
+	VMBED_NET_SECONDS=60 VMBED_TRIAL_SECONDS=1500 cargo test --features serde,internals --test linux -- net::streams
 	VMBED_STEPS=1000000 cargo test --features serde,internals --lib every_step
 	VMBED_FAULTS=all cargo test --features serde,internals --test faults
 	VMBED_PREEMPTIONS=1 $(MAKE) models

@@ -1443,8 +1443,9 @@ int32_t vmbed_switch_add_port(vmbed_switch *on_switch,
 
 /**
  * Adds a port with a TAP interface of the host's on it, which must exist, have a single queue and be in nobody else's use.
- * Frames to it keep their TCP segmentation and checksum offloads; the host's kernel does them. One thread, `vmbed-switch`,
- * serves all uplinks of a switch. An interface that goes away is looked for once a second.
+ * Frames to it keep their TCP segmentation and checksum offloads, which the host's kernel does; frames from it come with theirs,
+ * which the switch does for whom does not. One thread, `vmbed-switch`, serves all uplinks of a switch. An interface that goes away is
+ * looked for once a second.
  *
  * As for vmbed_switch_add_port(); VMBED_ERR_NOT_FOUND, VMBED_ERR_BUSY or VMBED_ERR_PERMISSION_DENIED for the interface.
  */

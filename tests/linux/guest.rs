@@ -77,6 +77,12 @@ impl Guest {
         self.console()
     }
 
+    /// Has a script that does [as it is told](crate::net::TOLD) run these steps; what `$said` is then. Each key is new.
+    pub fn told(&self, steps: &str, key: &str) -> String {
+        self.vm.console_input(format!("{steps}; echo {key}=$said\n").as_bytes());
+        self.value(key)
+    }
+
     /// What follows `key=` on a line of the console.
     pub fn value(&self, key: &str) -> String {
         let prefix = format!("\n{key}=");
@@ -92,6 +98,7 @@ impl Guest {
             if let Some(value) = whole(&console) {
                 return value;
             }
+            assert!(!console.contains("\nwrong="), "waited for a line {key}= on the console:\n{console}");
             assert!(!ended && Instant::now() < end, "waited for a line {key}= on the console:\n{console}");
         }
     }

@@ -65,6 +65,7 @@ fn main() -> ExitCode {
         assets::prepare();
         c::prepare();
         soak::prepare();
+        switch::prepare();
         wiring::prepare();
         return elsewhere(&arguments);
     }

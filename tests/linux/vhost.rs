@@ -1,7 +1,6 @@
 //! Cards that the host's kernel serves (vhost-net), with a stock driver.
 
 use std::fs::File;
-use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::fd::AsRawFd;
 use std::process::Command;
@@ -11,23 +10,21 @@ use libtest_mimic::Trial;
 use vmbed::{EventKind, Host, NetConfig, RateLimit, Vhost};
 
 use crate::balloon::wait_until;
-use crate::devices::{noise, sha256};
+use crate::devices::noise;
 use crate::guest::{Guest, LONG};
-use crate::net::{TOOLS, Tap, accept, ip, ping, server};
+use crate::net::{SWAP, TOLD, TOOLS, Tap, ip, ping, server, swap};
 use crate::trial;
 
 pub fn add(trials: &mut Vec<Trial>) {
     trials.push(trial("vhost::all_that_can_happen_to_a_card", card));
 }
 
-/// What the guest runs: what it is told, a line at a time.
-const SHELL: &str = "stty -echo
-run() {
+/// Shell: an iperf3 that comes to its end.
+const RUN: &str = "run() {
 for try in 1 2 3 4 5 6 7 8 9; do /mnt/bin/iperf3 --connect-timeout 60000 \"$@\" >/run/said 2>&1 && return; sleep 1; done
 echo \"$* failed\"; tail -n 20 /run/said; exit 1
 }
-echo ready=yes
-while read line; do eval \"$line\"; done";
+";
 
 /// A guest that does as it is told.
 struct Told {
@@ -38,9 +35,7 @@ struct Told {
 impl Told {
     /// Has it run that, and waits until it is done.
     fn run(&self, steps: &str, key: &str) -> String {
-        let steps = steps.replace("HOST", &self.tap.host());
-        self.guest.vm.console_input(format!("{steps}; echo {key}=$said\n").as_bytes());
-        self.guest.value(key)
+        self.guest.told(&steps.replace("HOST", &self.tap.host()), key)
     }
 
     /// Pairs of queues that the kernel serves.
@@ -120,7 +115,7 @@ fn card() {
     assert!(Command::new("modprobe").arg("vhost_net").status().unwrap().success());
     let tap = Tap::with_queues();
     let servers = [server("5201"), server("5202")];
-    let mut config = crate::disks::with_tools(&(TOOLS.to_owned() + &tap.up() + SHELL));
+    let mut config = crate::disks::with_tools(&[TOOLS, &tap.up(), SWAP, RUN, TOLD].concat());
     if let vmbed::Boot::Linux(boot) = &mut config.boot {
         // For `devmem`.
         boot.cmdline += " iomem=relaxed";
@@ -167,19 +162,7 @@ fn carries(told: &Told) {
     }
     let content = noise(41, 4 << 20);
     let listener = TcpListener::bind((told.tap.host(), 0)).unwrap();
-    let port = listener.local_addr().unwrap().port();
-    let steps = format!("nc HOST {port} </dev/null >/run/got; nc HOST {port} </run/got >/dev/null");
-    let steps = steps.replace("HOST", &told.tap.host());
-    told.guest
-        .vm
-        .console_input(format!("{steps}; echo got=$(sha256sum </run/got | cut -d' ' -f1)\n").as_bytes());
-    let mut down = accept(&listener, &told.guest);
-    down.write_all(&content).unwrap();
-    down.shutdown(std::net::Shutdown::Both).unwrap();
-    let mut received = Vec::new();
-    accept(&listener, &told.guest).read_to_end(&mut received).unwrap();
-    assert_eq!(told.guest.value("got"), sha256(&content));
-    assert!(received == content, "what was sent comes back");
+    swap(&told.guest, &listener, &told.tap.host(), ("got", &content), |_| {});
     assert!(told.through().iter().all(|bytes| *bytes > 11 << 20), "{:?}", told.through());
     assert_eq!(told.by_vmbed(), 0, "nothing came through vmbed");
 }

@@ -247,7 +247,8 @@ impl Switch {
     }
 
     /// A new port with a TAP interface of the host on it, which must exist, have a single queue and be in nobody
-    /// else's use. Frames to it keep their TCP segmentation and checksum offloads; the host's kernel does them.
+    /// else's use. Frames to it keep their TCP segmentation and checksum offloads, which the host's kernel does; frames from it come
+    /// with theirs, which the switch does for whom does not.
     /// One thread, `vmbed-switch`, serves all uplinks of a switch. An interface that goes away is looked for
     /// once a second.
     ///

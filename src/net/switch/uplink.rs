@@ -35,7 +35,9 @@ pub(super) struct Uplink {
 }
 
 impl Uplink {
-    pub fn new(near: Plug, far: Box<dyn NetBackend>) -> Result<Self> {
+    pub fn new(near: Plug, mut far: Box<dyn NetBackend>) -> Result<Self> {
+        // Nothing that it leaves to do need be done before a port is known that does not do it itself.
+        far.set_offloads(near.offloads() & far.offloads());
         let timer = TimerFd::new().map_err(|e| Error::errno_of("creating a timer (timerfd)", e))?;
         // A byte more: a frame that is too long is seen to be.
         let room = || vec![0; HEADER_LEN + MAX_FRAME + 1].into();

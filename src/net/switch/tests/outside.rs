@@ -38,6 +38,36 @@ fn segments_pass_uncut_between_those_who_know_them_and_are_cut_for_others() {
 }
 
 #[test]
+fn what_an_uplink_leaves_to_do_is_left_to_whom_does_it_and_done_for_others() {
+    let mut net = Net::new(access(&[1, 1]));
+    let tso = Offloads::CSUM | Offloads::TSO4;
+    net.plugs[1].set_takes(tso);
+    let (far, control) = Pair::new();
+    let known = Offloads::all() - Offloads::USO;
+    control.known.store(known.bits(), Ordering::SeqCst);
+    net.switch.add_uplink("up".into(), Box::new(far), Offloads::empty(), &PortOptions::access(1)).unwrap();
+    assert_eq!(control.taken.load(Ordering::SeqCst), known.bits(), "all that it knows, the switch takes");
+    let (header, whole) = segments(ALL, mac(9), 30_000, 1400);
+    control.far.send(&[&header[..], &whole].concat()).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let (mut passed, frame) = loop {
+        assert!(Instant::now() < deadline, "waited for the frame");
+        if let Some(next) = net.next(1) {
+            break next;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    };
+    assert_eq!(std::mem::take(&mut passed[2]), 54, "what its headers take");
+    assert!((passed, frame) == (header, whole));
+    let mut cut = net.get(0);
+    while cut.len() < 22 {
+        assert!(Instant::now() < deadline, "waited for segments: {}", cut.len());
+        cut.extend(net.get(0));
+    }
+    assert!(cut.len() == 22 && cut[..21].iter().all(|f| f.len() == 1454));
+}
+
+#[test]
 fn an_uplink_carries_both_ways_and_is_looked_for_when_it_is_gone() {
     let mut net = Net::new(access(&[1]));
     net.set(0, |options| options.storm = RateLimit::NONE);
