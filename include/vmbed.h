@@ -1443,9 +1443,10 @@ int32_t vmbed_switch_add_port(vmbed_switch *on_switch,
 
 /**
  * Adds a port with a TAP interface of the host's on it, which must exist, have a single queue and be in nobody else's use.
- * Frames to it keep their TCP segmentation and checksum offloads, which the host's kernel does; frames from it come with theirs,
- * which the switch does for whom does not. One thread, `vmbed-switch`, serves all uplinks of a switch. An interface that goes away is
- * looked for once a second.
+ * Frames to it keep their segmentation and checksum offloads, as far as the host's kernel knows them, which does them then; frames
+ * from it come with theirs, which the switch does for whom does not. One thread, `vmbed-switch`, serves all uplinks of a switch. An
+ * interface that goes away is looked for once a second; meanwhile, and while it is down, frames to it are counted at the port
+ * (VMBED_DROP_UPLINK). There is no event, since a switch is no VM's: only a line in the log when it goes away.
  *
  * As for vmbed_switch_add_port(); VMBED_ERR_NOT_FOUND, VMBED_ERR_BUSY or VMBED_ERR_PERMISSION_DENIED for the interface.
  */

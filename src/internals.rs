@@ -19,7 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::block::{Backend, RawDisk};
 use crate::bus::Bus;
-use crate::config::{BalloonConfig, DiskConfig, MacAddress, PciAddress};
+use crate::config::{BalloonConfig, DiskConfig, MacAddress, NetConfig, PciAddress};
 use crate::console::Console;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, Reporter, StopLine, VmId};
@@ -37,7 +37,7 @@ use crate::virtio::Signals;
 use crate::virtio::balloon::{self, BalloonStatistics};
 use crate::virtio::blk::Blk;
 use crate::virtio::console::ConsolePort;
-use crate::virtio::net::Net;
+use crate::virtio::net::{self, Net, NetStatistics};
 use crate::virtio::rng::Rng;
 use crate::virtio::transport::pci::BAR_SIZE;
 use crate::virtio::transport::{Bells, Doorbells, VirtioPci};
@@ -125,12 +125,9 @@ pub struct Board {
     /// The console is behind a virtio device, not behind the serial port.
     port: bool,
     network: Option<Arc<UnixDatagram>>,
+    cards: Vec<Arc<net::Control>>,
     balloon: Option<Arc<balloon::Control>>,
     stops: Arc<Mutex<Vec<String>>>,
-}
-
-fn card(id: &str, backend: Box<dyn NetBackend>) -> Net {
-    Net::simple(id, MacAddress([2, 0, 0, 0, 0, 1]), backend, Place::Caller)
 }
 
 fn opened(id: &str, config: &DiskConfig) -> Result<Box<dyn Backend>> {
@@ -158,6 +155,7 @@ impl Board {
             console: Console::new(),
             port: false,
             network: None,
+            cards: Vec::new(),
             balloon: None,
             stops: Arc::default(),
         };
@@ -200,10 +198,10 @@ impl Board {
             Part::Net => {
                 let (pair, control) = Pair::open().map_err(|e| Error::os("making a socket pair", e))?;
                 self.network = Some(control.far);
-                Device::Net(card(id, Box::new(pair)))
+                self.card(id, Box::new(pair))
             }
-            Part::Tap(queue) => Device::Net(card(id, Box::new(Tap::adopt(id, queue)?))),
-            Part::Port(port) => Device::Net(card(id, Box::new(port.plug()?))),
+            Part::Tap(queue) => self.card(id, Box::new(Tap::adopt(id, queue)?)),
+            Part::Port(port) => self.card(id, Box::new(port.plug()?)),
             Part::Rng => Device::Rng(Rng::new(id, Place::Caller)),
             Part::Console => {
                 self.port = true;
@@ -216,6 +214,13 @@ impl Board {
                 Device::Balloon(balloon::Balloon::new(id, &config, control, Place::Caller))
             }
         })
+    }
+
+    fn card(&mut self, id: &str, backend: Box<dyn NetBackend>) -> Device {
+        let mac = MacAddress([2, 0, 0, 0, 0, 1]);
+        let control = Arc::new(net::Control::new(id, mac, &NetConfig::attached(), None));
+        self.cards.push(control.clone());
+        Device::Net(Net::new(control, vec![(backend, Place::Caller)]))
     }
 
     fn add_pci(&mut self, root: &Arc<Root>) -> Result<()> {
@@ -363,6 +368,11 @@ impl Board {
     /// The other end of the network card's cable: frames with 12 bytes of header in front.
     pub fn network(&self) -> Option<&UnixDatagram> {
         self.network.as_deref()
+    }
+
+    /// What the network cards have carried and dropped, in their order.
+    pub fn net_statistics(&self) -> Vec<NetStatistics> {
+        self.cards.iter().map(|card| card.statistics()).collect()
     }
 
     /// What the balloon has moved.

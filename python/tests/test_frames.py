@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import time
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 import vmbed
+from frames import FILE, made
 from scapy.all import ARP, ICMP, IP, TCP, UDP, Dot1Q, Ether, ICMPv6ND_NS, IPv6, Raw, fragment  # type: ignore[import-untyped, attr-defined, unused-ignore]
 
 LONG = 60.0
@@ -202,23 +204,28 @@ def test_what_a_header_leaves_to_do_is_done_as_scapy_does_it() -> None:
                         bare = wanted[:12] + wanted[16:] if tags else wanted
                         assert got == bare, (version, transport.name, length)
                         checked(got)
-                # A segment of 20,000 bytes, cut where it says.
-                payload = dice.randbytes(20_000)
-                whole = Ether(src=FIRST, dst="ff:ff:ff:ff:ff:ff")
-                for layer in [*tags, network.copy(), TCP(sport=1, dport=2, seq=1000, flags="PA"), Raw(payload)]:
-                    whole = whole / layer
-                gso = 1 if version == 4 else 4
-                begun = bytearray(bytes(whole))
-                pseudo = pseudo_sum(version, bytes(begun), below, len(begun) - below)
-                begun[below + 16 : below + 18] = pseudo.to_bytes(2, "big")
-                one.send(bytes(begun), vnet(flags=1, gso=gso, header=below + 20, size=1448, start=below, offset=16))
-                gathered, sequence = b"", 1000
-                while len(gathered) < len(payload):
-                    segment = checked(two.receive())
-                    data = bytes(segment[TCP].payload)
-                    assert segment[TCP].seq == sequence and 0 < len(data) <= 1448
-                    gathered, sequence = gathered + data, sequence + len(data)
-                assert gathered == payload and two.received() == []
+                # 20,000 bytes, cut where it says: one of TCP's segments, or datagrams that were sent as one.
+                tcp = 1 if version == 4 else 4
+                for transport, own, offset, gso in [(TCP(sport=1, dport=2, seq=1000, flags="PA"), 20, 16, tcp), (UDP(sport=1, dport=2), 8, 6, 5)]:
+                    payload = dice.randbytes(20_000)
+                    whole = Ether(src=FIRST, dst="ff:ff:ff:ff:ff:ff")
+                    for layer in [*tags, network.copy(), transport.copy(), Raw(payload)]:
+                        whole = whole / layer
+                    begun = bytearray(bytes(whole))
+                    pseudo = pseudo_sum(version, bytes(begun), below, len(begun) - below)
+                    begun[below + offset : below + offset + 2] = pseudo.to_bytes(2, "big")
+                    one.send(bytes(begun), vnet(flags=1, gso=gso, header=below + own, size=1448, start=below, offset=offset))
+                    gathered = b""
+                    while len(gathered) < len(payload):
+                        segment = checked(two.receive())[type(transport)]
+                        data = bytes(segment.payload)
+                        assert len(data) == min(1448, len(payload) - len(gathered))
+                        if gso == tcp:
+                            assert segment.seq == 1000 + len(gathered)
+                        else:
+                            assert (segment.sport, segment.dport, segment.len) == (1, 2, 8 + len(data)) and segment.chksum != 0
+                        gathered += data
+                    assert gathered == payload and two.received() == []
 
 
 def pseudo_sum(version: int, frame: bytes, transport: int, length: int) -> int:
@@ -295,3 +302,11 @@ def test_storms_are_limited(kind: str) -> None:
             one.send(Ether(src=FIRST, dst=SECOND) / IP(dst="192.0.2.2") / UDP() / Raw(bytes([i])))
         one.settle()
         assert len(two.received()) == 100
+
+
+def test_the_frames_of_others_are_up_to_date() -> None:
+    """What tests/independent_driver has is what scapy makes of python/tests/frames.py; VMBED_UPDATE_FRAMES=1 writes it anew."""
+    now = made()
+    if os.environ.get("VMBED_UPDATE_FRAMES"):
+        FILE.write_bytes(now)
+    assert FILE.read_bytes() == now

@@ -192,7 +192,8 @@ class Switch:
         return SwitchPort(make(lib.vmbed_switch_add_port, "port", self._pointer, name.encode(), given))
 
     def add_tap(self, name: str, tap: str, options: PortOptions | None = None) -> SwitchPort:
-        """A new port with a TAP interface of the host's on it."""
+        """A new port with a TAP interface of the host's on it. One that goes away is looked for once a second; meanwhile, and while it is
+        down, frames to it are counted at the port (``uplink``), without an event."""
         given, _keep = (options or PortOptions())._given()
         return SwitchPort(make(lib.vmbed_switch_add_tap, "port", self._pointer, name.encode(), tap.encode(), given))
 

@@ -16,6 +16,8 @@ mod socket;
 mod stream;
 pub(crate) mod switch;
 mod tap;
+#[cfg(test)]
+pub(crate) mod testing;
 pub(crate) mod wiring;
 
 pub use offload::Offloads;

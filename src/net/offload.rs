@@ -266,45 +266,10 @@ fn checksum(bytes: &[u8], before: u64) -> [u8; 2] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::testing::{packet, slowly};
 
-    /// The plain way: word by word.
-    fn slowly(bytes: &[u8]) -> u16 {
-        let mut total = 0u32;
-        for pair in bytes.chunks(2) {
-            total += u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0));
-            total = (total & 0xffff) + (total >> 16);
-        }
-        !(total as u16)
-    }
-
-    /// A TCP packet over IPv4 or IPv6 whose checksum is to be completed, tagged or not, and its header.
     fn tcp(v4: bool, tagged: bool, payload: usize, size: u16) -> (Vec<u8>, [u8; 12]) {
-        let mut frame = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1];
-        if tagged {
-            frame.extend([0x81, 0, 0, 10]);
-        }
-        let segment = 20 + payload;
-        if v4 {
-            frame.extend([8, 0, 0x45, 0]);
-            frame.extend(((20 + segment) as u16).to_be_bytes());
-            frame.extend([0xff, 0xff, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
-        } else {
-            frame.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
-            frame.extend((segment as u16).to_be_bytes());
-            frame.extend([6, 64]);
-            frame.extend([0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
-            frame.extend([0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2]);
-        }
-        let start = frame.len() as u16;
-        frame.extend([0x10, 0, 0x20, 0, 0xff, 0xff, 0xff, 0xf0, 0, 0, 0, 0, 0x50, 0x99, 1, 0, 0, 0, 0, 0]);
-        frame.extend((0..payload).map(|i| (i * 7) as u8));
-        let mut header = [0; 12];
-        header[0] = NEEDS_CSUM;
-        header[1] = if v4 { GSO_TCPV4 } else { GSO_TCPV6 };
-        header[4..6].copy_from_slice(&size.to_le_bytes());
-        header[6..8].copy_from_slice(&start.to_le_bytes());
-        header[8] = 16;
-        (frame, header)
+        packet(false, v4, tagged, payload, size)
     }
 
     fn parse(header: &[u8; 12], frame: &[u8]) -> Result<Work, ()> {
@@ -322,19 +287,33 @@ mod tests {
 
     #[test]
     fn segments_are_whole_packets() {
-        for (v4, tagged) in [(true, false), (true, true), (false, false), (false, true)] {
-            let (frame, header) = tcp(v4, tagged, 1000, 400);
-            let Ok(Work::Segments(segments)) = parse(&header, &frame) else { panic!("{v4} {tagged}") };
+        for bits in 0..8 {
+            let [udp, v4, tagged] = [1, 2, 4].map(|bit| bits & bit != 0);
+            let (frame, header) = packet(udp, v4, tagged, 1000, 400);
+            let Ok(Work::Segments(segments)) = parse(&header, &frame) else { panic!("{udp} {v4} {tagged}") };
             let parts: Vec<_> = frame[segments.headers..].chunks(400).collect();
             assert_eq!(parts.len(), 3);
             for (i, part) in parts.iter().enumerate() {
                 let mut out = [&frame[..segments.headers], part].concat();
                 segments.finish(&mut out, i, i == 2);
                 let (network, transport) = (segments.network, segments.transport);
-                let flags = [0x90, 0x10, 0x19][i];
-                assert_eq!(out[transport + 13], flags, "CWR first, FIN and PSH last");
-                let number = 0xffff_fff0u32.wrapping_add(400 * i as u32).to_be_bytes();
-                assert_eq!(out[transport + 4..transport + 8], number);
+                let own = if udp { 8 } else { 20 };
+                assert_eq!(segments.headers, transport + own);
+                if udp {
+                    assert_eq!(out[transport..transport + 4], [0x10, 0, 0x20, 0], "from port to port");
+                    let length = ((8 + part.len()) as u16).to_be_bytes();
+                    assert_eq!(out[transport + 4..transport + 6], length, "a datagram of its own");
+                    assert_ne!(
+                        out[transport + 6..transport + 8],
+                        [0, 0],
+                        "which would say that there is no sum"
+                    );
+                } else {
+                    let flags = [0x90, 0x10, 0x19][i];
+                    assert_eq!(out[transport + 13], flags, "CWR first, FIN and PSH last");
+                    let number = 0xffff_fff0u32.wrapping_add(400 * i as u32).to_be_bytes();
+                    assert_eq!(out[transport + 4..transport + 8], number);
+                }
                 let (addresses, length) = if v4 {
                     assert_eq!(slowly(&out[network..transport]), 0);
                     assert_eq!(out[network + 4..network + 6], 0xffffu16.wrapping_add(i as u16).to_be_bytes());
@@ -343,9 +322,10 @@ mod tests {
                     (&out[network + 8..network + 40], [out[network + 4], out[network + 5]])
                 };
                 let covered = u16::from_be_bytes(length) as usize - if v4 { 20 } else { 0 };
-                assert_eq!(covered, 20 + part.len());
+                assert_eq!(covered, own + part.len());
+                let protocol = [0, if udp { 17 } else { 6 }];
                 let pseudo =
-                    [addresses, &[0, 6], &(covered as u16).to_be_bytes(), &out[transport..]].concat();
+                    [addresses, &protocol, &(covered as u16).to_be_bytes(), &out[transport..]].concat();
                 assert_eq!(slowly(&pseudo), 0);
                 assert_eq!(&out[segments.headers..], *part);
             }

@@ -76,6 +76,13 @@ pub(crate) fn set_queue(fd: BorrowedFd<'_>, attached: bool) -> io::Result<()> {
     check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETQUEUE, &raw const request) })
 }
 
+/// Puts the calling thread into a network namespace of its own, with nothing in it, for tests: what is made there goes with its last thread.
+#[cfg(test)]
+pub(crate) fn leave_network() -> io::Result<()> {
+    // SAFETY: an integer goes in; what changes is this thread's.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNET) })
+}
+
 fn request(name: &str) -> io::Result<libc::ifreq> {
     // SAFETY: an ifreq is plain data, for which zeroes are valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };

@@ -69,7 +69,7 @@ static int card_failures(struct rogue *rogue, int card, bool wait)
     for (;;) {
         vmbed_event *event;
         OK(vmbed_events_next(rogue->events, wait && !count ? 60000 : 0, &event, &error));
-        CHECK(event || !wait || count); /* the embedder is told that the TAP interface is gone */
+        CHECK(event || !wait || count); /* the embedder is told that the TAP interface is down, or gone */
         if (!event)
             return count;
         int32_t kind = vmbed_event_kind(event);
@@ -98,9 +98,10 @@ static void without_a_network(vmbed_host *host)
     for (int i = 0; i < 2; i++) {
         ip("link set %s down", taps[i]);
         rogue_does(&rogue, SEND_TEN, "");
+        CHECK(i || card_failures(&rogue, i, true) > 0); /* the second sends nothing */
         ip("link set %s up", taps[i]);
         both_work(&rogue);
-        card_failures(&rogue, i, false);
+        CHECK(card_failures(&rogue, i, false) == 0);
         ip("link del %s", taps[i]);
         rogue_does(&rogue, SEND_TEN, "");
         CHECK(card_failures(&rogue, i, true) > 0);

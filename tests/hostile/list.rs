@@ -292,7 +292,7 @@ const ROWS: [Row; 33] = [
     Row(
         29,
         "the tap goes away or is brought down; the bridge is deleted",
-        "frames dropped, event, works again when it returns",
+        "frames dropped, event (none for the bridge, which is not the card's), works again when it returns",
         Tests(&["host::row_29_a_tap_and_a_bridge_that_go_away", "tests/c/host.c::networks_that_go_away"]),
     ),
     Row(

@@ -247,17 +247,17 @@ impl Switch {
     }
 
     /// A new port with a TAP interface of the host on it, which must exist, have a single queue and be in nobody
-    /// else's use. Frames to it keep their TCP segmentation and checksum offloads, which the host's kernel does; frames from it come
-    /// with theirs, which the switch does for whom does not.
-    /// One thread, `vmbed-switch`, serves all uplinks of a switch. An interface that goes away is looked for
-    /// once a second.
+    /// else's use. Frames to it keep their segmentation and checksum offloads, as far as the host's kernel knows them, which does them
+    /// then; frames from it come with theirs, which the switch does for whom does not. One thread, `vmbed-switch`, serves all uplinks
+    /// of a switch. An interface that goes away is looked for once a second; meanwhile, and while it is down, frames to it are counted
+    /// at the port ([`DropReason::Uplink`]). There is no event, since a switch is no VM's: only a line in the log when it goes away.
     ///
     /// # Errors
     /// As for [`add_port`](Self::add_port); `NotFound`, `Busy` or `PermissionDenied` for the interface.
     pub fn add_tap(&self, name: impl Into<String>, tap: &str, options: &PortOptions) -> Result<SwitchPort> {
         let name = name.into();
         let tap = Tap::open(&name, tap)?;
-        let takes = Offloads::CSUM | Offloads::TSO4 | Offloads::TSO6 | Offloads::ECN;
+        let takes = tap.offloads();
         self.add_uplink(name, Box::new(tap), takes, options)
     }
 
@@ -292,7 +292,7 @@ impl Switch {
     ) -> Result<SwitchPort> {
         let name = name.into();
         let network = crate::net::adopt(&name, fd.into(), true)?;
-        let takes = network.offloads() - Offloads::USO;
+        let takes = network.offloads();
         self.add_uplink(name, network, takes, options)
     }
 

@@ -10,6 +10,7 @@ use crate::net::pair::Pair;
 use crate::sys::io::Pieces;
 
 mod landing;
+mod many;
 mod model;
 mod outside;
 
@@ -441,69 +442,4 @@ fn segments(to: [u8; 6], from: [u8; 6], payload: usize, size: u16) -> ([u8; 12],
     frame.extend(packet);
     let [s0, s1] = size.to_le_bytes();
     ([1, 1, 0, 0, s0, s1, 34, 0, 16, 0, 0, 0], frame)
-}
-
-/// Says that a thread has ended, also when it panics: the others wait for it.
-struct Ended<'a>(&'a AtomicU64);
-
-impl Drop for Ended<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_add(1, Ordering::SeqCst);
-    }
-}
-
-#[test]
-fn nothing_is_lost_uncounted_between_eight_threads() {
-    let switch = Switch::new(&SwitchOptions::default()).unwrap();
-    let mut options = PortOptions::access(1);
-    options.storm = RateLimit::NONE;
-    let ports: Vec<_> = (0..8).map(|i| switch.add_port(format!("{i}"), &options).unwrap()).collect();
-    const COUNT: u64 = 5000;
-    let done = &AtomicU64::new(0);
-    let received: u64 = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..8u8)
-            .map(|i| {
-                let port = &ports[usize::from(i)];
-                scope.spawn(move || {
-                    let ended = Ended(done);
-                    let (mut plug, mut got, mut room) = (port.plug().unwrap(), 0, vec![0; 70_000]);
-                    let mut drain = |plug: &mut Plug| {
-                        let mut pieces = Pieces::default();
-                        loop {
-                            let mut list = pieces.list();
-                            list.push_room(&mut room);
-                            let Ok(len) = plug.receive(&list) else { return };
-                            got += 1;
-                            assert!(room[12 + 14..len].iter().all(|b| *b == room[26]), "of one frame");
-                        }
-                    };
-                    for n in 0..COUNT {
-                        let to = if n % 50 == 0 { ALL } else { mac(i.wrapping_add(n as u8) % 8) };
-                        let bytes = [&[0; 12], &frame(to, mac(i), &[i; 46])[..]].concat();
-                        let mut pieces = Pieces::default();
-                        let mut list = pieces.list();
-                        list.push_bytes(&bytes);
-                        plug.send(&list).unwrap();
-                        drain(&mut plug);
-                    }
-                    drop(ended);
-                    while done.load(Ordering::SeqCst) < 8 {
-                        std::thread::yield_now();
-                    }
-                    drain(&mut plug);
-                    got
-                })
-            })
-            .collect();
-        // Somebody changes ports and options all the while.
-        while done.load(Ordering::SeqCst) < 8 {
-            let extra = switch.add_port("extra", &options).unwrap();
-            ports[3].set_options(&options).unwrap();
-            extra.remove();
-        }
-        threads.into_iter().map(|t| t.join().unwrap()).sum()
-    });
-    let all: Vec<_> = ports.iter().map(SwitchPort::statistics).collect();
-    assert_eq!(all.iter().map(|s| s.received.frames).sum::<u64>(), 8 * COUNT);
-    assert_eq!(all.iter().map(|s| s.sent.frames).sum::<u64>(), received);
 }

@@ -127,7 +127,7 @@ impl Net {
     }
 
     /// One with nothing special.
-    #[cfg(any(test, feature = "internals"))]
+    #[cfg(test)]
     pub fn simple(
         id: &str,
         mac: crate::config::MacAddress,

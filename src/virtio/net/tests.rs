@@ -19,6 +19,7 @@ use crate::virtio::Signals;
 use crate::virtio::queue_driver::{Dice, Driver, WRITE, activation, bend, signals};
 
 mod commands;
+mod host;
 mod kept;
 mod landed;
 

@@ -2,6 +2,7 @@
 //! What goes to others: frames of segments, uplinks, captures.
 
 use super::*;
+use crate::net::testing::{FAR, NEAR, TAP, kernel_knows_uso, packet, with_a_bridge};
 
 #[test]
 fn segments_pass_uncut_between_those_who_know_them_and_are_cut_for_others() {
@@ -190,4 +191,23 @@ fn a_capture_has_every_frame_as_it_was_seen_and_ends_with_its_handle() {
     let error = capture.finish().unwrap_err();
     assert_eq!(error.errno(), Some(libc::ENOSPC), "{error}");
     assert!(net.switch.capture(&[], Full(10)).is_err());
+}
+
+/// Datagrams sent as one are the host's kernel's to cut, where it knows how to; the switch does it otherwise.
+#[test]
+fn an_interface_of_the_hosts_is_left_what_its_kernel_knows() {
+    with_a_bridge(false, |mut far| {
+        let mut net = Net::new(access(&[1]));
+        net.set(0, |options| options.storm = RateLimit::NONE);
+        let uplink = net.switch.add_tap("uplink", TAP, &PortOptions::access(1)).unwrap();
+        far.settle(|| net.send(0, &frame(FAR, NEAR, &[0; 46])));
+        for v4 in [true, false] {
+            let before = uplink.statistics().sent.frames;
+            let (whole, header) = packet(true, v4, false, 10_000, 1400);
+            net.send_with(0, header, &whole);
+            assert!(far.datagrams(v4, 10_000, 1400) == whole[whole.len() - 10_000..]);
+            let sent = uplink.statistics().sent.frames - before;
+            assert_eq!(sent, if kernel_knows_uso() { 1 } else { 8 });
+        }
+    });
 }
