@@ -1,11 +1,15 @@
 /* Datagrams of which one write makes many (UDP_SEGMENT): the kernel leaves that to a card that can do it.
- *     udp-segments ADDRESS    sends them there until that end says that it has all
+ *     udp-segments ADDRESS    sends them there by eth0 until that end says that it has all
  *     udp-segments            takes them, and says how many there were, each as it was sent
  */
 #include <arpa/inet.h>
+#include <linux/ethtool.h>
+#include <linux/sockios.h>
+#include <net/if.h>
 #include <netinet/udp.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 
@@ -24,6 +28,29 @@ static void fill(void)
 			bytes[i][at] = at ? i * 31 + at * 7 + (at >> 8) : i;
 }
 
+/* virtio_net leaves it off until somebody asks: `ethtool -K eth0 tx-udp-segmentation on`. */
+static int turn_on(int fd)
+{
+	static struct {
+		struct ethtool_gstrings head;
+		char names[256][ETH_GSTRING_LEN];
+	} all = { .head = { .cmd = ETHTOOL_GSTRINGS, .string_set = ETH_SS_FEATURES } };
+	static struct {
+		struct ethtool_sfeatures head;
+		struct ethtool_set_features_block blocks[8];
+	} set = { .head = { .cmd = ETHTOOL_SFEATURES } };
+	struct ifreq request = { .ifr_name = "eth0", .ifr_data = (char *)&all };
+
+	if (ioctl(fd, SIOCETHTOOL, &request) < 0)
+		return -1;
+	for (unsigned i = 0; i < all.head.len; i++)
+		if (!strcmp(all.names[i], "tx-udp-segmentation"))
+			set.blocks[i / 32].valid = set.blocks[i / 32].requested = 1u << i % 32;
+	set.head.size = (all.head.len + 31) / 32;
+	request.ifr_data = (char *)&set;
+	return ioctl(fd, SIOCETHTOOL, &request);
+}
+
 static int give(int fd, const char *address)
 {
 	struct sockaddr_in to = { .sin_family = AF_INET, .sin_port = htons(5001) };
@@ -32,6 +59,8 @@ static int give(int fd, const char *address)
 	char said;
 
 	inet_pton(AF_INET, address, &to.sin_addr);
+	if (turn_on(fd))
+		return perror("tx-udp-segmentation"), 1;
 	if (connect(fd, (struct sockaddr *)&to, sizeof to) || setsockopt(fd, IPPROTO_UDP, UDP_SEGMENT, &size, sizeof size) ||
 	    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience))
 		return perror("udp-segments"), 1;
