@@ -36,12 +36,13 @@ use crate::virtio::Signals;
 use crate::virtio::balloon::{self, BalloonStatistics};
 use crate::virtio::blk::Blk;
 use crate::virtio::console::ConsolePort;
-use crate::virtio::net::Net;
+use crate::virtio::net::{Net, NetStatistics};
 use crate::virtio::rng::Rng;
 use crate::virtio::transport::pci::BAR_SIZE;
 use crate::virtio::transport::{Bells, Doorbells, VirtioPci};
 
 mod bench;
+mod bus;
 pub mod driver;
 mod interrupts;
 mod kernel;
@@ -52,9 +53,10 @@ pub mod sandbox;
 mod served;
 
 pub use bench::{BenchBus, BenchQueue, BenchSwitch};
+pub use bus::{BareBus, BusExit};
 /// What structures of C's have become.
 pub mod crossed {
-    pub use crate::capi::crossed::{config, host, port_options};
+    pub use crate::capi::crossed::{FORMS, Form, config, host, port_options};
 }
 pub use interrupts::{BareIoapic, BareMsix, IOAPIC_PINS};
 pub use kernel::{Loaded, load_kernel};
@@ -362,6 +364,11 @@ impl Board {
     /// The other end of the network card's cable: frames with 12 bytes of header in front.
     pub fn network(&self) -> Option<&UnixDatagram> {
         self.network.as_deref()
+    }
+
+    /// What the cards have carried, and not.
+    pub fn carried(&self) -> Vec<NetStatistics> {
+        self.devices.iter().filter_map(Handle::carried).collect()
     }
 
     /// What the balloon has moved.

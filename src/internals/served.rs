@@ -11,7 +11,7 @@ use crate::sys::lock;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
 use crate::virtio::console::ConsolePort;
-use crate::virtio::net::Net;
+use crate::virtio::net::{Net, NetStatistics};
 use crate::virtio::rng::Rng;
 use crate::virtio::{Activation, Queue, VirtioDevice};
 
@@ -82,6 +82,14 @@ impl Handle {
 
     pub fn run(&self) {
         lock(&self.device).process();
+    }
+
+    /// What a card has carried.
+    pub fn carried(&self) -> Option<NetStatistics> {
+        match &*lock(&self.device) {
+            Device::Net(card) => Some(card.carried()),
+            _ => None,
+        }
     }
 }
 

@@ -125,6 +125,12 @@ impl Net {
         Self::new(Arc::new(Control::new(id, mac, &config, None)), vec![(backend, place)])
     }
 
+    /// What it has carried.
+    #[cfg(feature = "internals")]
+    pub fn carried(&self) -> NetStatistics {
+        self.control.statistics()
+    }
+
     /// Serves all queues on the caller's thread: for drivers in this process ([`Place::Caller`]).
     #[cfg(any(test, feature = "internals"))]
     pub fn process_queues(&self) {
