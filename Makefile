@@ -74,7 +74,10 @@ miri := cargo +nightly miri
 miri: ## Miri over the ledger, frames, the C ABI's conversions and other code without system calls; needs a nightly with it
 	@$(miri) --version >/dev/null 2>&1 || { echo "no Miri here: rustup component add --toolchain nightly miri rust-src"; exit 1; }
 	PROPTEST_CASES=4 MIRIFLAGS=-Zmiri-disable-isolation $(miri) test --no-default-features --target-dir target/miri --lib -- \
-		budget:: units:: config:: net::ether:: net::packet:: net::switch::guard:: boot::lz4:: capi::arguments::
+		budget:: units:: config:: error:: rate:: bus:: ioapic:: pci::config:: legacy:: memory::layout:: \
+		net::ether:: net::packet:: net::offload:: net::switch::guard:: net::switch::options:: net::switch::pcapng:: \
+		net::switch::statistics:: net::switch::table:: virtio::net::filter:: virtio::net::header:: \
+		boot::lz4:: boot::acpi::tests::every_table capi::arguments:: capi::library:: capi::traffic::
 
 test-all: test ## and the long forms
 	VMBED_ROUNDS=100000 cargo test --features serde,internals --test c -- handles_from

@@ -43,6 +43,7 @@ use crate::virtio::transport::pci::BAR_SIZE;
 use crate::virtio::transport::{Bells, Doorbells, VirtioPci};
 
 mod bench;
+mod bus;
 pub mod driver;
 mod interrupts;
 mod kernel;
@@ -53,9 +54,10 @@ pub mod sandbox;
 mod served;
 
 pub use bench::{BenchBus, BenchQueue, BenchSwitch};
+pub use bus::{BareBus, BusExit};
 /// What structures of C's have become.
 pub mod crossed {
-    pub use crate::capi::crossed::{config, host, port_options};
+    pub use crate::capi::crossed::{FORMS, Form, config, host, port_options};
 }
 pub use interrupts::{BareIoapic, BareMsix, IOAPIC_PINS};
 pub use kernel::{Loaded, load_kernel};

@@ -7,7 +7,9 @@ use vmbed::internals::driver::{
 };
 use vmbed::internals::{Board, Part};
 
-use super::bent::{MEMORY, bend, break_rings, collect, indirect};
+use super::bent::{
+    Faults, MEMORY, bend, break_rings, collect, content, indirect, is_plain, reaches, side, total,
+};
 
 const RINGS: u64 = 0x6_0000;
 const TABLE: u64 = 0x4000;
@@ -20,6 +22,19 @@ const COUNT: u64 = 0x40;
 const ALL: u64 = 0x3f;
 const STEPS: usize = 64;
 
+/// Why something was ignored: pages that are not memory, given and taken; ranges that are not whole pages, or not in memory, hinted at
+/// and reported; lists that are too short for anything, and not in memory.
+const IGNORED: [&str; 8] = [
+    "inflate_outside",
+    "deflate_outside",
+    "hint_ragged",
+    "hint_outside",
+    "report_ragged",
+    "report_outside",
+    "no_list",
+    "list_outside",
+];
+
 /// How deep an input went.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Depth {
@@ -29,24 +44,26 @@ pub struct Depth {
     pub inflated: u64,
     pub reported: u64,
     pub hinted: u64,
-    /// What was named and is not the guest's memory.
-    pub ignored: u64,
-    /// How often it gave up until the reset.
+    /// What was named and is not the guest's memory, and requests that name nothing, as [`IGNORED`].
+    pub ignored: [u64; IGNORED.len()],
+    /// How often it gave up until the reset, and what it said then.
     pub resets: u32,
+    pub faults: Faults,
 }
 
 impl Depth {
     /// What a campaign sums up.
-    #[allow(dead_code, reason = "a replay looks at the fields")]
-    pub fn counters(&self) -> [(&'static str, u64); 6] {
-        [
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        let mut all = vec![
             ("completed", self.completed.into()),
             ("inflated", self.inflated),
             ("reported", self.reported),
             ("hinted", self.hinted),
-            ("ignored", self.ignored),
             ("resets", self.resets.into()),
-        ]
+        ];
+        all.extend(IGNORED.into_iter().zip(self.ignored));
+        all.extend(self.faults.counters(&[]));
+        all
     }
 }
 
@@ -54,6 +71,9 @@ struct Guest {
     board: Board,
     regs: Registers,
     rings: Vec<Rings>,
+    /// Requests that wait, and were not broken.
+    waiting: u32,
+    sound: bool,
     depth: Depth,
 }
 
@@ -62,7 +82,8 @@ pub fn run(data: &[u8]) -> Depth {
     let mut u = Unstructured::new(data);
     let board = Board::new(MEMORY, vec![Part::Balloon]).unwrap();
     let regs = Registers::find(&board, 1).unwrap();
-    let mut guest = Guest { board, regs, rings: Vec::new(), depth: Depth::default() };
+    let (rings, depth) = (Vec::new(), Depth::default());
+    let mut guest = Guest { board, regs, rings, waiting: 0, sound: true, depth };
     guest.restart(u.arbitrary().unwrap_or(0));
     for _ in 0..STEPS {
         if u.is_empty() || guest.step(&mut u).is_err() {
@@ -78,7 +99,6 @@ pub fn run(data: &[u8]) -> Depth {
     guest.depth.inflated = pages(moved.inflated.measured);
     guest.depth.reported = pages(moved.reported.measured);
     guest.depth.hinted = pages(moved.hinted.measured);
-    guest.depth.ignored = moved.ignored;
     // Whatever happened: after a reset a page that is given up is gone, and its neighbour is not.
     guest.restart(0);
     let page = FIRST << 12;
@@ -99,6 +119,7 @@ impl Guest {
     fn restart(&mut self, choice: u8) {
         self.regs.set_status(&self.board, 0);
         self.rings = (0..5).map(|i| Rings::new(&self.board, RINGS + 0x4000 * i, 16)).collect();
+        (self.waiting, self.sound) = (0, true);
         let features = [(1, EVENT_IDX), (2, INDIRECT_DESC)].iter();
         let features =
             features.filter(|(bit, _)| choice & bit != 0).fold(VERSION_1 | ALL, |all, (_, f)| all | f);
@@ -162,13 +183,29 @@ impl Guest {
         rings.offer(&self.board, head);
         if u.ratio(1u8, 12u8)? {
             break_rings(&self.board, rings, u)?;
+            self.sound = false;
         }
+        // Of an account nothing is ignored, and it is kept.
+        let known = self.sound && !table && self.waiting == 0 && is_plain(&chain) && queue != 2;
+        self.waiting += u32::from(queue != 2);
+        let list = side(&chain, false);
+        let named = content(&self.board, &list, 0, total(&list));
+        self.sound &= !reaches(&side(&chain, true), RINGS, 0x4000 * 5);
         self.regs.ring(&self.board, queue as u16);
+        let before = self.board.balloon().unwrap().ignored;
         if u.ratio(3u8, 4u8)? {
             self.board.process();
         }
-        for rings in &mut self.rings {
-            self.depth.completed += collect(&self.board, rings);
+        for (index, rings) in self.rings.iter_mut().enumerate() {
+            let completed = collect(&self.board, rings);
+            self.depth.completed += completed;
+            if index != 2 {
+                self.waiting = self.waiting.saturating_sub(completed);
+            }
+        }
+        let ignored = self.board.balloon().unwrap().ignored - before;
+        if known && self.waiting == 0 {
+            self.look(queue, &chain, named, ignored);
         }
         match u.arbitrary::<u8>()? {
             0..8 => {
@@ -183,13 +220,48 @@ impl Guest {
                 }
             }
             64..80 => write(&self.board, self.regs.config + *u.choose(&[4, 12])?, 4, u.arbitrary()?),
-            80..84 => self.regs.set(&self.board, u.int_in_range(0..=0x40)?, 2, u.arbitrary()?),
+            80..84 => {
+                self.regs.set(&self.board, u.int_in_range(0..=0x40)?, 2, u.arbitrary()?);
+                self.sound = false;
+            }
             _ => {}
         }
         if self.regs.status(&self.board) & (NEEDS_RESET | 4) != 4 {
             self.depth.resets += 1;
+            self.depth.faults.add(&self.board);
             self.restart(u.arbitrary()?);
         }
         Ok(())
+    }
+
+    /// Looks at what one request has named and did not get.
+    fn look(&mut self, queue: usize, chain: &[Buffer], named: Option<Vec<u8>>, ignored: u64) {
+        let length = total(&side(chain, false));
+        let mut met = |name: &str, often| {
+            self.depth.ignored[IGNORED.iter().position(|known| *known == name).unwrap()] += often;
+        };
+        let ranges = side(chain, true);
+        let ragged = ranges.iter().any(|(start, length)| (start | length) & 0xfff != 0);
+        match queue {
+            0 | 1 if length < 4 => {
+                assert_eq!(ignored, 0);
+                met("no_list", 1);
+            }
+            0 | 1 if named.is_none() => met("list_outside", 1),
+            0 | 1 => {
+                let list = named.unwrap_or_default();
+                let pages = list.as_chunks::<4>().0.iter().map(|pfn| u32::from_le_bytes(*pfn));
+                let outside = pages.filter(|pfn| u64::from(*pfn) >= MEMORY >> 12).count() as u64;
+                // One that broke its queue has named nothing.
+                // Of a long list, the end is not looked at.
+                let whole = length <= 4096 && self.regs.status(&self.board) & NEEDS_RESET == 0;
+                assert!(ignored == outside || !whole, "{ignored} of {outside}");
+                met(["inflate_outside", "deflate_outside"][queue], ignored);
+            }
+            _ => {
+                let names = [["hint_outside", "hint_ragged"], ["report_outside", "report_ragged"]];
+                met(names[queue - 3][usize::from(ragged)], ignored);
+            }
+        }
     }
 }

@@ -6,6 +6,7 @@
 use arbitrary::{Result, Unstructured};
 use vmbed::{PortOptions, Switch, SwitchOptions};
 
+use crate::bent::Faults;
 use numbered::{address, number, plain, segments};
 use station::{Manners, Station};
 
@@ -38,27 +39,37 @@ pub struct Depth {
     pub unwanted: u32,
     /// Frames that a pause or a reset has handed over.
     pub handed: u32,
-    /// How often a card gave up until the reset.
+    /// Buffers that came back empty: without room for a header, and others that hold no frame.
+    pub short: u32,
+    pub useless: u32,
+    /// How often a card gave up until the reset, and what the two said then.
     pub resets: u32,
+    pub faults: [Faults; 2],
 }
 
 impl Depth {
     /// What a campaign sums up.
-    pub fn counters(&self) -> [(&'static str, u64); 12] {
-        [
-            ("given", self.given.into()),
-            ("sent", self.sent.into()),
-            ("landed", self.landed.into()),
-            ("came", self.came.into()),
-            ("copied", self.copied.into()),
-            ("several", self.several.into()),
-            ("tagged", self.tagged.into()),
-            ("whole", self.whole.into()),
-            ("cut", self.cut.into()),
-            ("unwanted", self.unwanted.into()),
-            ("handed", self.handed.into()),
-            ("resets", self.resets.into()),
-        ]
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        let all = [
+            ("given", self.given),
+            ("sent", self.sent),
+            ("landed", self.landed),
+            ("came", self.came),
+            ("copied", self.copied),
+            ("several", self.several),
+            ("tagged", self.tagged),
+            ("whole", self.whole),
+            ("cut", self.cut),
+            ("unwanted", self.unwanted),
+            ("handed", self.handed),
+            ("short", self.short),
+            ("useless", self.useless),
+            ("resets", self.resets),
+        ];
+        let mut all: Vec<_> = all.into_iter().map(|(name, count)| (name, u64::from(count))).collect();
+        let [one, two] = self.faults.map(|faults| faults.counters(&[]));
+        all.extend(one.into_iter().zip(two).map(|((name, one), (_, two))| (name, one + two)));
+        all
     }
 }
 
@@ -87,6 +98,11 @@ pub fn run(data: &[u8]) -> Depth {
         }
     }
     pair.still_lands();
+    for station in &pair.stations {
+        pair.depth.short += station.short;
+        pair.depth.useless += station.useless;
+    }
+    pair.depth.faults = [0, 1].map(|who| pair.stations[who].faults);
     pair.depth
 }
 
@@ -194,7 +210,8 @@ impl Pair {
         // No more than there are buffers, whatever a rude guest's ring says.
         for mut came in (0..64).map_while(|_| station.take()).collect::<Vec<_>>() {
             self.depth.several += u32::from(came.buffers > 1);
-            if came.bytes.get(12..14) == Some(&[0x81, 0]) {
+            // A rude guest's frame may end anywhere.
+            if came.bytes.len() >= 16 && came.bytes[12..14] == [0x81, 0] {
                 came.bytes.drain(12..16);
                 self.depth.tagged += 1;
             }

@@ -1,11 +1,14 @@
 //! A network card, its driver, and what comes over the cable: good frames, of which some are bent.
 
 use arbitrary::{Result, Unstructured};
+use vmbed::NetStatistics;
 use vmbed::internals::driver::status::NEEDS_RESET;
 use vmbed::internals::driver::{EVENT_IDX, INDIRECT_DESC, Registers, Rings, VERSION_1, WRITE};
 use vmbed::internals::{Board, Part};
 
-use super::bent::{MEMORY, bend, break_rings, collect, indirect};
+use super::bent::{
+    Faults, MEMORY, bend, break_rings, collect, content, indirect, is_plain, lengths, reaches, side, total,
+};
 
 const RX: u64 = 0x8_0000;
 const TX: u64 = 0x9_0000;
@@ -14,6 +17,29 @@ const BUFFERS: u64 = 0x1_0000;
 const FRAME: u64 = 0x2_0000;
 const MRG_RXBUF: u64 = 1 << 15;
 const STEPS: usize = 64;
+
+/// What became of a chain that was sent, or given for frames, and of a frame that came.
+const FATES: [&str; 13] = [
+    "went",
+    // Not sent: cut off within the header; the header asks for what was not negotiated; too short, and too long, for a frame;
+    // something to write; outside of memory.
+    "no_header",
+    "asks",
+    "runt",
+    "giant",
+    "to_write",
+    "outside",
+    // Buffers that go back empty: something to read, no room for a header, outside of memory.
+    "to_read",
+    "small",
+    "nowhere",
+    // Frames that came: into a buffer, dropped for being no frame, for being longer than the buffer.
+    "landed",
+    "no_frame",
+    "too_long",
+];
+const MIN_FRAME: u64 = 14;
+const MAX_FRAME: u64 = 65_535 + MIN_FRAME + 8;
 
 /// How deep an input went.
 #[derive(Clone, Copy, Debug, Default)]
@@ -24,20 +50,29 @@ pub struct Depth {
     pub sent: u32,
     /// Chains of the sending queue that it has taken.
     pub taken: u32,
-    /// How often it gave up until the reset.
+    /// Those of which it is known what was to become of them, as [`FATES`].
+    pub fates: [u32; FATES.len()],
+    /// How often it gave up until the reset, and what it said then.
     pub resets: u32,
+    pub faults: Faults,
 }
 
 impl Depth {
     /// What a campaign sums up.
-    #[allow(dead_code, reason = "a replay looks at the fields")]
-    pub fn counters(&self) -> [(&'static str, u64); 4] {
-        [
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        let mut all = vec![
             ("received", self.received.into()),
             ("sent", self.sent.into()),
             ("taken", self.taken.into()),
             ("resets", self.resets.into()),
-        ]
+        ];
+        all.extend(FATES.into_iter().zip(self.fates.map(u64::from)));
+        all.extend(self.faults.counters(&[]));
+        all
+    }
+
+    fn met(&mut self, fate: &str) {
+        self.fates[FATES.iter().position(|known| *known == fate).unwrap()] += 1;
     }
 }
 
@@ -46,6 +81,11 @@ struct Guest {
     regs: Registers,
     rx: Rings,
     tx: Rings,
+    /// Chains of each queue that wait, and frames on the cable.
+    waiting: [u32; 2],
+    coming: u64,
+    /// Nothing was done to the rings that no driver does.
+    sound: bool,
     depth: Depth,
 }
 
@@ -55,7 +95,8 @@ pub fn run(data: &[u8]) -> Depth {
     let board = Board::new(MEMORY, vec![Part::Net]).unwrap();
     let regs = Registers::find(&board, 1).unwrap();
     let (rx, tx) = (Rings::new(&board, RX, 16), Rings::new(&board, TX, 16));
-    let mut guest = Guest { board, regs, rx, tx, depth: Depth::default() };
+    let depth = Depth::default();
+    let mut guest = Guest { board, regs, rx, tx, waiting: [0; 2], coming: 0, sound: true, depth };
     let choice = u.arbitrary::<u8>().unwrap_or(0);
     guest.restart(features(choice));
     for _ in 0..STEPS {
@@ -86,6 +127,7 @@ impl Guest {
     fn restart(&mut self, features: u64) {
         self.rx = Rings::new(&self.board, RX, 16);
         self.tx = Rings::new(&self.board, TX, 16);
+        (self.waiting, self.sound) = ([0; 2], true);
         assert!(self.regs.start(&self.board, features, &[&self.rx, &self.tx]));
         self.board.process();
         // What waits on the cable was for the driver before.
@@ -93,9 +135,9 @@ impl Guest {
     }
 
     /// Something arrives.
-    fn cable(&self, frame: &[u8]) {
+    fn cable(&mut self, frame: &[u8]) {
         // A cable that is full loses it, as they do.
-        let _ = self.board.network().unwrap().send(&[&[0; 12], frame].concat());
+        self.coming += u64::from(self.board.network().unwrap().send(&[&[0; 12], frame].concat()).is_ok());
     }
 
     /// Takes what the device has put on the cable; how many frames.
@@ -159,17 +201,34 @@ impl Guest {
         rings.offer(&self.board, head);
         if u.ratio(1u8, 12u8)? {
             break_rings(&self.board, rings, u)?;
+            self.sound = false;
         }
-        self.regs.ring(&self.board, u16::from(!incoming));
-        if u.ratio(1u8, 2u8)? {
-            self.cable(&vec![0x5a; u.int_in_range(0..=3000)?]);
+        let queue = usize::from(!incoming);
+        let known = self.sound && !table && self.waiting[queue] == 0 && is_plain(&chain);
+        self.waiting[queue] += 1;
+        let fate = if known { self.fate(&chain, incoming) } else { None };
+        let writable = side(&chain, true);
+        self.sound &= !reaches(&writable, RX, 0x4000) && !reaches(&writable, TX, 0x4000);
+        self.regs.ring(&self.board, queue as u16);
+        let arrives = if u.ratio(1u8, 2u8)? { Some(u.int_in_range(0..=3000)?) } else { None };
+        let alone = self.is_empty();
+        if let Some(length) = arrives {
+            self.cable(&vec![0x5a; length]);
         }
+        let before = self.board.net_statistics()[0];
         if u.ratio(3u8, 4u8)? {
             self.board.process();
             self.board.process_all();
         }
-        self.depth.received += collect(&self.board, &mut self.rx);
-        self.depth.taken += collect(&self.board, &mut self.tx);
+        self.look(fate, incoming, &before);
+        if let (Some(length), true, true) = (arrives, alone, self.is_empty()) {
+            let landed = self.board.net_statistics()[0].rx_frames > before.rx_frames;
+            self.depth.met(match landed {
+                true => "landed",
+                false if (length as u64) < MIN_FRAME => "no_frame",
+                false => "too_long",
+            });
+        }
         self.drain();
         match u.arbitrary::<u8>()? {
             0..8 => {
@@ -177,13 +236,81 @@ impl Guest {
                 self.board.resume();
             }
             8..16 => self.restart(features(u.arbitrary()?)),
-            16..20 => self.regs.set(&self.board, u.int_in_range(0..=0x40)?, 2, u.arbitrary()?),
+            16..20 => {
+                self.regs.set(&self.board, u.int_in_range(0..=0x40)?, 2, u.arbitrary()?);
+                self.sound = false;
+            }
             _ => {}
         }
         if self.regs.status(&self.board) & (NEEDS_RESET | 4) != 4 {
             self.depth.resets += 1;
+            self.depth.faults.add(&self.board);
             self.restart(features(u.arbitrary()?));
         }
         Ok(())
+    }
+
+    /// Whether every frame that came has been delivered or dropped.
+    fn is_empty(&self) -> bool {
+        let now = self.board.net_statistics()[0];
+        now.rx_frames + now.rx_dropped == self.coming
+    }
+
+    /// What is to become of a chain, as [`FATES`]; of a buffer, where it is none.
+    fn fate(&self, chain: &[(u64, u32, u16)], incoming: bool) -> Option<&'static str> {
+        let (readable, writable) = (side(chain, false), side(chain, true));
+        let starts = |buffers: &[(u64, u64)], most: u64| {
+            content(&self.board, buffers, 0, total(buffers).min(most)).is_some()
+        };
+        if incoming {
+            return match () {
+                () if !readable.is_empty() => Some("to_read"),
+                () if total(&writable) < 12 => Some("small"),
+                // No frame takes more of it.
+                () if !starts(&writable, 12 + MAX_FRAME) => Some("nowhere"),
+                () => None,
+            };
+        }
+        let Some(length) = total(&readable).checked_sub(12) else { return Some("no_header") };
+        let Some(header) = content(&self.board, &readable, 0, 12) else { return Some("outside") };
+        Some(match () {
+            // Of its flags, and its kind of segments.
+            () if header[0] & 1 != 0 || header[1] != 0 => "asks",
+            () if length < MIN_FRAME => "runt",
+            () if length > MAX_FRAME => "giant",
+            () if !writable.is_empty() => "to_write",
+            () if !starts(&readable, u64::MAX) => "outside",
+            () => "went",
+        })
+    }
+
+    /// Looks at what was completed; of a single chain, whether it is what it was to be.
+    fn look(&mut self, fate: Option<&'static str>, incoming: bool, before: &NetStatistics) {
+        let received = lengths(&self.board, &mut self.rx);
+        let taken = collect(&self.board, &mut self.tx);
+        self.depth.received += received.len() as u32;
+        self.depth.taken += taken;
+        let single = |waiting: &mut u32, completed| {
+            *waiting = waiting.saturating_sub(completed);
+            completed == 1 && *waiting == 0
+        };
+        let single =
+            [single(&mut self.waiting[0], received.len() as u32), single(&mut self.waiting[1], taken)];
+        let now = self.board.net_statistics()[0];
+        match fate {
+            // Of a frame that was kept, no more than it needs.
+            Some("nowhere") if single[0] && received[0] != 0 => {}
+            Some(fate) if incoming && single[0] => {
+                assert_eq!(received[0], 0, "{fate}");
+                self.depth.met(fate);
+            }
+            Some(fate) if !incoming && single[1] => {
+                let (frames, dropped) =
+                    (now.tx_frames - before.tx_frames, now.tx_dropped - before.tx_dropped);
+                assert_eq!((frames, dropped), if fate == "went" { (1, 0) } else { (0, 1) }, "{fate}");
+                self.depth.met(fate);
+            }
+            _ => {}
+        }
     }
 }

@@ -19,6 +19,27 @@ const STEPS: usize = 24;
 /// Clusters of the disk, of which one half is described by each of two L2 tables.
 const CLUSTERS: u64 = 8;
 
+/// Why an image is refused: a name, and what the error says.
+const REASONS: [(&str, &[&str]); 15] = [
+    ("foreign", &["Not a qcow2 file", "is not supported"]),
+    ("truncated", &["failed to fill whole buffer", "Invalid end offset"]),
+    ("features", &["features that are not known", "Unrecognized incompatible feature"]),
+    ("compression", &["has compression type"]),
+    ("encryption", &["is encrypted with"]),
+    ("clusters", &["has clusters of", "Invalid cluster size"]),
+    ("header", &["header too big", "Header extensions", "Backing file name"]),
+    ("l1", &["L1 table", "Invalid L1 entry"]),
+    ("hole", &["has no refcounts for its clusters"]),
+    ("refcounts", &["efcount", "reftable"]),
+    ("size", &["is a disk of"]),
+    ("changes", &["and so can only be read"]),
+    ("based", &["is based on", "too many in backing"]),
+    ("data_file", &["keeps its data"]),
+    ("unreadable", &["reading it"]),
+];
+/// Requests that were answered with an error: of each kind, and those that change a disk that is only read.
+const FAILED: [&str; 4] = ["read_failed", "write_failed", "clear_failed", "readonly"];
+
 /// How deep an input went.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Depth {
@@ -29,22 +50,24 @@ pub struct Depth {
     pub read: u32,
     pub written: u32,
     pub cleared: u32,
-    /// Requests that were answered with an error.
-    pub failed: u32,
+    /// As [`REASONS`] and [`FAILED`].
+    pub reasons: [u32; REASONS.len()],
+    pub failed: [u32; FAILED.len()],
 }
 
 impl Depth {
     /// What a campaign sums up.
-    #[allow(dead_code, reason = "a replay looks at the fields")]
-    pub fn counters(&self) -> [(&'static str, u64); 6] {
-        [
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        let mut all = vec![
             ("opened", self.opened.into()),
             ("refused", self.refused.into()),
             ("read", self.read.into()),
             ("written", self.written.into()),
             ("cleared", self.cleared.into()),
-            ("failed", self.failed.into()),
-        ]
+        ];
+        all.extend(REASONS.iter().zip(self.reasons).map(|((name, _), count)| (*name, count.into())));
+        all.extend(FAILED.into_iter().zip(self.failed.map(u64::from)));
+        all
     }
 }
 
@@ -107,10 +130,21 @@ fn attempt(u: &mut Unstructured<'_>, depth: &mut Depth) -> Result<()> {
     if kind.based {
         config = config.based_on(&base.0, DiskFormat::Raw);
     }
-    let Ok(board) = Board::new(MEMORY, vec![Part::Configured(config.clone())]) else {
-        assert!(bent, "a good image is refused: {kind:?}");
-        depth.refused += 1;
-        return Ok(());
+    let board = match Board::new(MEMORY, vec![Part::Configured(config.clone())]) {
+        Ok(board) => board,
+        Err(error) => {
+            let text = whole(&error);
+            assert!(bent, "a good image is refused: {kind:?}: {text}");
+            depth.refused += 1;
+            match REASONS.iter().position(|(_, parts)| parts.iter().any(|part| text.contains(part))) {
+                Some(reason) => depth.reasons[reason] += 1,
+                // The library has more to say.
+                None => {
+                    assert!(text.contains("is no qcow2 image that can be used"), "not known here: {text}")
+                }
+            }
+            return Ok(());
+        }
     };
     depth.opened += 1;
     let mut guest = Guest::new(board);
@@ -127,6 +161,17 @@ fn attempt(u: &mut Unstructured<'_>, depth: &mut Depth) -> Result<()> {
     File::open(&base.0).unwrap().read_exact_at(&mut below, 0).unwrap();
     assert_eq!(below, [0x5a; 9000], "nobody writes to what it is based on");
     Ok(())
+}
+
+/// An error with all that is below it.
+fn whole(error: &vmbed::Error) -> String {
+    let mut text = error.to_string();
+    let mut below = std::error::Error::source(error);
+    while let Some(error) = below {
+        text += &format!(": {error}");
+        below = error.source();
+    }
+    text
 }
 
 /// Cluster 0: the header; 1: refcount table; 2: its block; 3: L1; 4 and 5: L2; then the disk's: there, packed, zero and missing, in turn.
@@ -383,7 +428,10 @@ impl Guest {
             (0, 0..=2) => depth.read += 1,
             (0, 3..=5) => depth.written += 1,
             (0, _) => depth.cleared += 1,
-            _ => depth.failed += 1,
+            (_, 0..=2) => depth.failed[0] += 1,
+            _ if readonly => depth.failed[3] += 1,
+            (_, 3..=5) => depth.failed[1] += 1,
+            _ => depth.failed[2] += 1,
         }
         assert!(bent || status == 0 || (op > 2 && readonly), "{kind:?}: request {op} at {sector}: {status}");
         Ok(())

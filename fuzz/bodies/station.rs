@@ -11,7 +11,7 @@ use vmbed::internals::{Board, Part};
 use vmbed::{PortOptions, SwitchPort};
 
 use super::numbered::{Came, number};
-use crate::bent::{MEMORY, bend, break_rings};
+use crate::bent::{Faults, MEMORY, bend, break_rings, side, total};
 
 const TABLES: u64 = 0x4000;
 const COMMAND: u64 = 0x8000;
@@ -56,6 +56,10 @@ pub struct Station {
     manners: Manners,
     /// It was rude once.
     has_past: bool,
+    /// Buffers that came back empty: without room for a header, and others that hold no frame.
+    pub short: u32,
+    pub useless: u32,
+    pub faults: Faults,
 }
 
 impl Station {
@@ -79,6 +83,9 @@ impl Station {
             picky: false,
             manners,
             has_past,
+            short: 0,
+            useless: 0,
+            faults: Faults::default(),
         };
         station.start(4 | index);
         station
@@ -114,7 +121,8 @@ impl Station {
         self.manners = Manners::Polite;
     }
 
-    pub fn has_failed(&self) -> bool {
+    pub fn has_failed(&mut self) -> bool {
+        self.faults.add(&self.board);
         self.regs.status(&self.board) & (NEEDS_RESET | 4) != 4
     }
 
@@ -213,7 +221,7 @@ impl Station {
                 }
             }
             let mut frame = start.split_off(start.len().min(12));
-            if frame.get(12..14) == Some(&[0x81, 0]) {
+            if frame.len() >= 16 && frame[12..14] == [0x81, 0] {
                 frame.drain(12..16);
             }
             number(&frame) == Some(wanted)
@@ -251,6 +259,10 @@ impl Station {
         let (head, length) = self.rx.take_used(&self.board)?;
         let slot = self.given.get_mut(usize::from(head / PIECES)).and_then(Option::take);
         assert!(slot.is_some() || !self.is_polite(), "buffer {head} was not given");
+        if let (Some(chain), 0) = (&slot, length) {
+            let is_short = total(&side(chain, false)) == 0 && total(&side(chain, true)) < 12;
+            *(if is_short { &mut self.short } else { &mut self.useless }) += 1;
+        }
         let (mut bytes, mut left) = (Vec::new(), length as usize);
         for (address, length, _) in slot.unwrap_or_default() {
             let mut piece = vec![0; left.min(length as usize).min(MEMORY as usize)];

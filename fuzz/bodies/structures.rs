@@ -6,7 +6,7 @@ use std::ffi::{c_char, c_void};
 use std::ptr::null_mut;
 
 use arbitrary::{Result, Unstructured};
-use vmbed::internals::crossed;
+use vmbed::internals::crossed::{self, FORMS, Form};
 use vmbed::{
     BackingConfig, BackingKind, BalloonConfig, CacheMode, DiskConfig, DiskEngine, DiskFormat, HugePages,
     IpPrefix, NetConfig, PortOptions, PortVlan, RateLimit, Switch, SwitchOptions, Vhost,
@@ -57,6 +57,8 @@ pub struct Depth {
     pub ports: u32,
     pub hosts: u32,
     pub statistics: u32,
+    /// Those that only something which runs is given or fills, as [`FORMS`].
+    pub forms: [u32; FORMS.len()],
     /// Those of older programs, and of newer ones that set nothing new.
     pub older: u32,
     pub newer: u32,
@@ -88,7 +90,9 @@ impl Depth {
             ("freed", self.freed),
             ("values", self.values),
         ];
-        all.map(|(name, count)| (name, count.into())).to_vec()
+        let mut all = all.map(|(name, count)| (name, count.into())).to_vec();
+        all.extend(FORMS.iter().zip(self.forms).map(|(form, count)| (form.name, count.into())));
+        all
     }
 }
 
@@ -100,6 +104,16 @@ const SWITCH: Kind = Kind { first: 16, full: 16, pointers: &[] };
 const PORT: Kind = Kind { first: 152, full: 152, pointers: &[16, 40, 48] };
 const HOST: Kind = Kind { first: 48, full: 104, pointers: &[8, 88, 96] };
 const STATISTICS: Kind = Kind { first: 288, full: 288, pointers: &[] };
+
+/// How long the first version of each of [`FORMS`] was that has grown since: the others were as they are.
+const GROWN: [(&str, usize); 6] = [
+    ("vmbed_block_ops", 40),
+    ("vmbed_disk_statistics", 56),
+    ("vmbed_memory", 96),
+    ("vmbed_net_ops", 32),
+    ("vmbed_net_statistics", 56),
+    ("vmbed_usage", 40),
+];
 
 /// Good ones, and some that are not.
 const PLACES: [&str; 4] = ["00:03.0", "0000:00:1f.7", "00:00.0", "01:02.0"];
@@ -170,7 +184,7 @@ impl Caller {
     }
 
     fn step(&mut self, u: &mut Unstructured<'_>) -> Result<()> {
-        match u.int_in_range(0..=8u8)? {
+        match u.int_in_range(0..=11u8)? {
             0 => self.disk(u),
             1 => self.net(u),
             2 => self.balloon(u),
@@ -179,7 +193,8 @@ impl Caller {
             5 => self.port(u),
             6 => self.host(u),
             7 => self.statistics(u),
-            _ => self.nothing(u),
+            8 => self.nothing(u),
+            _ => self.form(u),
         }
     }
 
@@ -497,6 +512,52 @@ impl Caller {
         assert!(bytes[8 * known..size].iter().all(|byte| *byte == 0), "what is not known is zero");
         assert!(bytes[size..].iter().all(|byte| *byte == 0x5a), "nothing is written behind it");
         self.depth.statistics += 1;
+        Ok(())
+    }
+}
+
+impl Caller {
+    /// Any other structure: what one program has given, another gets, as far as both know it.
+    fn form(&mut self, u: &mut Unstructured<'_>) -> Result<()> {
+        let index = u.choose_index(FORMS.len())?;
+        let form: &Form = &FORMS[index];
+        let first = GROWN.iter().find(|(name, _)| *name == form.name).map_or(form.full, |(_, first)| *first);
+        let kind = Kind { first, full: form.full, pointers: &[] };
+        let mut bytes = vec![0; form.full - 8];
+        u.fill_buffer(&mut bytes)?;
+        let (from, mut to) = (self.given(u, &kind, &[(8, bytes)])?, self.given(u, &kind, &[])?);
+        let fill = 0x5a5a_5a5a_5a5a_5a5a;
+        to.words[1..].fill(fill);
+        // What lies behind is the program's own.
+        to.words.push(fill);
+        let result = form.cross(from.pointer(), to.words.as_mut_ptr().cast());
+        let status = match &result {
+            Ok(()) => OK,
+            Err(error) if error.kind() == vmbed::ErrorKind::Unsupported => UNSUPPORTED,
+            Err(_) => INVALID,
+        };
+        // What is filled has no fields that it could not know.
+        let refused = to.refusal.filter(|status| *status == INVALID);
+        assert_eq!(
+            status,
+            from.refusal.or(refused).unwrap_or(OK),
+            "{}: {} to {}",
+            form.name,
+            from.size,
+            to.size
+        );
+        assert_eq!(to.words[0], to.size as u64, "its size stays");
+        let bytes: Vec<u8> = to.words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        if status != OK {
+            *(if status == INVALID { &mut self.depth.sizes } else { &mut self.depth.unknown }) += 1;
+            assert!(bytes[8..].iter().all(|byte| *byte == 0x5a));
+            return Ok(());
+        }
+        let known = to.size.min(form.full);
+        assert_eq!(bytes[8..known], from.seen[8..known], "{}: {} to {}", form.name, from.size, to.size);
+        assert!(bytes[known..to.size].iter().all(|byte| *byte == 0), "what is not known is zero");
+        assert!(bytes[to.size..].iter().all(|byte| *byte == 0x5a), "nothing is written behind it");
+        self.depth.forms[index] += 1;
         Ok(())
     }
 }

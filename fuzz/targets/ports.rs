@@ -1,5 +1,6 @@
 #![no_main]
 
+#[allow(dead_code, reason = "it looks at how long each was")]
 #[path = "../bodies/bent.rs"]
 mod bent;
 #[path = "../bodies/ports.rs"]

@@ -82,7 +82,7 @@ fn enter<const COMPLETING: bool>(vcpu: &mut VcpuFd, index: u32, around: &Surroun
 }
 
 /// A bus, and the device that answered last: most guests talk to one device many times in a row.
-struct Nearby<'a> {
+pub(crate) struct Nearby<'a> {
     bus: &'a Bus,
     base: u64,
     /// Bytes of the device's range; 0 before the first access.
@@ -92,13 +92,13 @@ struct Nearby<'a> {
 }
 
 impl<'a> Nearby<'a> {
-    fn new(bus: &'a Bus, first_exit: &'a OnceLock<Instant>) -> Self {
+    pub fn new(bus: &'a Bus, first_exit: &'a OnceLock<Instant>) -> Self {
         Self { bus, base: 0, len: 0, device: &Nobody, first_exit }
     }
 
     /// The accesses of one exit: a string instruction makes many to the same port at once.
     #[inline(always)]
-    fn access_all(&mut self, port: u64, size: u8, write: bool, data: &mut [u8], vcpu: u32) -> Result<()> {
+    pub fn access_all(&mut self, port: u64, size: u8, write: bool, data: &mut [u8], vcpu: u32) -> Result<()> {
         if data.len() == usize::from(size) {
             return self.access(port, write, data, vcpu);
         }

@@ -20,6 +20,8 @@ pub(crate) mod regs;
 mod times;
 mod turns;
 
+#[cfg(feature = "internals")]
+pub(crate) use exit::Nearby;
 pub(crate) use exit::Surroundings;
 use gate::Entered;
 pub(crate) use gate::{Gate, Target};
