@@ -64,6 +64,7 @@ static volatile struct {
     u32 broken; /* how often a device had to ask for a reset in this row */
     u32 device; /* the id of the one that is tried */
     u64 found, wanted;
+    u64 uses;   /* how often it has used a device as one should */
 } *const report = (void *)RESULTS;
 
 static u8 round = 1, has_room;
@@ -376,6 +377,7 @@ static void good(struct device *device)
     else
         tries(&console, DATA, 7, 0, 0);
     SAME(status(device), SERVES);
+    report->uses++;
 }
 
 /* The device asks for a reset, serves nothing meanwhile, and serves after it. */

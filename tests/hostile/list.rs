@@ -206,6 +206,7 @@ const ROWS: [Row; 33] = [
         Tests(&[
             "frames::row_20_frames_of_impossible_lengths_and_headers_are_dropped",
             "driven::row_20_by_a_guest",
+            "driven::row_20_frames_from_outside_of_impossible_lengths",
             GUEST_IN_C,
         ]),
     ),
@@ -222,6 +223,7 @@ const ROWS: [Row; 33] = [
         Tests(&[
             "rows::row_22_input_that_the_guest_does_not_read_waits_outside",
             "driven::row_22_by_a_guest",
+            "driven::row_22_a_serial_port_that_the_guest_does_not_read",
             GUEST_IN_C,
         ]),
     ),
@@ -252,6 +254,9 @@ const ROWS: [Row; 33] = [
         "build error that names the file and the field",
         Tests(&[
             "files::row_25_kernels_and_initrds_that_lie",
+            "files::row_25_bzimages_that_lie",
+            "files::row_25_initrds_that_cannot_be",
+            "files::row_25_a_machine_that_no_table_describes",
             "src/boot/tests.rs::every_lie_in_an_elf_header_is_named",
             "src/boot/tests.rs::every_lie_in_a_bzimage_header_is_named",
             "src/boot/tests.rs::bent_images_are_loaded_or_refused_but_never_more",
