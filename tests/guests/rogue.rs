@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{MemfdFlags, memfd_create};
 use vmbed::{
     Access, BalloonConfig, BareBoot, Bytes, ConsoleKind, CpuMode, Device, DiskConfig, EventKind, Host,
-    NetConfig, Platform, Result, StopCause, Vm, VmBuilder, VmConfig,
+    NetConfig, Platform, Result, StopCause, Vm, VmBuilder, VmConfig, VmState,
 };
 
 use crate::guests;
@@ -164,7 +164,11 @@ impl Rogue {
 
     /// The same while there is something to wait for: else `look`, which is called meanwhile, panics.
     pub fn does_as_long_as(&self, row: u32, look: impl Fn()) -> u32 {
-        let said = self.ask.give(row, look);
+        let said = self.ask.give(row, || {
+            look();
+            let state = self.vm.state();
+            assert!(!matches!(state, VmState::Stopped(_)), "row {row}: the VM has ended: {state:?}");
+        });
         let mut report = [0; 32];
         self.vm.read_memory(guests::RESULTS, &mut report).unwrap();
         let word = |i: usize| u32::from_le_bytes(report[4 * i..][..4].try_into().unwrap());
