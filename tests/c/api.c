@@ -2,7 +2,7 @@
  * Cases of the C API that need no stock kernel. `api` runs all, `api --list` names them, `api NAME` runs one.
  * tests/api-cases lists them for all languages.
  */
-#include "guest.h"
+#include "rogue.h"
 #include <time.h>
 
 /* In races.c. */
@@ -255,7 +255,7 @@ static void data_are_destroyed_once(void)
     drop(&g);
 }
 
-static void a_device_that_fails_is_the_cause(void)
+static void fails(void)
 {
     struct port port = {.answer = VMBED_ERR_BUSY};
     struct guest g = make(writes, sizeof writes, &port);
@@ -277,7 +277,12 @@ static void a_device_that_fails_is_the_cause(void)
     CHECK(port.destroyed == 1 && port.writes == 1);
 }
 
-static void a_callback_stops_its_vm(void)
+static void a_device_that_fails_is_the_cause(void)
+{
+    beside_another_vm_often(fails);
+}
+
+static void stops_its_vm(void)
 {
     struct port port = {0};
     struct guest g = make(writes, sizeof writes, &port);
@@ -289,7 +294,12 @@ static void a_callback_stops_its_vm(void)
     drop(&g);
 }
 
-static void a_callback_frees_its_vm(void)
+static void a_callback_stops_its_vm(void)
+{
+    beside_another_vm_often(stops_its_vm);
+}
+
+static void frees_its_vm(void)
 {
     struct port port = {0};
     struct guest g = make(writes, sizeof writes, &port);
@@ -304,6 +314,11 @@ static void a_callback_frees_its_vm(void)
     FAILS(VMBED_ERR_INVALID_ARGUMENT, "was freed", vmbed_vm_start(g.vm, &error));
     vmbed_events_free(events);
     drop(&g); /* a second time: a no-op */
+}
+
+static void a_callback_frees_its_vm(void)
+{
+    beside_another_vm_often(frees_its_vm);
 }
 
 static void *waits(void *vm)

@@ -1,5 +1,5 @@
 /* Cases of the C API in which callbacks do what they should not. */
-#include "guest.h"
+#include "rogue.h"
 #include <semaphore.h>
 #include <time.h>
 
@@ -78,7 +78,7 @@ static void reenter_end(void *user)
     vmbed_vm_free(r->g.vm);
 }
 
-void a_callback_reenters(void)
+static void reenters(void)
 {
     const vmbed_device_ops ops = {sizeof ops, port_read, reenter_write, reenter_end};
     struct reentrant r = {0};
@@ -94,6 +94,11 @@ void a_callback_reenters(void)
     vmbed_vm_free(r.g.vm);
     CHECK(r.destroyed == 1);
     drop(&r.g);
+}
+
+void a_callback_reenters(void)
+{
+    beside_another_vm_often(reenters);
 }
 
 /* A device whose callback does not return until its door opens. */
@@ -157,7 +162,7 @@ static void *free_at_last(void *user)
     return NULL;
 }
 
-void a_callback_that_blocks(void)
+static void blocks(vmbed_host *host)
 {
     static struct door stopped, paused, freed;
     struct timespec begin, end;
@@ -185,6 +190,12 @@ void a_callback_that_blocks(void)
     CHECK(freed.freed && freed.destroyed == 1);
     drop(&stopped.g), drop(&paused.g), drop(&freed.g);
     CHECK(stopped.destroyed == 1 && paused.destroyed == 1 && freed.destroyed == 1);
+    (void)host;
+}
+
+void a_callback_that_blocks(void)
+{
+    beside_another_vm(blocks);
 }
 
 /* The VM of a callback that is not a device's, and how often its data ended. */
@@ -315,9 +326,14 @@ static void a_log_callback_takes_itself_away(void)
     CHECK(caller.calls >= 1 && caller.destroyed == 1);
 }
 
-void other_callbacks_reenter_and_free(void)
+static void others_reenter_and_free(void)
 {
     a_console_callback_frees_its_vm();
     a_thread_hook_frees_its_vm();
     a_log_callback_takes_itself_away();
+}
+
+void other_callbacks_reenter_and_free(void)
+{
+    beside_another_vm_often(others_reenter_and_free);
 }

@@ -62,7 +62,7 @@ static void a_disk_that_is_full(vmbed_host *host)
     memset(filler, 1, sizeof filler);
     int file = open("host-full/filler", O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
     CHECK(file >= 0 && write(file, filler, sizeof filler) == sizeof filler && close(file) == 0);
-    file = open(disk.path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    file = open(disk.path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
     CHECK(file >= 0 && ftruncate(file, SIZE) == 0);
     struct guest g = {.config = with_disk(&disk)};
     OK(vmbed_builder_new(host, g.config, &g.builder, &error));

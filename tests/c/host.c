@@ -1,5 +1,5 @@
 /*
- * The rows about a host that fails of the table of inputs that have broken VMMs, through C: networks (29), descriptors and signals (32); failing.c has
+ * The rows about a host that fails of the table of inputs that have broken VMMs, through C: networks (29), memory (31), descriptors and signals (32); failing.c has
  * disks (28). After each the guest's devices work again, and a second VM of this process has not noticed. tests/hostile/host.rs does the same in Rust.
  */
 #include "rogue.h"
@@ -86,7 +86,7 @@ static int card_failures(struct rogue *rogue, int card, bool wait)
 static void without_a_network(vmbed_host *host)
 {
     static struct rogue rogue;
-    rogue_begin(&rogue, host, taps);
+    rogue_begin(&rogue, host, &(struct attached){.taps = taps});
     both_work(&rogue);
     ip("link del vmbbr");
     rogue_does(&rogue, SEND_TEN, "");
@@ -202,6 +202,51 @@ static void too_few_descriptors(vmbed_host *host)
     vmbed_config_free(config);
 }
 
+/* Row 31: what the host has not is an error of the build, and all of it is taken back. */
+static void is_refused(vmbed_host *host, uint64_t memory, int limit, rlim_t most, const char *why)
+{
+    static const uint8_t halts[] = {0xf4};
+    struct rlimit all, fewer;
+    vmbed_usage usage = {.size = sizeof usage};
+    vmbed_config *config;
+    vmbed_builder *builder;
+    vmbed_vm *vm = NULL;
+    int32_t cause;
+    OK(vmbed_config_new_bare(VMBED_MODE_REAL, 0x1000, halts, sizeof halts, &config, &error));
+    OK(vmbed_config_set_memory(config, memory, &error));
+    CHECK(getrlimit(limit, &all) == 0);
+    fewer = all, fewer.rlim_cur = most;
+    for (int i = 0; i < 20; i++) {
+        vmbed_error *error = NULL;
+        OK(vmbed_builder_new(host, config, &builder, &error));
+        CHECK(setrlimit(limit, &fewer) == 0);
+        int32_t status = vmbed_builder_build(builder, &vm, &error);
+        CHECK(setrlimit(limit, &all) == 0);
+        CHECK(status == VMBED_ERR_EXHAUSTED && !vm && strstr(vmbed_error_message(error), why));
+        vmbed_error_free(error), vmbed_builder_free(builder);
+        OK(vmbed_host_usage(host, &usage, &error));
+        CHECK(usage.vms == 1);
+    }
+    /* One that is small enough works. */
+    OK(vmbed_config_set_memory(config, 1 << 20, &error));
+    OK(vmbed_builder_new(host, config, &builder, &error));
+    CHECK(setrlimit(limit, &fewer) == 0);
+    OK(vmbed_builder_build(builder, &vm, &error));
+    OK(vmbed_vm_start(vm, &error));
+    OK(vmbed_vm_wait(vm, 60000, &cause, &error));
+    CHECK(cause == VMBED_CAUSE_GUEST_HALT && setrlimit(limit, &all) == 0);
+    vmbed_vm_free(vm), vmbed_builder_free(builder), vmbed_config_free(config);
+}
+
+static void too_little_memory(vmbed_host *host)
+{
+    unsigned long pages;
+    FILE *file = fopen("/proc/self/statm", "r");
+    CHECK(file && fscanf(file, "%lu", &pages) == 1 && fclose(file) == 0);
+    is_refused(host, 1000 << 20, RLIMIT_AS, pages * 4096 + (500 << 20), "finding addresses for 1048576000 bytes of guest memory");
+    is_refused(host, 4 << 20, RLIMIT_FSIZE, 2000000, "RLIMIT_FSIZE");
+}
+
 static atomic_int over, heard[3];
 static const int signals[3] = {SIGUSR1, SIGUSR2, SIGURG};
 
@@ -245,6 +290,7 @@ void too_few_descriptors_and_a_storm(void)
     struct sigaction action = {.sa_handler = hear}, before[3];
     sigset_t all, mask;
     pthread_t storm;
+    beside_another_vm(too_little_memory);
     beside_another_vm(too_few_descriptors);
     /* The thread that makes the storm is left out of it, so that it is the others who are interrupted. */
     sigfillset(&all);

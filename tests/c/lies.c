@@ -50,6 +50,33 @@ static int32_t resize(void *user, uint32_t vcpu, uint64_t offset, const uint8_t 
 
 static const vmbed_device_ops resize_ops = {sizeof resize_ops, said_read, resize, NULL};
 
+/* Row 24: an image whose data are in another file (the specification's incompatible bit 2, and header extension "DATA"). */
+static void data_elsewhere(vmbed_host *host)
+{
+    const uint8_t extension[] = {0x44, 0x41, 0x54, 0x41, 0, 0, 0, 10, 'l', 'i', 'e', 's', '-', 's', 'e', 'c', 'r', 'e', [31] = 0};
+    const uint8_t elsewhere[] = {0, 0, 0, 0, 0, 0, 0, 4};
+    uint8_t length[4], secret[65536];
+    vmbed_disk outside = {.size = sizeof outside, .path = "lies-outside", .format = VMBED_DISK_QCOW2};
+    OK(vmbed_disk_create("lies-outside", VMBED_DISK_QCOW2, SIZE, NULL, &error));
+    int file = open("lies-outside", O_RDWR | O_CLOEXEC);
+    CHECK(file >= 0 && pread(file, length, 4, 100) == 4);
+    CHECK(pwrite(file, extension, sizeof extension, length[2] << 8 | length[3]) == sizeof extension);
+    CHECK(pwrite(file, elsewhere, sizeof elsewhere, 72) == sizeof elsewhere && close(file) == 0);
+    vmbed_config *config = with_disk(&outside);
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "lies-secre", build(host, config, &error));
+    vmbed_config_free(config);
+    /* What it names is not opened in the place of what the embedder does. */
+    outside.data_file = "lies-absent";
+    config = with_disk(&outside);
+    FAILS(VMBED_ERR_NOT_FOUND, "lies-absent", build(host, config, &error));
+    vmbed_config_free(config);
+    file = open("lies-secret", O_RDONLY | O_CLOEXEC);
+    CHECK(read(file, secret, sizeof secret) == sizeof secret && close(file) == 0);
+    for (size_t i = 0; i < sizeof secret; i++)
+        CHECK(secret[i] == 7);
+    unlink("lies-outside");
+}
+
 /* Row 24. */
 static void images(vmbed_host *host)
 {
@@ -67,6 +94,7 @@ static void images(vmbed_host *host)
     config = with_disk(&layer);
     OK(build(host, config, &error));
     vmbed_config_free(config);
+    data_elsewhere(host);
     /* That header in a raw disk is bytes. */
     int file = open("lies-layer", O_RDONLY | O_CLOEXEC);
     CHECK(read(file, header, sizeof header) == sizeof header && !memcmp(header, "QFI\xfb", 4) && close(file) == 0);
@@ -119,6 +147,140 @@ static void kernels(vmbed_host *host)
     }
     store("lies-kernel", "\177ELF", 4);
     FAILS(VMBED_ERR_BAD_IMAGE, "lies-kernel", build(host, config, &error));
+    vmbed_config_free(config);
+    unlink("lies-kernel");
+}
+
+enum { BZ_PAYLOAD = 2048, BZ_SIZE = BZ_PAYLOAD + 128 };
+
+/* A bzImage that resets the machine, with a change: not packed with LZ4, it unpacks itself where it wants to be. */
+static void bzimage(size_t at, const void *change, size_t length)
+{
+    /* mov al, 0xfe; out 0x64, al; jmp $-4, at the entry of 64 bits, 0x200 */
+    static const uint8_t resets[] = {0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfa};
+    static const struct {
+        size_t at;
+        uint64_t value;
+        size_t length;
+    } fields[] = {{0x1f1, 1, 1}, {0x206, 0x20f, 2}, {0x211, 1, 1}, {0x22c, 0x7fffffff, 4}, {0x236, 1, 2}, {0x238, 2047, 4},
+                  {0x248, BZ_PAYLOAD - 1024, 4}, {0x24c, BZ_SIZE - BZ_PAYLOAD, 4}, {0x258, 0x1000000, 8}, {0x260, 0x100000, 4}};
+    uint8_t image[BZ_SIZE] = {0};
+    memcpy(image + 0x1fe, "\x55\xaa\xeb\x66HdrS", 8);
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
+        memcpy(image + fields[i].at, &fields[i].value, fields[i].length);
+    memcpy(image + 1024 + 0x200, resets, sizeof resets);
+    if (length)
+        memcpy(image + at, change, length);
+    store("lies-kernel", image, sizeof image);
+}
+
+/* Row 25: what is packed with LZ4 (its magic, and then blocks behind their lengths) included. */
+static void bzimages(vmbed_host *host, vmbed_config *config)
+{
+    /* A block of all that an LZ4 payload can have, in a kernel of 512 bytes. */
+    static const char block[128] = {0x02, 0x21, 0x4c, 0x18, -1, -1, -1, -1, [125] = 2};
+    const struct {
+        size_t at, length;
+        const char *change, *why;
+    } lies[] = {{0x1f1, 1, "\xff", "setup_sects"},
+                {0x206, 2, "\x0b\x02", "protocol 2.11"},
+                {0x211, 1, "\0", "loadflags"},
+                {0x236, 1, "\0", "xloadflags"},
+                {0x248, 4, "\xff\xff\xff\xff", "its payload ends at"},
+                {0x24c, 4, "\xff\xff\xff\xff", "its payload ends at"},
+                {0x258, 8, "\xff\xff\xff\xff\xff\xff\xff\xff", "not all guest memory"},
+                {0x258, 8, "\0\0\0\0\0\0\0\0", "not all guest memory"},
+                {0x260, 4, "\xff\xff\xff\xff", "not all guest memory"},
+                {BZ_PAYLOAD, 4, "\x02\x21\x4c\x18", "empty payload"},
+                {BZ_PAYLOAD, 128, block, "has 4294967295 of"}};
+    for (size_t i = 0; i < sizeof lies / sizeof *lies; i++) {
+        bzimage(lies[i].at, lies[i].change, lies[i].length);
+        FAILS(VMBED_ERR_BAD_IMAGE, lies[i].why, build(host, config, &error));
+        FAILS(VMBED_ERR_BAD_IMAGE, "lies-kernel", build(host, config, &error));
+    }
+    bzimage(0, NULL, 0);
+    CHECK(truncate("lies-kernel", 0x240) == 0);
+    FAILS(VMBED_ERR_BAD_IMAGE, "truncated", build(host, config, &error));
+}
+
+/* Row 25. */
+static void initrds(vmbed_host *host, vmbed_config *config)
+{
+    static const struct {
+        off_t size;
+        const char *why;
+    } lies[] = {{0, "is empty"}, {60 << 20, "is too large: it has 62914560 bytes"}, {3ll << 30, "3221225472 bytes, more than"}};
+    OK(vmbed_config_set_initrd(config, "lies-initrd", &error));
+    FAILS(VMBED_ERR_NOT_FOUND, "the initrd 'lies-initrd'", build(host, config, &error));
+    store("lies-initrd", "", 0);
+    for (size_t i = 0; i < sizeof lies / sizeof *lies; i++) {
+        CHECK(truncate("lies-initrd", lies[i].size) == 0);
+        FAILS(VMBED_ERR_BAD_IMAGE, lies[i].why, build(host, config, &error));
+        FAILS(VMBED_ERR_BAD_IMAGE, "the initrd 'lies-initrd'", build(host, config, &error));
+    }
+    OK(vmbed_config_set_initrd(config, ".", &error));
+    FAILS(VMBED_ERR_BAD_IMAGE, "the initrd '.' is a directory", build(host, config, &error));
+    CHECK(truncate("lies-initrd", 5000) == 0);
+    OK(vmbed_config_set_initrd(config, "lies-initrd", &error));
+    OK(build(host, config, &error));
+    unlink("lies-initrd");
+}
+
+/* Row 25: what the tables for the guest's firmware (ACPI, SMBIOS) have no place for, and what lies where they say that something else does. */
+static void machines(vmbed_host *host, vmbed_config *config)
+{
+    static const uint64_t places[] = {0xe8000000, 0xc0000000, 0xfec00000, 0xe0000};
+    char name[66] = {0};
+    struct port port = {0};
+    OK(vmbed_config_set_cpus(config, 250, 1, 50, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "cpus.sockets", build(host, config, &error));
+    OK(vmbed_config_set_cpus(config, 2, 3, 1, &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "cpus.threads_per_core", build(host, config, &error));
+    OK(vmbed_config_set_cpus(config, 1, 1, 1, &error));
+    OK(vmbed_config_set_name(config, memset(name, 'x', 65), &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "name", build(host, config, &error));
+    OK(vmbed_config_set_name(config, "", &error));
+    bzimage(0x238, "\4\0\0\0", 4);
+    OK(vmbed_config_set_cmdline(config, "quiet", &error));
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "the command line has 5 bytes, 'lies-kernel' takes 4", build(host, config, &error));
+    bzimage(0, NULL, 0);
+    for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
+        vmbed_builder *builder;
+        vmbed_vm *vm;
+        OK(vmbed_builder_new(host, config, &builder, &error));
+        OK(vmbed_builder_add_mmio(builder, "mine", places[i], 4096, &port_ops, &port, &error));
+        FAILS(VMBED_ERR_INVALID_ARGUMENT, "'mine'", vmbed_builder_build(builder, &vm, &error));
+        vmbed_builder_free(builder);
+    }
+}
+
+/* What is good runs, and ends with a reset. */
+static void boots(vmbed_host *host, vmbed_config *config)
+{
+    vmbed_builder *builder;
+    vmbed_vm *vm;
+    int32_t cause;
+    OK(vmbed_builder_new(host, config, &builder, &error));
+    OK(vmbed_builder_build(builder, &vm, &error));
+    OK(vmbed_vm_start(vm, &error));
+    OK(vmbed_vm_wait(vm, 60000, &cause, &error));
+    CHECK(cause == VMBED_CAUSE_GUEST_RESET);
+    vmbed_vm_free(vm), vmbed_builder_free(builder);
+}
+
+static void what_boots(vmbed_host *host)
+{
+    vmbed_config *config;
+    OK(vmbed_config_new_linux("lies-kernel", &config, &error));
+    OK(vmbed_config_set_memory(config, 64 << 20, &error));
+    bzimages(host, config);
+    bzimage(0, NULL, 0);
+    initrds(host, config);
+    vmbed_config_free(config);
+    OK(vmbed_config_new_linux("lies-kernel", &config, &error));
+    OK(vmbed_config_set_memory(config, 64 << 20, &error));
+    machines(host, config);
+    boots(host, config);
     vmbed_config_free(config);
     unlink("lies-kernel");
 }
@@ -192,6 +354,7 @@ static void lies(vmbed_host *host)
 {
     images(host);
     kernels(host);
+    what_boots(host);
     configurations(host);
     a_file_that_shrinks(host);
 }

@@ -16,20 +16,33 @@ struct rogue {
     vmbed_events *events;
     struct ask ask;
     int disk;
+    int outside; /* what is sent there comes out of the first card's cable */
 };
 
-/* No rows: every device is used as it should be; ten frames, of which all may get lost. */
-enum { USE_ALL = 0, SEND_TEN = 254 };
+/* What there is instead of a cable from one card to the other, and of a file: two TAP interfaces, a disk of one's own. */
+struct attached {
+    const char *const *taps;
+    const vmbed_block_ops *disk;
+    void *user;
+};
 
-/* Its two cards are on these TAP interfaces; NULL: they are the ends of one cable. */
-void rogue_begin(struct rogue *rogue, vmbed_host *host, const char *const *taps);
+/* No rows: every device is used as it should be; from its reset on; flushes that nobody answers, again and again; ten frames, of which all may
+ * get lost. */
+enum { USE_ALL = 0, RESTART_ALL = 252, SUBMIT_WITHOUT_END = 253, SEND_TEN = 254, ROGUE_SECTORS = 1024 };
+
+void rogue_begin(struct rogue *rogue, vmbed_host *host, const struct attached *instead);
 /* The guest does that row. How often a device had to ask for a reset. */
 uint32_t rogue_does(struct rogue *rogue, uint32_t row, const char *name);
 /* How often devices have asked for a reset, as the embedder is told. It is told of nothing else. */
 uint32_t rogue_told(struct rogue *rogue);
 void rogue_end(struct rogue *rogue);
 
-/* Something happens, and another VM of this process must not notice. */
+/* How much is taken, with nobody reading. */
+size_t types_without_end(vmbed_vm *vm);
+
+/* Something happens, and another VM of this process must not notice, and uses all its devices meanwhile. It happens again where it was over too
+ * soon for that. `often`: the same for what is always over soon. */
+void beside_another_vm_often(void (*happens)(void));
 void beside_another_vm(void (*happens)(vmbed_host *));
 
 #endif

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{MemfdFlags, memfd_create};
 use vmbed::{
     Access, BalloonConfig, BareBoot, Bytes, ConsoleKind, CpuMode, Device, DiskConfig, EventKind, Host,
-    NetConfig, Platform, Result, StopCause, Vm, VmBuilder, VmConfig,
+    NetConfig, Platform, Result, StopCause, Vm, VmBuilder, VmConfig, VmState,
 };
 
 use crate::guests;
@@ -27,6 +28,11 @@ pub const RESTART: u32 = 252;
 /// No row: ten frames, of which all may get lost.
 pub const SEND: u32 = 254;
 pub const SECTORS: u64 = 1024;
+/// How many it has: a disk, two cards, a source of random numbers, a console, a balloon.
+pub const DEVICES: u64 = 6;
+/// What of its memory it writes to itself, by hostile.c: its data and stack, what goes through its devices, rings.
+pub const WRITES: [Range<usize>; 5] =
+    [0..0x2_0000, 0x4_0000..0x4_2000, 0x10_0000..0x13_0000, 0x20_0000..0x20_1000, 0x30_0000..0x36_0000];
 /// For a row, and for an end. The guest may be one of ten on one emulated CPU.
 pub const LONG: Duration = Duration::from_secs(240);
 
@@ -158,7 +164,11 @@ impl Rogue {
 
     /// The same while there is something to wait for: else `look`, which is called meanwhile, panics.
     pub fn does_as_long_as(&self, row: u32, look: impl Fn()) -> u32 {
-        let said = self.ask.give(row, look);
+        let said = self.ask.give(row, || {
+            look();
+            let state = self.vm.state();
+            assert!(!matches!(state, VmState::Stopped(_)), "row {row}: the VM has ended: {state:?}");
+        });
         let mut report = [0; 32];
         self.vm.read_memory(guests::RESULTS, &mut report).unwrap();
         let word = |i: usize| u32::from_le_bytes(report[4 * i..][..4].try_into().unwrap());
@@ -168,6 +178,13 @@ impl Rogue {
         let wrong = format!("{:#x} where {:#x} should be, device {:#x}", wide(2), wide(3), word(3));
         assert_eq!((said, word(0)), (Some(0), 0), "row {row}, hostile.c:{}: {wrong}", word(0));
         word(2)
+    }
+
+    /// How often it has used one of its devices as it should.
+    pub fn uses(&self) -> u64 {
+        let mut uses = [0; 8];
+        self.vm.read_memory(guests::RESULTS + 32, &mut uses).unwrap();
+        u64::from_le_bytes(uses)
     }
 
     /// What the embedder has been told since the last time, but for balloons.

@@ -3,57 +3,109 @@
 
 use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
 
-use vmbed::{BlockBackend, BlockOp, BlockRequest, EventKind, Host, NetConfig, Vm};
+use vmbed::{
+    Access, BareBoot, BlockBackend, BlockOp, BlockRequest, ConsoleKind, CpuMode, Device, EventKind, Host,
+    NetConfig, Platform, StopCause, Vm, VmConfig,
+};
 
+use crate::guest::{LONG, ends, wait_until};
 use crate::guests;
-use crate::rogue::{RESTART, Rogue, SECTORS, SUBMIT, USE, rows, types_without_end};
+use crate::rogue::{DEVICES, RESTART, Rogue, SECTORS, SUBMIT, USE, WRITES, rows, types_without_end};
 
-/// Another VM of this process, with the same devices.
-struct Bystander(Rogue, Vec<u8>);
+/// Another VM of this process, with the same devices, which it uses all the time.
+pub struct Bystander {
+    rogue: Arc<Rogue>,
+    over: Arc<AtomicBool>,
+    works: Option<JoinHandle<()>>,
+    memory: Vec<u8>,
+}
 
 impl Bystander {
     fn start(host: &Host) -> Self {
-        let rogue = Rogue::start(host);
+        let rogue = Arc::new(Rogue::start(host));
         assert_eq!(rogue.does(USE), 0);
-        let memory = Self::memory(&rogue.vm);
-        Self(rogue, memory)
+        let (memory, over) = (Self::memory(&rogue.vm), Arc::new(AtomicBool::new(false)));
+        let works = std::thread::spawn({
+            let (rogue, over) = (rogue.clone(), over.clone());
+            move || {
+                while !over.load(Ordering::SeqCst) {
+                    assert_eq!(rogue.does(USE), 0);
+                }
+            }
+        });
+        Self { rogue, over, works: Some(works), memory }
     }
 
+    /// What it does not write to itself.
     fn memory(vm: &Vm) -> Vec<u8> {
         let mut memory = vec![0; guests::MEMORY as usize];
         vm.read_memory(0, &mut memory).unwrap();
+        WRITES.into_iter().for_each(|own| memory[own].fill(0));
         memory
     }
 
-    fn undisturbed(self) {
-        let Self(rogue, memory) = self;
-        assert!(Self::memory(&rogue.vm) == memory, "its memory has changed");
-        assert_eq!(rogue.does(USE), 0);
-        assert_eq!(rogue.events(), []);
-        rogue.disk_is_unharmed();
-        rogue.ends();
+    /// This happens, and it uses its devices meanwhile, each of them. What is over too soon for that happens again, and more often; if it can go on
+    /// only in between, it uses one device each time, which is not enough.
+    pub fn works_while(&self, mut happens: impl FnMut()) {
+        for times in (0..8).map(|round| 1 << round) {
+            let before = self.rogue.uses();
+            (0..times).for_each(|_| happens());
+            let uses = self.rogue.uses() - before;
+            // One of them had begun before.
+            if uses > DEVICES + times {
+                return;
+            }
+        }
+        panic!("another VM does not get to work meanwhile");
+    }
+
+    fn undisturbed(mut self) {
+        self.over.store(true, Ordering::SeqCst);
+        self.works.take().unwrap().join().expect("another VM works all the time");
+        assert!(Self::memory(&self.rogue.vm) == self.memory, "its memory has changed");
+        assert_eq!(self.rogue.does(USE), 0);
+        assert_eq!(self.rogue.events(), []);
+        self.rogue.disk_is_unharmed();
+        self.rogue.ends();
     }
 }
 
-/// Something happens, and another VM of this process must not notice.
-pub fn beside(happens: impl FnOnce(&Host)) {
+impl Drop for Bystander {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::SeqCst);
+    }
+}
+
+/// The same, with what happens to be said by it.
+fn beside_one_that(happens: impl FnOnce(&Host, &Bystander)) {
     let host = Host::open().unwrap();
     let bystander = Bystander::start(&host);
-    happens(&host);
+    happens(&host, &bystander);
     assert_eq!(host.usage().vms, 1, "what was built is gone");
     bystander.undisturbed();
 }
 
-/// One VM does a row, and the other one must not notice.
-fn attack(row: u32) {
-    beside(|host| does(host, row));
+/// Something happens, and another VM of this process must not notice, and works meanwhile. It happens again where it was over too soon for that, and
+/// should not be over sooner than a disk, a card and so on have been used a few times.
+pub fn beside(mut happens: impl FnMut(&Host)) {
+    beside_one_that(|host, bystander| bystander.works_while(|| happens(host)));
 }
 
-fn does(host: &Host, row: u32) {
-    let rogue = Rogue::start(host);
-    let typed = if row == 22 { types_without_end(&rogue.vm) } else { 0 };
+/// One VM does a row, and the other one must not notice.
+fn attack(row: u32) {
+    beside_one_that(|host, bystander| {
+        let rogue = Rogue::start(host);
+        bystander.works_while(|| does(&rogue, row));
+        rogue.ends();
+    });
+}
+
+fn does(rogue: &Rogue, row: u32) {
+    let ignored = || rogue.vm.balloon_statistics().unwrap().ignored;
+    let (typed, before) = (if row == 22 { types_without_end(&rogue.vm) } else { 0 }, ignored());
     let broken = rogue.does(row);
     let told = rogue.events();
     let resets = told.iter().filter(|kind| matches!(kind, EventKind::DeviceNeedsReset { .. })).count();
@@ -67,11 +119,10 @@ fn does(host: &Host, row: u32) {
         5 => assert_eq!(broken, 5 * 7),
         7 => assert_eq!(broken, 5 * 4),
         8 => assert_eq!(broken, 5 * 18),
-        16 => assert_eq!(rogue.vm.balloon_statistics().unwrap().ignored, 3 + 5),
+        16 => assert_eq!(ignored() - before, 3 + 5),
         22 => assert!((4096..=4096 + 64).contains(&typed), "{typed} bytes were taken"),
         _ => {}
     }
-    rogue.ends();
 }
 
 /// A disk of one sector, wherever that is, that keeps its requests, or answers them.
@@ -135,6 +186,98 @@ fn row_12_a_disk_that_does_not_answer_keeps_no_more_than_the_queue_holds() {
             kept.into_iter().for_each(|request| assert!(request.complete(Ok(()))));
             assert_eq!(rogue.does(RESTART), 0);
         }
+    });
+}
+
+/// What comes from outside of a card need not be a frame.
+#[test]
+fn row_20_frames_from_outside_of_impossible_lengths() {
+    beside(|host| {
+        let (near, far) = UnixDatagram::pair().unwrap();
+        let outside = near.try_clone().unwrap();
+        let rogue = Rogue::with(host, vec![NetConfig::attached(); 2], |builder, disk| {
+            builder.disk_fd(0, disk).unwrap().net_fd(0, near).unwrap().net_fd(1, far).unwrap()
+        });
+        assert_eq!(rogue.does(USE), 0);
+        let came = || {
+            let statistics = rogue.vm.net_statistics(1).unwrap();
+            (statistics.rx_frames, statistics.rx_dropped)
+        };
+        let lengths: Vec<_> = (0..12 + 14).chain([12 + 65_558]).collect();
+        // A few at a time: a cable holds no more while its card has no buffers.
+        for few in lengths.chunks(4) {
+            let (frames, dropped) = came();
+            for length in few {
+                assert_eq!(outside.send(&vec![0xff; *length]).unwrap(), *length);
+            }
+            // The two frames that the guest waits for come after them.
+            assert_eq!(rogue.does(USE), 0);
+            assert_eq!(came(), (frames + 2, dropped + few.len() as u64), "{few:?}");
+        }
+        assert_eq!(rogue.events(), []);
+        rogue.ends();
+    });
+}
+
+/// Where a guest waits until it may read its serial port, and says what it has read.
+#[derive(Default)]
+struct Reader {
+    /// How much it is to have read, or `None` at its end; and what it has.
+    state: Mutex<(Option<usize>, Vec<u8>)>,
+    changed: Condvar,
+}
+
+impl Reader {
+    /// The guest reads that much, from then on.
+    fn reads(&self, count: Option<usize>) {
+        let mut state = self.state.lock().unwrap();
+        (state.0, state.1) = (count, Vec::new());
+        self.changed.notify_all();
+    }
+}
+
+impl Device for Reader {
+    fn read(&self, _: Access, data: &mut [u8]) -> vmbed::Result<()> {
+        let state = self.state.lock().unwrap();
+        let waits =
+            |state: &mut (Option<usize>, Vec<u8>)| state.0.is_some_and(|count| state.1.len() >= count);
+        let (state, late) = self.changed.wait_timeout_while(state, LONG, waits).unwrap();
+        data.fill((state.0.is_some() && !late.timed_out()).into());
+        Ok(())
+    }
+
+    fn write(&self, _: Access, data: &[u8]) -> vmbed::Result<()> {
+        self.state.lock().unwrap().1.extend(data);
+        Ok(())
+    }
+}
+
+/// The same as row 22's console for the serial port, whose guest polls it.
+#[test]
+fn row_22_a_serial_port_that_the_guest_does_not_read() {
+    // again: in al, 0x10; test al, al; jz ends; more: mov dx, 0x3fd; in al, dx; test al, 1; jz again;
+    // mov dx, 0x3f8; in al, dx; out 0x11, al; jmp more; ends: mov al, 0xfe; out 0x64, al; hlt
+    const POLLS: [u8; 27] = [
+        0xe4, 0x10, 0x84, 0xc0, 0x74, 0x10, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xf2, 0xba, 0xf8, 0x03,
+        0xec, 0xe6, 0x11, 0xeb, 0xf0, 0xb0, 0xfe, 0xe6, 0x64, 0xf4,
+    ];
+    beside(|host| {
+        let mut config = VmConfig::bare(BareBoot::new(CpuMode::Real, 0x1000, POLLS));
+        (config.platform, config.console) = (Platform::Pc, ConsoleKind::Serial);
+        let reader = Arc::new(Reader::default());
+        reader.reads(Some(0));
+        let vm = host.builder(config).pio_device("reader", 0x10, 2, reader.clone()).build().unwrap();
+        vm.start().unwrap();
+        for _ in 0..3 {
+            let typed = types_without_end(&vm);
+            assert!((4096..=4096 + 64).contains(&typed), "{typed} bytes were taken");
+            reader.reads(Some(typed));
+            wait_until("the guest to read all of it", || reader.state.lock().unwrap().1.len() >= typed);
+            let read = reader.state.lock().unwrap().1.clone();
+            assert!(read.into_iter().eq((0..typed).map(|i| i as u8)), "what was taken comes, in its order");
+        }
+        reader.reads(None);
+        assert_eq!(ends(&vm), StopCause::GuestReset);
     });
 }
 

@@ -125,15 +125,15 @@ fn keep_data_in(image: &Path, name: &[u8; 4]) {
 
 #[test]
 fn row_24_an_image_that_names_files_of_the_host() {
-    let scratch = Scratch::new();
-    let secret = scratch.file("secret", &[7; 1 << 16]);
-    let below = DiskBacking { path: secret.clone(), format: DiskFormat::Raw };
-    create_disk(scratch.path("layer"), DiskFormat::Qcow2, Bytes(0), Some(&below)).unwrap();
-    std::fs::write(scratch.path("data"), [6; 1 << 16]).unwrap();
-    create_disk(scratch.path("outside"), DiskFormat::Qcow2, Bytes::mib(1), None).unwrap();
-    keep_data_in(&scratch.path("outside"), b"data");
-    let before: Vec<_> = ["layer", "data"].map(|name| std::fs::read(scratch.path(name)).unwrap()).into();
     beside(|host| {
+        let scratch = Scratch::new();
+        let secret = scratch.file("secret", &[7; 1 << 16]);
+        let below = DiskBacking { path: secret.clone(), format: DiskFormat::Raw };
+        create_disk(scratch.path("layer"), DiskFormat::Qcow2, Bytes(0), Some(&below)).unwrap();
+        std::fs::write(scratch.path("data"), [6; 1 << 16]).unwrap();
+        create_disk(scratch.path("outside"), DiskFormat::Qcow2, Bytes::mib(1), None).unwrap();
+        keep_data_in(&scratch.path("outside"), b"data");
+        let before: Vec<_> = ["layer", "data"].map(|name| std::fs::read(scratch.path(name)).unwrap()).into();
         let refused = |disk, words: &[&str]| is_refused(host, &with_disk(disk), words);
         let layer = || DiskConfig::qcow2(scratch.path("layer"));
         let kind = refused(layer(), &["disk0", "layer", "secret", "backing"]);
@@ -149,8 +149,8 @@ fn row_24_an_image_that_names_files_of_the_host() {
         let (results, vm) = perform(host.builder(allowed), &steps, |_| {});
         assert_eq!(results, [(0, 1025, 1024 * 7), (0, 1, 0), (0, 1025, 512 * (7 + 9))]);
         assert!(backend_errors(&vm).is_empty());
+        assert!(std::fs::read(&secret).unwrap() == [7; 1 << 16]);
     });
-    assert!(std::fs::read(&secret).unwrap() == [7; 1 << 16]);
 }
 
 /// A disk of a board's that ends each request where it begins it.
@@ -223,15 +223,179 @@ fn kernel() -> Vec<u8> {
     image
 }
 
+/// That kernel in a bzImage, packed with LZ4 as Linux' build does.
+fn bzimage(kernel: &[u8]) -> Vec<u8> {
+    let block = lz4_flex::block::compress(kernel);
+    let [packed, unpacked] = [block.len(), kernel.len()].map(|length| (length as u32).to_le_bytes());
+    let payload = [&0x184c_2102u32.to_le_bytes()[..], &packed, &block, &unpacked].concat();
+    let mut image = vec![0; BZ_PAYLOAD];
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x1f1, &[1]);
+    put(0x1fe, b"\x55\xaa\xeb\x66HdrS");
+    put(0x206, &0x20fu16.to_le_bytes());
+    put(0x211, &[1]);
+    put(0x22c, &0x7fff_ffffu32.to_le_bytes());
+    put(0x236, &[1]);
+    put(0x238, &2047u32.to_le_bytes());
+    put(0x248, &(BZ_PAYLOAD as u32 - 1024).to_le_bytes());
+    put(0x24c, &(payload.len() as u32).to_le_bytes());
+    put(0x258, &0x100_0000u64.to_le_bytes());
+    put(0x260, &0x10_0000u32.to_le_bytes());
+    image.extend(payload);
+    image
+}
+
+/// Where it begins there: after 1 KiB of setup and 1 KiB of code.
+const BZ_PAYLOAD: usize = 2048;
+
+/// It boots that kernel in 64 MiB.
+fn linux(kernel: &Path) -> VmConfig {
+    let mut config = VmConfig::linux(LinuxBoot::new(kernel));
+    config.memory = Bytes::mib(64);
+    config
+}
+
+fn with_initrd(kernel: &Path, initrd: PathBuf) -> VmConfig {
+    let mut config = linux(kernel);
+    let Boot::Linux(boot) = &mut config.boot else { panic!("it boots Linux") };
+    boot.initrd = Some(initrd);
+    config
+}
+
+#[test]
+fn row_25_bzimages_that_lie() {
+    let scratch = Scratch::new();
+    let good = bzimage(&kernel());
+    let end = good.len();
+    // Where it is changed, to what, and what the error says of it.
+    let lies: [(usize, &[u8], &str); 12] = [
+        (0x1f1, &[0xff], "setup_sects"),
+        (0x206, &[0x0b, 2], "protocol 2.11"),
+        (0x211, &[0], "loadflags"),
+        (0x236, &[0], "xloadflags"),
+        (0x248, &[0xff; 4], "its payload ends at"),
+        (0x24c, &[0xff; 4], "its payload ends at"),
+        (BZ_PAYLOAD + 4, &[0; 4], "has 0 of"),
+        (BZ_PAYLOAD + 4, &[0xff; 4], "has 4294967295 of"),
+        (BZ_PAYLOAD + 10, &[0xff; 40], "damaged LZ4 payload"),
+        (end - 4, &[0xff; 4], "unpacks to at most"),
+        (end - 4, &[0x41, 2, 0, 0], "says 577"),
+        (end - 4, &[0; 4], "empty payload"),
+    ];
+    // Not packed with LZ4, it is where it says that it unpacks itself, in so much memory.
+    let places: [(usize, &[u8]); 4] = [
+        (0x258, &[0xff; 8]),
+        (0x258, &[0; 8]),
+        (0x258, &[0, 0xf0, 0xff, 0xff, 0, 0, 0, 0]),
+        (0x260, &[0xff; 4]),
+    ];
+    let refuses = |host: &Host, bytes: &[u8], why: &str| {
+        let kind = is_refused(host, &linux(&scratch.file("bent", bytes)), &["bent", why]);
+        assert_eq!(kind, ErrorKind::BadImage, "{why}");
+    };
+    beside(|host| {
+        let bent = |at: usize, bytes: &[u8]| {
+            let mut bent = good.clone();
+            bent[at..at + bytes.len()].copy_from_slice(bytes);
+            bent
+        };
+        for (at, bytes, why) in lies {
+            refuses(host, &bent(at, bytes), why);
+        }
+        for (at, bytes) in places {
+            let mut image = bent(at, bytes);
+            image[BZ_PAYLOAD..BZ_PAYLOAD + 4].copy_from_slice(b"none");
+            refuses(host, &image, "to unpack itself, which is not all guest memory");
+        }
+        // What is packed may lie, too.
+        let mut inner = kernel();
+        inner[88..96].copy_from_slice(&0x3ff_f800u64.to_le_bytes());
+        refuses(host, &bzimage(&inner), "program header 0: occupies 0x3fff800-0x4000800");
+        for length in [0x1f2, 0x240, 1024, BZ_PAYLOAD, end - 1] {
+            refuses(host, &good[..length], "");
+        }
+        let vm = host.build(linux(&scratch.file("good", &good))).unwrap();
+        assert_eq!(run(&vm), StopCause::GuestReset, "what is good runs");
+    });
+}
+
+#[test]
+fn row_25_initrds_that_cannot_be() {
+    let scratch = Scratch::new();
+    let (elf, packed) = (scratch.file("elf", &kernel()), bzimage(&kernel()));
+    let mut low = packed.clone();
+    low[0x22c..0x230].copy_from_slice(&0x10f_ffffu32.to_le_bytes());
+    let (packed, low) = (scratch.file("packed", &packed), scratch.file("low", &low));
+    let small = scratch.file("small", &[7; 5000]);
+    beside(|host| {
+        for kernel in [&elf, &packed] {
+            let is_bad = |initrd: PathBuf, words: &[&str]| {
+                assert_eq!(is_refused(host, &with_initrd(kernel, initrd), words), ErrorKind::BadImage);
+            };
+            is_bad(scratch.file("empty", &[]), &["the initrd", "empty", "is empty"]);
+            is_bad(scratch.0.clone(), &["the initrd", "is a directory"]);
+            is_bad("/dev/null".into(), &["the initrd '/dev/null'", "not a regular file"]);
+            is_bad(scratch.sparse("large", 60 << 20), &["large", "is too large: it has 62914560 bytes"]);
+            is_bad(scratch.sparse("huge", 3 << 30), &["huge", "3221225472 bytes, more than"]);
+            let absent = with_initrd(kernel, scratch.path("absent"));
+            assert_eq!(is_refused(host, &absent, &["the initrd", "absent"]), ErrorKind::NotFound);
+            let vm = host.build(with_initrd(kernel, small.clone())).unwrap();
+            assert_eq!(run(&vm), StopCause::GuestReset, "what is good runs");
+        }
+        // A kernel that takes it only where there is no room (initrd_addr_max).
+        let large = scratch.sparse("mib", 1 << 20);
+        is_refused(host, &with_initrd(&low, large), &["mib", "only 1044480 are free", "0x1100000"]);
+    });
+}
+
+/// What the tables for the guest's firmware (ACPI, SMBIOS) have no place for, and what lies where they say that something else does.
+#[test]
+fn row_25_a_machine_that_no_table_describes() {
+    type Change = fn(&mut VmConfig);
+    let changes: [(&str, Change); 6] = [
+        ("cpus.count", |c| c.cpus.count = 255),
+        ("cpus.sockets", |c| (c.cpus.count, c.cpus.sockets) = (250, 50)),
+        ("cpus.threads_per_core", |c| c.cpus.threads_per_core = 3),
+        ("name", |c| c.name = "x".repeat(65)),
+        ("name", |c| c.name = "a\0b".into()),
+        ("disks[0].pci", |c| c.disks[0].pci = Some("00:07.1".parse().unwrap())),
+    ];
+    let scratch = Scratch::new();
+    let mut tight = bzimage(&kernel());
+    tight[0x238..0x23c].copy_from_slice(&4u32.to_le_bytes());
+    let tight = scratch.file("tight", &tight);
+    let mut good = linux(&scratch.file("good", &kernel()));
+    good.disks.push(DiskConfig::new(scratch.sparse("disk", 4096)));
+    beside(|host| {
+        for (field, change) in &changes {
+            let mut bad = good.clone();
+            change(&mut bad);
+            assert_eq!(is_refused(host, &bad, &[field]), ErrorKind::InvalidArgument);
+        }
+        let mut bad = linux(&tight);
+        bad.boot = Boot::Linux(LinuxBoot::new(&tight).cmdline("quiet"));
+        is_refused(host, &bad, &["the command line has 5 bytes", "tight", "takes 4"]);
+        let port = || Arc::new(Port::default());
+        // Power management; PCI's configuration space and its devices, the interrupt controller, the tables.
+        for base in [0x600, 0x604] {
+            let built = host.builder(good.clone()).pio_device("mine", base, 1, port()).build();
+            let error = built.expect_err(&format!("{base:#x}"));
+            assert!(error.to_string().contains("'mine'"), "{base:#x}: {error}");
+        }
+        for base in [0xe800_0000, 0xc000_0000, 0xfec0_0000, 0xe_0000] {
+            let built = host.builder(good.clone()).mmio_device("mine", base, 4096, port()).build();
+            let error = built.expect_err(&format!("{base:#x}"));
+            assert!(error.to_string().contains("'mine'"), "{base:#x}: {error}");
+        }
+        assert_eq!(host.usage().vms, 1, "all of it was taken back");
+        assert_eq!(run(&host.build(good.clone()).unwrap()), StopCause::GuestReset, "what is good runs");
+    });
+}
+
 #[test]
 fn row_25_kernels_and_initrds_that_lie() {
     let scratch = Scratch::new();
     let good = scratch.file("good", &kernel());
-    let linux = |kernel: &Path| {
-        let mut config = VmConfig::linux(LinuxBoot::new(kernel));
-        config.memory = Bytes::mib(64);
-        config
-    };
     // What is changed in a good kernel, and what the error says of it.
     let lies: [(usize, u64, &str); 7] = [
         (88, 0xffff_ffff_ffff_f800, "program header 0: address and size wrap"),
@@ -253,9 +417,7 @@ fn row_25_kernels_and_initrds_that_lie() {
             is_refused(host, &linux(&scratch.file("short", &kernel()[..length])), &["short"]);
         }
         is_refused(host, &linux(&scratch.sparse("huge", 1 << 40)), &["huge"]);
-        let mut many = linux(&good);
-        let Boot::Linux(boot) = &mut many.boot else { panic!("it boots Linux") };
-        boot.initrd = Some(scratch.sparse("initrd", 1 << 36));
+        let many = with_initrd(&good, scratch.sparse("initrd", 1 << 36));
         is_refused(host, &many, &["initrd", "68719476736"]);
         let vm = host.build(linux(&good)).unwrap();
         assert_eq!(run(&vm), StopCause::GuestReset, "what is good runs");
@@ -306,7 +468,8 @@ fn row_27_configurations_that_cannot_be() {
             let error = builder.pio_device("second", base, length, port()).build().unwrap_err();
             assert!(error.to_string().contains("'second'"), "{base:#x}: {error}");
         }
-        let (results, _) = perform(host.builder(good), &[(Op::Write, 0, 2, 7), (Op::Read, 0, 2, 0)], |_| {});
+        let steps = [(Op::Write, 0, 2, 7), (Op::Read, 0, 2, 0)];
+        let (results, _) = perform(host.builder(good.clone()), &steps, |_| {});
         assert_eq!(results, [(0, 1, 0), (0, 1025, 512 * (7 + 8))], "and what is good works");
     });
 }
@@ -369,14 +532,15 @@ fn row_28_a_disk_that_is_full() {
     }
     let scratch = Scratch::new();
     let _mounted = Mounted::new(&scratch.0, "64k");
-    let (filler, path) = (scratch.file("filler", &[1; 32 << 10]), scratch.sparse("disk", 1 << 20));
+    let path = scratch.path("disk");
     let write = |i: u32| (Op::Write, 8 * i, 8, i);
     let mut steps: Vec<_> = (0..12).map(write).collect();
     steps.extend([(Op::Flush, 0, 0, 0), (Op::Tell, 0, 0, 1)]);
     steps.extend((8..14).map(write));
     beside(|host| {
-        let gone = filler.clone();
-        let room = move |_| std::fs::remove_file(&gone).unwrap();
+        scratch.sparse("disk", 1 << 20);
+        let filler = scratch.file("filler", &[1; 32 << 10]);
+        let room = move |_| std::fs::remove_file(&filler).unwrap();
         let (results, vm) = perform(host.builder(with_disk(DiskConfig::new(&path))), &steps, room);
         let statuses: Vec<_> = results.iter().map(|(status, ..)| *status).collect();
         assert_eq!(statuses[..12], [[0; 8].as_slice(), &[1; 4]].concat(), "eight of them fit");

@@ -227,7 +227,7 @@ impl Rig {
     }
 }
 
-/// A second board, which minds its own business.
+/// A second board, which is silent, so that anything done to it is seen. (What hinders a VM that works is seen by `driven.rs`.)
 struct Bystander {
     rig: Rig,
     memory: Vec<u8>,
