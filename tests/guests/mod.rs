@@ -37,6 +37,8 @@ pub enum Op {
     Target,
     Discard,
     Zero,
+    Random,
+    Print,
 }
 
 /// What comes of a step: the worst status, the bytes that the device wrote, the sum of what it read.
