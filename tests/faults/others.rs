@@ -87,7 +87,7 @@ pub fn linux(stage: &Stage) -> vmbed::Result<()> {
     let (listens, output) = pipe();
     let typed = aside(move || typed.write_all(b"typed").map(|()| typed).unwrap());
     let lived = boot(stage, &input, &output);
-    let _gone = aside(move || drop((input, output, typed)));
+    aside(move || drop((input, output, typed)));
     let echo = heard(listens);
     expect(echo == b"t", "what was typed is sent back");
     lived
