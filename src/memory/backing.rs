@@ -69,8 +69,10 @@ fn set_up(region: &MmapRegion, length: usize, config: &BackingConfig) -> Result<
     }
     if config.mergeable {
         let why = "backing.mergeable: this host's kernel merges no pages (CONFIG_KSM)";
-        advise(region, 0, length, Advice::Mergeable)
-            .map_err(|e| Error::new(ErrorKind::Unsupported, why).with_source(e))?;
+        advise(region, 0, length, Advice::Mergeable).map_err(|e| match e.raw_os_error() {
+            Some(libc::EINVAL) => Error::new(ErrorKind::Unsupported, why).with_source(e),
+            _ => Error::os("backing.mergeable: having the memory merged (MADV_MERGEABLE)", e),
+        })?;
     }
     if config.numa_nodes.is_empty() {
         return Ok(());
@@ -78,13 +80,13 @@ fn set_up(region: &MmapRegion, length: usize, config: &BackingConfig) -> Result<
     bind(region, &config.numa_nodes).map_err(|e| {
         let online = fs::read_to_string("/sys/devices/system/node/online").unwrap_or_default();
         let nodes = &config.numa_nodes;
-        let why = format!("backing.numa_nodes is {nodes:?}: this host's nodes are {:?}", online.trim());
-        let kind = if e.raw_os_error() == Some(libc::EINVAL) {
-            ErrorKind::InvalidArgument
-        } else {
-            ErrorKind::Unsupported
-        };
-        Error::new(kind, why).with_source(e)
+        let why =
+            format!("backing.numa_nodes is {nodes:?}: this host's nodes are {:?} (mbind)", online.trim());
+        match e.raw_os_error() {
+            Some(libc::EINVAL) => Error::new(ErrorKind::InvalidArgument, why).with_source(e),
+            Some(libc::ENOSYS | libc::EPERM) => Error::new(ErrorKind::Unsupported, why).with_source(e),
+            _ => Error::os(why, e),
+        }
     })
 }
 

@@ -39,8 +39,12 @@ static ALL: Mutex<Vec<Weak<Mapped>>> = Mutex::new(Vec::new());
 pub fn handle_sigbus() -> Result<()> {
     let start = |bell: EventFd| {
         let body = move || {
-            while bell.read().is_ok() {
-                tell();
+            loop {
+                match bell.read() {
+                    Ok(_) => tell(),
+                    Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                    Err(_) => return,
+                }
             }
         };
         thread::spawn("vmbed-sigbus".to_owned(), body).map(drop)

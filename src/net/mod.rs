@@ -2,9 +2,10 @@
 //! Networks behind the cards: where frames go to and come from.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::sys::fd::{self, UnixSocket};
 use crate::sys::io::IoList;
 
 mod ether;
@@ -31,12 +32,12 @@ pub(crate) use tap::Tap;
 /// # Errors
 /// It is none of them.
 pub(crate) fn adopt(id: &str, fd: OwnedFd, again: bool) -> Result<Box<dyn NetBackend>> {
-    Ok(match Socket::adopt(id, fd) {
-        Ok(socket) => Box::new(socket),
-        Err(fd) => match Stream::adopt(id, fd) {
-            Ok(stream) => Box::new(stream),
-            Err(fd) => Box::new(Tap::adopt(id, fd)?.reattached(again)),
-        },
+    let kind = fd::unix_socket(fd.as_fd())
+        .map_err(|e| Error::os(format!("{id}: asking what its descriptor is (getsockopt)"), e))?;
+    Ok(match kind {
+        Some(UnixSocket::Messages) => Box::new(Socket::on(id, fd)),
+        Some(UnixSocket::Stream) => Box::new(Stream::on(id, fd)),
+        None => Box::new(Tap::adopt(id, fd)?.reattached(again)),
     })
 }
 

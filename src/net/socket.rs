@@ -16,12 +16,9 @@ pub(crate) struct Socket {
 }
 
 impl Socket {
-    /// `fd` for the card `id`, when it is such a socket; else it comes back.
-    pub fn adopt(id: &str, fd: OwnedFd) -> std::result::Result<Self, OwnedFd> {
-        match fd::is_message_socket(fd.as_fd()) {
-            Ok(true) => Ok(Self { fd, id: id.to_owned() }),
-            _ => Err(fd),
-        }
+    /// `fd`, which is such a socket, for the card `id`.
+    pub fn on(id: &str, fd: OwnedFd) -> Self {
+        Self { fd, id: id.to_owned() }
     }
 }
 
@@ -73,7 +70,7 @@ mod tests {
     #[test]
     fn a_message_is_a_frame_and_nothing_else_is_adopted() {
         let (near, far) = UnixDatagram::pair().unwrap();
-        let mut socket = Socket::adopt("net0", near.into()).ok().unwrap();
+        let mut socket = Socket::on("net0", near.into());
         far.send(b"a frame").unwrap();
         far.send(b"").unwrap();
         assert_eq!(frame_of(&mut socket).unwrap(), b"a frame");
@@ -92,15 +89,17 @@ mod tests {
         assert_eq!((far.recv(&mut back).unwrap(), &back[..4]), (4, &b"back"[..]));
         assert!(socket.reopen().is_ok() && !socket.is_gone());
 
-        assert!(Socket::adopt("net0", UnixStream::pair().unwrap().0.into()).is_err());
-        assert!(Socket::adopt("net0", std::fs::File::open("/dev/null").unwrap().into()).is_err());
-        assert!(Socket::adopt("net0", std::net::UdpSocket::bind("127.0.0.1:0").unwrap().into()).is_err());
+        let kind = |fd: BorrowedFd<'_>| fd::unix_socket(fd).unwrap();
+        assert_eq!(kind(far.as_fd()), Some(fd::UnixSocket::Messages));
+        assert_eq!(kind(UnixStream::pair().unwrap().0.as_fd()), Some(fd::UnixSocket::Stream));
+        assert_eq!(kind(std::fs::File::open("/dev/null").unwrap().as_fd()), None);
+        assert_eq!(kind(std::net::UdpSocket::bind("127.0.0.1:0").unwrap().as_fd()), None);
     }
 
     #[test]
     fn a_peer_that_closes_is_gone_for_good() {
         let (near, far) = fd::sequence_pair().unwrap();
-        let mut socket = Socket::adopt("net0", near).ok().unwrap();
+        let mut socket = Socket::on("net0", near);
         assert_eq!(frame_of(&mut socket).unwrap_err().kind(), io::ErrorKind::WouldBlock);
         drop(far);
         assert_eq!(frame_of(&mut socket).unwrap_err().raw_os_error(), Some(libc::ENOTCONN));

@@ -2,7 +2,7 @@
 //! The stream protocol of QEMU's `-netdev stream`, which passt speaks: over a connected Unix socket, each frame behind its
 //! length in four bytes, the most significant first, and without a header of virtio's.
 
-use std::io::{self, ErrorKind::WouldBlock};
+use std::io::{self, ErrorKind::Interrupted, ErrorKind::WouldBlock};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -37,22 +37,22 @@ impl Stream {
     /// # Errors
     /// Nobody listens there, or it is not ours to connect to.
     pub fn connect(id: &str, path: PathBuf) -> Result<Self> {
-        let socket = UnixStream::connect(&path).map_err(|e| {
+        // It may have to wait until somebody takes it, and a signal of the embedder's come between.
+        let socket = loop {
+            match UnixStream::connect(&path) {
+                Err(error) if error.kind() == Interrupted => {}
+                result => break result,
+            }
+        };
+        let socket = socket.map_err(|e| {
             let why = format!("{id}: connecting to {}: nobody listens there, or not for us", path.display());
             Error::os(why, e)
         })?;
         Ok(Self { path: Some(path), ..Self::on(id, socket.into()) })
     }
 
-    /// `fd` for the card `id`, when it is such a socket; else it comes back.
-    pub fn adopt(id: &str, fd: OwnedFd) -> std::result::Result<Self, OwnedFd> {
-        match fd::is_stream_socket(fd.as_fd()) {
-            Ok(true) => Ok(Self::on(id, fd)),
-            _ => Err(fd),
-        }
-    }
-
-    fn on(id: &str, fd: OwnedFd) -> Self {
+    /// `fd`, which is such a socket, for the card `id`.
+    pub fn on(id: &str, fd: OwnedFd) -> Self {
         let (coming, left) = (Vec::with_capacity(PREFIX + MAX_FRAME), Vec::new());
         Self { fd, id: id.to_owned(), path: None, coming, left, again: false, pieces: Pieces::default() }
     }
@@ -169,7 +169,7 @@ mod tests {
 
     fn pair() -> (Stream, UnixStream) {
         let (near, far) = UnixStream::pair().unwrap();
-        (Stream::adopt("net0", near.into()).ok().unwrap(), far)
+        (Stream::on("net0", near.into()), far)
     }
 
     /// What is received, in pieces of that size and a last one with room for all.
@@ -269,7 +269,6 @@ mod tests {
         assert_eq!(received(&mut stream, 9).unwrap_err().raw_os_error(), Some(libc::ENOTCONN));
         assert!(sends(&mut stream, &frame(60)).is_err() && stream.is_gone());
         assert!(stream.reopen().unwrap_err().to_string().contains("net0"));
-        assert!(Stream::adopt("net0", std::fs::File::open("/dev/null").unwrap().into()).is_err());
     }
 
     #[test]

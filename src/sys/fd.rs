@@ -63,18 +63,27 @@ pub(crate) fn appends(fd: BorrowedFd<'_>) -> bool {
     flags >= 0 && flags & libc::O_APPEND != 0
 }
 
-/// Whether it is a Unix socket that keeps messages apart.
-pub(crate) fn is_message_socket(fd: BorrowedFd<'_>) -> io::Result<bool> {
-    Ok(is_unix_socket(fd)? && matches!(option(fd, libc::SO_TYPE)?, libc::SOCK_DGRAM | libc::SOCK_SEQPACKET))
+/// Kinds of Unix sockets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum UnixSocket {
+    /// Keeps messages apart.
+    Messages,
+    /// Does not.
+    Stream,
 }
 
-/// Whether it is a Unix socket that does not.
-pub(crate) fn is_stream_socket(fd: BorrowedFd<'_>) -> io::Result<bool> {
-    Ok(is_unix_socket(fd)? && option(fd, libc::SO_TYPE)? == libc::SOCK_STREAM)
-}
-
-fn is_unix_socket(fd: BorrowedFd<'_>) -> io::Result<bool> {
-    Ok(option(fd, libc::SO_DOMAIN)? == libc::AF_UNIX)
+/// Which kind of Unix socket it is, if it is one.
+pub(crate) fn unix_socket(fd: BorrowedFd<'_>) -> io::Result<Option<UnixSocket>> {
+    match option(fd, libc::SO_DOMAIN) {
+        Ok(libc::AF_UNIX) => {}
+        Err(error) if error.raw_os_error() != Some(libc::ENOTSOCK) => return Err(error),
+        _ => return Ok(None),
+    }
+    Ok(match option(fd, libc::SO_TYPE)? {
+        libc::SOCK_DGRAM | libc::SOCK_SEQPACKET => Some(UnixSocket::Messages),
+        libc::SOCK_STREAM => Some(UnixSocket::Stream),
+        _ => None,
+    })
 }
 
 /// A number that a socket has of itself.

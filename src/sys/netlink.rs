@@ -37,7 +37,7 @@ impl Route {
     pub fn open() -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind_auto()?;
-        socket.connect(&SocketAddr::new(0, 0))?;
+        again(|| socket.connect(&SocketAddr::new(0, 0)))?;
         // The kernel answers before it returns from being asked: an answer that is not there will not come.
         socket.set_non_blocking(true)?;
         // Older kernels have no words.
@@ -83,10 +83,10 @@ impl Route {
         request.finalize();
         let mut bytes = vec![0; request.buffer_len()];
         request.serialize(&mut bytes);
-        self.socket.send(&bytes, 0)?;
+        again(|| self.socket.send(&bytes, 0))?;
         let (mut answers, mut whole) = (Vec::new(), true);
         loop {
-            let (packet, _) = self.socket.recv_from_full()?;
+            let (packet, _) = again(|| self.socket.recv_from_full())?;
             let mut rest = &packet[..];
             while !rest.is_empty() {
                 let answer = NetlinkMessage::deserialize(rest).map_err(misunderstood)?;
@@ -105,6 +105,16 @@ impl Route {
                     _ => {}
                 }
             }
+        }
+    }
+}
+
+/// Once more where a signal of the embedder's came between.
+fn again<T>(call: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
         }
     }
 }

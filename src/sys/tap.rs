@@ -13,10 +13,17 @@ pub(crate) struct Attached {
 }
 
 /// Whether the kernel has an interface of that name in this network namespace.
-pub(crate) fn interface_exists(name: &str) -> bool {
-    let Ok(name) = CString::new(name) else { return false };
+///
+/// # Errors
+/// It cannot be asked.
+pub(crate) fn interface_exists(name: &str) -> io::Result<bool> {
+    let Ok(name) = CString::new(name) else { return Ok(false) };
     // SAFETY: a terminated string, which the call only reads.
-    unsafe { libc::if_nametoindex(name.as_ptr()) != 0 }
+    if unsafe { libc::if_nametoindex(name.as_ptr()) } != 0 {
+        return Ok(true);
+    }
+    let error = io::Error::last_os_error();
+    if error.raw_os_error() == Some(libc::ENODEV) { Ok(false) } else { Err(error) }
 }
 
 /// Attaches the descriptor to an interface (TUNSETIFF). Makes the interface where there is none: look

@@ -200,7 +200,7 @@ impl Board {
 /// of the VM costs 0.1 ms instead of 16.
 fn split_irqchip(vm: &VmFd) -> Result<()> {
     kvm::set_intel_pages(vm, layout::KVM_TSS, layout::KVM_IDENTITY_MAP)
-        .map_err(|e| Error::os("giving KVM its pages (KVM_SET_TSS_ADDR)", e))?;
+        .map_err(|e| Error::os("giving KVM its pages (KVM_SET_IDENTITY_MAP_ADDR, KVM_SET_TSS_ADDR)", e))?;
     let mut cap = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
     cap.args[0] = IOAPIC_PINS.into();
     vm.enable_cap(&cap).map_err(|e| Error::errno_of("making local APICs (KVM_CAP_SPLIT_IRQCHIP)", e))

@@ -1,50 +1,150 @@
-//! The life of a VM, from nothing to nothing.
+//! The life of a VM, from nothing to nothing, and what must be there before and after it.
 
-use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
-use std::os::unix::net::{UnixDatagram, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use vmbed::{
-    Access, BalloonConfig, BareBoot, Bytes, CpuMode, Device, DiskConfig, DiskEngine, DiskFormat, ErrorKind,
-    EventKind, Host, NetConfig, Platform, StopCause, Vm, VmConfig,
+    Access, BareBoot, Bytes, CpuMode, Device, ErrorKind, Event, EventKind, Platform, StopCause, Vm, VmConfig,
 };
 
-use crate::guests::{self, Op, outcome, script};
+use crate::driven::{self, Far};
+use crate::holdings::Holdings;
+use crate::others::{self, Server};
 use crate::supervisor::{ARMED, HIT, seen, watch};
-use crate::{Fault, GUEST};
+use crate::{Fault, GUEST, guests};
 
 /// Whatever is under way has this long, on a machine that has other things to do.
-const LONG: Duration = Duration::from_secs(60);
+pub const LONG: Duration = Duration::from_secs(60);
 /// And this, where it is known why it may take for ever.
 const EXCUSED: Duration = Duration::from_secs(10);
-const SIZE: u64 = 512 << 10;
 
-/// What the guest does: with its disk, its card, its balloon.
-const STEPS: [(Op, u32, u32, u32); 9] = [
-    (Op::Write, 3, 2, 7),
-    (Op::Flush, 0, 0, 0),
-    (Op::Read, 3, 2, 0),
-    (Op::Zero, 8, 1, 0),
-    (Op::Discard, 16, 8, 0),
-    (Op::Send, 0, FRAME as u32, SENT as u32),
-    (Op::Account, 0, 4, 2),
-    (Op::Inflate, 768, 16, 9),
-    (Op::Receive, 0, 0, 0),
-];
+/// What is no leak: a list that has room for more than is in it, and maps of the allocator's and of its cache of threads' stacks.
+const ROOM: usize = 2048;
+const MAPS: usize = 24;
 
-/// A frame's length, and what its bytes are: of the guest's, and of the one for it.
-const FRAME: usize = 60;
-const SENT: u8 = 5;
-const RECEIVED: u8 = 6;
+/// Ways to live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Life {
+    /// A disk by io_uring where the host has it, and a socket that keeps messages apart.
+    Ring,
+    /// A disk by system calls, and a stream.
+    Calls,
+    /// An image with metadata.
+    Qcow2,
+    /// A kernel and an initrd from files, the serial port on two pipes, a processor of its own.
+    Linux,
+    /// The other console, random bytes, and a loop of the caller's.
+    Console,
+    /// Memory that is there from the beginning, the host's reclaim, SIGBUS; a disk past the page cache that grows and is saved.
+    Memory,
+    /// A TAP interface on a bridge, both made before, in a network namespace of its own.
+    Wired,
+    /// A port of a switch with two ways out, and its capture.
+    Switched,
+    /// The sandbox, a disk that writes through, and a network in user space that goes away and comes back; then another one.
+    Sandboxed,
+}
+
+impl Life {
+    pub const ALL: [Self; 9] = [
+        Self::Ring,
+        Self::Calls,
+        Self::Qcow2,
+        Self::Linux,
+        Self::Console,
+        Self::Memory,
+        Self::Wired,
+        Self::Switched,
+        Self::Sandboxed,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ring => "ring",
+            Self::Calls => "calls",
+            Self::Qcow2 => "qcow2",
+            Self::Linux => "linux",
+            Self::Console => "console",
+            Self::Memory => "memory",
+            Self::Wired => "wired",
+            Self::Switched => "switched",
+            Self::Sandboxed => "sandboxed",
+        }
+    }
+
+    /// Whether what its guest reads and writes is known, and so what of a part is missing.
+    pub fn has_parts(self) -> bool {
+        matches!(self, Self::Ring | Self::Calls | Self::Qcow2)
+    }
+
+    /// Lives it, with or without work for the guest.
+    fn live(self, stage: &Stage, works: bool) -> vmbed::Result<()> {
+        match self {
+            Self::Ring | Self::Calls | Self::Qcow2 => driven::live(stage, works),
+            Self::Linux => others::linux(stage),
+            Self::Console => others::console(stage),
+            Self::Memory => others::memory(stage, works),
+            Self::Wired => others::wired(stage),
+            Self::Switched => others::switched(stage),
+            Self::Sandboxed => others::sandboxed(stage),
+        }
+    }
+}
+
+/// What is there before a life, and after it.
+pub struct Stage {
+    pub life: Life,
+    /// Gone in the end.
+    pub directory: PathBuf,
+    /// The guest of tests/guests.
+    pub code: Vec<u8>,
+}
+
+impl Stage {
+    fn new(life: Life) -> Self {
+        let directory = Self::path(std::process::id());
+        std::fs::create_dir(&directory).unwrap();
+        let code = std::fs::read(std::env::var_os(GUEST).unwrap()).unwrap();
+        let stage = Self { life, directory, code };
+        driven::prepare(&stage);
+        others::prepare(&stage);
+        stage
+    }
+
+    /// Where the child of that number has its files.
+    pub fn path(child: u32) -> PathBuf {
+        std::env::temp_dir().join(format!("vmbed-fault-life-{child}"))
+    }
+
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    pub fn disk(&self) -> PathBuf {
+        self.file("disk")
+    }
+
+    /// A PC with the guest of tests/guests.
+    pub fn pc(&self) -> VmConfig {
+        let mut boot = BareBoot::new(CpuMode::Long, guests::ENTRY, &self.code[..]);
+        boot.stack = guests::STACK;
+        let mut config = VmConfig::bare(boot);
+        (config.platform, config.memory) = (Platform::Pc, Bytes(guests::MEMORY));
+        config
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
 
 /// A port on which nobody listens.
-struct Deaf;
+pub struct Deaf;
 
 impl Device for Deaf {
     fn read(&self, _: Access, data: &mut [u8]) -> vmbed::Result<()> {
@@ -57,33 +157,16 @@ impl Device for Deaf {
     }
 }
 
-/// Ways to have a disk and a card.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Life {
-    /// By io_uring where the host has it, and a socket that keeps messages apart.
-    Ring,
-    /// By system calls, and a stream.
-    Calls,
-    /// An image with metadata.
-    Qcow2,
-}
-
-impl Life {
-    pub const ALL: [Self; 3] = [Self::Ring, Self::Calls, Self::Qcow2];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Ring => "ring",
-            Self::Calls => "calls",
-            Self::Qcow2 => "qcow2",
-        }
-    }
+pub fn deaf() -> Arc<Deaf> {
+    Arc::new(Deaf)
 }
 
 /// Whose card has a frame sent again and again: it has no room for one before its guest gives it some.
-static FAR: Mutex<Option<Far>> = Mutex::new(None);
+pub static FAR: Mutex<Option<Far>> = Mutex::new(None);
+/// The network in user space.
+pub static SERVER: Mutex<Option<Server>> = Mutex::new(None);
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -94,131 +177,55 @@ fn feed() {
             // Its card may be gone, or full.
             let _ = far.send();
         }
+        if let Some(server) = &mut *lock(&SERVER) {
+            server.turn();
+        }
         std::thread::sleep(Duration::from_millis(2));
     }
 }
 
-/// A disk's file, which is gone in the end.
-pub struct Disk {
-    life: Life,
-    path: PathBuf,
+type Errand = Box<dyn FnOnce() + Send>;
+static ERRANDS: OnceLock<Sender<Errand>> = OnceLock::new();
+
+/// Does what is the test's own on another such thread.
+pub fn aside<T: Send + 'static>(what: impl FnOnce() -> T + Send + 'static) -> T {
+    let (done, result) = channel();
+    let errand = move || drop(done.send(what()));
+    ERRANDS.get().unwrap().send(Box::new(errand)).unwrap();
+    result.recv().expect("what is the test's own goes well")
 }
 
-impl Disk {
-    fn new(life: Life) -> Self {
-        let path = Self::path(std::process::id());
-        let format = if life == Life::Qcow2 { DiskFormat::Qcow2 } else { DiskFormat::Raw };
-        vmbed::create_disk(&path, format, Bytes(SIZE), None).unwrap();
-        Self { life, path }
-    }
+/// What this process had.
+static BEFORE: Mutex<Option<Holdings>> = Mutex::new(None);
 
-    /// Where the child of that number has its.
-    pub fn path(child: u32) -> PathBuf {
-        std::env::temp_dir().join(format!("vmbed-fault-disk-{child}"))
-    }
-
-    fn config(&self) -> DiskConfig {
-        let engine = if self.life == Life::Calls { DiskEngine::Sync } else { DiskEngine::Auto };
-        let mut disk = DiskConfig::new(&self.path);
-        if self.life == Life::Qcow2 {
-            disk = DiskConfig::qcow2(&self.path);
-        }
-        disk.engine = engine;
-        disk
-    }
+/// What it has now is not to be given back.
+pub fn keep() {
+    *lock(&BEFORE) = Some(Holdings::now());
 }
 
-impl Drop for Disk {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
-/// The other end of the card's wire.
-enum Far {
-    Messages(UnixDatagram),
-    Stream(UnixStream),
-}
-
-impl Far {
-    /// The card's end, and this.
-    fn pair(life: Life) -> std::io::Result<(OwnedFd, Self)> {
-        if life == Life::Calls {
-            let (near, far) = UnixStream::pair()?;
-            far.set_nonblocking(true)?;
-            return Ok((near.into(), Self::Stream(far)));
-        }
-        let (near, far) = UnixDatagram::pair()?;
-        far.set_nonblocking(true)?;
-        Ok((near.into(), Self::Messages(far)))
-    }
-
-    /// Sends one to the card, with what is in front of it.
-    fn send(&mut self) -> std::io::Result<()> {
-        match self {
-            Self::Messages(far) => far.send(&[&[0; 12][..], &[RECEIVED; FRAME]].concat()).map(drop),
-            Self::Stream(far) => far.write_all(&[&[0, 0, 0, FRAME as u8][..], &[RECEIVED; FRAME]].concat()),
-        }
-    }
-
-    /// The one frame that came, without what is in front of it; nothing where none came whole.
-    fn frame(&mut self) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        match self {
-            Self::Messages(far) => {
-                bytes.resize(2000, 0);
-                let length = far.recv(&mut bytes).unwrap_or(0);
-                bytes.truncate(length);
-            }
-            Self::Stream(far) => {
-                let _ = far.read_to_end(&mut bytes);
-            }
-        }
-        let ahead = if matches!(self, Self::Stream(_)) { 4 } else { 12 };
-        bytes.drain(..bytes.len().min(ahead));
-        bytes
-    }
-}
-
-/// Descriptors and threads of this process.
-fn holdings() -> (usize, usize) {
-    let count = |of: &str| std::fs::read_dir(of).unwrap().count();
-    (count("/proc/self/fd"), count("/proc/self/task"))
-}
-
-/// Lives twice: once as it should be, and idle, then with one call that fails. Says what came of it.
+/// Lives twice: once as it should be, then with one call that fails. Says what came of it.
 pub fn lead(fault: Fault) {
     static PANICKED: AtomicBool = AtomicBool::new(false);
     std::panic::set_hook(Box::new(|what| {
         PANICKED.store(true, Ordering::SeqCst);
         eprintln!("PANIC: {what}");
     }));
-    let code = std::fs::read(std::env::var_os(GUEST).unwrap()).unwrap();
-    let disk = Disk::new(fault.life);
+    let stage = Stage::new(fault.life);
+    let (errands, waiting) = channel::<Errand>();
+    ERRANDS.set(errands).unwrap();
+    std::thread::spawn(move || waiting.into_iter().for_each(|errand| errand()));
     std::thread::spawn(feed);
     watch(fault);
-    live(&code, &disk, &[]).unwrap_or_else(|error| panic!("without a fault: {error}"));
-    let before = holdings();
+    stage.life.live(&stage, false).unwrap_or_else(|error| panic!("without a fault: {error}"));
+    aside(keep);
     ARMED.store(true, Ordering::SeqCst);
-    // A message comes whole or not at all: there is nothing to see of its receipt.
-    let steps = if fault.life == Life::Calls { &STEPS[..] } else { &STEPS[..STEPS.len() - 1] };
-    let result = live(&code, &disk, steps);
+    let result = stage.life.live(&stage, true);
     ARMED.store(false, Ordering::SeqCst);
     match result {
         Ok(()) => println!("it went well"),
         Err(error) => println!("error: {error}"),
     }
-    let end = Instant::now() + LONG;
-    while holdings() != before {
-        if Instant::now() > end {
-            println!("LEAK: {before:?} descriptors and threads before, {:?} now", holdings());
-            for link in std::fs::read_dir("/proc/self/fd").unwrap().flatten() {
-                println!("  {:?}", std::fs::read_link(link.path()));
-            }
-            break;
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    gives_back(stage.life);
     if HIT.load(Ordering::SeqCst) > 0 {
         println!("hit");
     }
@@ -230,41 +237,32 @@ pub fn lead(fault: Fault) {
     }
 }
 
-fn live(code: &[u8], disk: &Disk, steps: &[(Op, u32, u32, u32)]) -> vmbed::Result<()> {
-    let pair = Far::pair(disk.life);
-    let (near, far) = pair.map_err(|e| vmbed::Error::os("the test's own sockets", e))?;
-    let host = Host::open()?;
-    let mut boot = BareBoot::new(CpuMode::Long, guests::ENTRY, code);
-    boot.stack = guests::STACK;
-    let mut config = VmConfig::bare(boot);
-    (config.platform, config.memory) = (Platform::Pc, Bytes(guests::MEMORY));
-    config.disks = vec![disk.config()];
-    config.nets = vec![NetConfig::attached()];
-    config.balloon = Some(BalloonConfig::default());
-    let builder = host.builder(config).net_fd(0, near)?.pio_device("said", guests::SAY, 1, Arc::new(Deaf));
-    let vm = builder.build()?;
-    vm.write_memory(guests::SCRIPT, &script(steps))?;
-    vm.start()?;
-    *lock(&FAR) = Some(far);
-    let ended = exercise(&vm);
-    let results = results(&vm, &ended, steps);
-    let stopped = vm.stop();
-    drop(vm);
-    drop(host);
-    let far = lock(&FAR).take();
-    if let (Some(results), Some(mut far)) = (results, far) {
-        let armed = ARMED.swap(false, Ordering::SeqCst);
-        check(code, disk, &mut far, &results);
-        ARMED.store(armed, Ordering::SeqCst);
+/// Threads take their time to go.
+fn gives_back(life: Life) {
+    let before = lock(&BEFORE).unwrap();
+    let end = Instant::now() + LONG;
+    loop {
+        let now = Holdings::now();
+        let fits = now.maps <= before.maps + MAPS && now.allocated <= before.allocated + ROOM;
+        // A handler of SIGBUS whose bell does not work has lost its thread.
+        let handles = life == Life::Memory && now.descriptors < before.descriptors;
+        if fits && (now.counts() == before.counts() || handles) {
+            break;
+        }
+        if Instant::now() > end {
+            println!("LEAK: {before:?}, and now {now:?}");
+            for link in std::fs::read_dir("/proc/self/fd").unwrap().flatten() {
+                println!("  {:?}", std::fs::read_link(link.path()));
+            }
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(2));
     }
-    ended?;
-    stopped.map(drop)
 }
 
 /// What an embedder does meanwhile; how the VM ends.
-fn exercise(vm: &Vm) -> vmbed::Result<Option<StopCause>> {
+pub fn exercise(vm: &Vm) -> vmbed::Result<Option<StopCause>> {
     let paused = vm.pause();
-    let _ = vm.disk_statistics(0)?;
     let _ = vm.vcpu_statistics(0)?;
     let _ = vm.memory();
     // It may have ended as it was paused.
@@ -272,81 +270,78 @@ fn exercise(vm: &Vm) -> vmbed::Result<Option<StopCause>> {
         Err(error) if error.kind() != ErrorKind::InvalidState => return Err(error),
         _ => {}
     }
+    end_of(vm)
+}
+
+/// How the VM ends.
+pub fn end_of(vm: &Vm) -> vmbed::Result<Option<StopCause>> {
     // A driver may wait for a device that is out of order: then the embedder was told.
-    let is_excuse = |event: &vmbed::Event| {
-        matches!(event.kind, EventKind::DeviceNeedsReset { .. } | EventKind::BackendError { .. })
-    };
-    let (begin, mut told) = (Instant::now(), Vec::new());
-    let (cause, excused) = loop {
+    let mut told = Told::default();
+    let begin = Instant::now();
+    let cause = loop {
         let cause = vm.wait_timeout(Duration::from_secs(1))?;
-        told.extend(std::iter::from_fn(|| vm.events().next_event()));
-        let excused = told.iter().any(is_excuse);
-        if cause.is_some() || begin.elapsed() > if excused { EXCUSED } else { LONG } {
-            break (cause, excused);
+        told.hear(vm);
+        if cause.is_some() || begin.elapsed() > told.patience() {
+            break cause;
         }
     };
-    if cause.is_none() && !excused {
-        println!("STUCK: the guest neither ends nor is ended; {:?}, {told:?}", vm.state());
-        let mut results = vec![0; 16 * STEPS.len()];
-        let read = vm.read_memory(guests::RESULTS, &mut results);
-        let steps: Vec<_> = (0..STEPS.len()).map(|step| outcome(&results, step)).collect();
-        println!("  {read:?}, its steps came to {steps:?}; {:?}", vm.net_statistics(0));
+    if cause.is_none() {
+        told.excuse(vm);
     }
     Ok(cause)
 }
 
-/// What the guest was told of its steps, if it has come to its own end.
-fn results(
-    vm: &Vm,
-    ended: &vmbed::Result<Option<StopCause>>,
-    steps: &[(Op, u32, u32, u32)],
-) -> Option<Vec<u8>> {
-    let mut results = vec![0; 16 * steps.len()];
-    let itself = matches!(ended, Ok(Some(StopCause::GuestReset))) && !steps.is_empty();
-    (itself && vm.read_memory(guests::RESULTS, &mut results).is_ok()).then_some(results)
+/// What the embedder was told.
+#[derive(Default)]
+pub struct Told(Vec<Event>);
+
+impl Told {
+    pub fn hear(&mut self, vm: &Vm) {
+        for event in std::iter::from_fn(|| vm.events().next_event()) {
+            if let EventKind::BackendError { errno, .. } = event.kind {
+                println!("told of {errno}");
+            }
+            self.0.push(event);
+        }
+    }
+
+    fn is_excused(&self) -> bool {
+        let is_excuse = |event: &Event| {
+            matches!(event.kind, EventKind::DeviceNeedsReset { .. } | EventKind::BackendError { .. })
+        };
+        self.0.iter().any(is_excuse)
+    }
+
+    pub fn patience(&self) -> Duration {
+        if self.is_excused() { EXCUSED } else { LONG }
+    }
+
+    /// It has not ended.
+    pub fn excuse(&self, vm: &Vm) {
+        if self.is_excused() {
+            return;
+        }
+        println!("STUCK: the guest neither ends nor is ended; {:?}, {:?}", vm.state(), self.0);
+        let mut results = vec![0; 16 * 16];
+        let read = vm.read_memory(guests::RESULTS, &mut results);
+        let steps: Vec<_> = (0..16).map(|step| guests::outcome(&results, step)).collect();
+        println!("  {read:?}, its steps came to {steps:?}; {:?}", vm.net_statistics(0));
+    }
+
+    pub fn has_ended(&self) -> bool {
+        self.0.iter().any(|event| matches!(event.kind, EventKind::Stopped(_)))
+    }
 }
 
-/// What the guest was told is on the disk, is; what it sent has come whole, or not at all.
-fn check(code: &[u8], disk: &Disk, far: &mut Far, results: &[u8]) {
-    let good = |step: usize| outcome(results, step).0 == 0;
-    if good(0) && good(1) && there(code, disk) != Some(512 * (7 + 8)) {
-        println!("LOST: the guest was told that it is there: {:?}", there(code, disk));
-    }
-    if good(0) && good(2) && outcome(results, 2).2 != 512 * (7 + 8) {
-        println!("LOST: the guest read something else: {:?}", outcome(results, 2));
-    }
-    let frame = far.frame();
-    if !frame.is_empty() && frame != [SENT; FRAME] {
-        println!("LOST: the frame came as {frame:?}");
-    }
-    let Some(received) = (results.len() == 16 * STEPS.len()).then(|| outcome(results, STEPS.len() - 1))
-    else {
-        return;
-    };
-    if received.1 as usize != 12 + FRAME || received.2 != FRAME as u64 * u64::from(RECEIVED) {
-        println!("LOST: the guest received something else: {received:?}");
+/// Of what is routine, nothing is missed.
+pub fn expect(there: bool, what: &str) {
+    if !there {
+        println!("MISSED: {what}");
     }
 }
 
-/// The sum of what lies there, as another guest reads it.
-fn there(code: &[u8], disk: &Disk) -> Option<u64> {
-    if disk.life != Life::Qcow2 {
-        let mut bytes = [0; 1024];
-        File::open(&disk.path).unwrap().read_exact_at(&mut bytes, 3 * 512).unwrap();
-        let good = bytes[..512] == [7; 512] && bytes[512..] == [8; 512];
-        return good.then(|| bytes.iter().copied().map(u64::from).sum());
-    }
-    let host = Host::open().unwrap();
-    let mut boot = BareBoot::new(CpuMode::Long, guests::ENTRY, code);
-    boot.stack = guests::STACK;
-    let mut config = VmConfig::bare(boot);
-    (config.platform, config.memory) = (Platform::Pc, Bytes(guests::MEMORY));
-    config.disks = vec![disk.config()];
-    let vm = host.builder(config).pio_device("said", guests::SAY, 1, Arc::new(Deaf)).build().unwrap();
-    vm.write_memory(guests::SCRIPT, &script(&[(Op::Read, 3, 2, 0)])).unwrap();
-    vm.start().unwrap();
-    vm.wait_timeout(LONG).unwrap()?;
-    let mut results = [0; 16];
-    vm.read_memory(guests::RESULTS, &mut results).unwrap();
-    (outcome(&results, 0).0 == 0).then_some(outcome(&results, 0).2)
+/// Removes what a life makes, if it was made.
+pub fn remove(path: &Path) {
+    let path = path.to_owned();
+    aside(move || drop(std::fs::remove_file(path)));
 }

@@ -1,24 +1,33 @@
 //! Any system call fails, is interrupted, or comes short: those of ours, of the standard library and of dependencies. A child of this program
-//! lives through the life of a VM with a disk, a card and a balloon, and one call of it is answered with an error, or with a part of what it was
+//! lives through the life of a VM (`life.rs` has which there are), and one call of it is answered with an error, or with a part of what it was
 //! to move (seccomp's user notifications). Then it must end within its deadline, without a panic, with what it had before, and where its guest was
 //! told that something is on the disk, it is. Of what was interrupted or came short nobody hears.
 //!
-//! A trial for each kind of call, and for those of its calls that can come short; for each way to have a disk. `VMBED_FAULTS=all` goes on
-//! until no call of the kind is left.
+//! A trial for each kind of call, in the first life that has it, and for those of its calls that can come short in each of the first three.
+//! `VMBED_FAULTS=all` has every kind in every life, and goes on until no call of the kind is left (`ENDLESS` are those that are never at an
+//! end).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Trial};
 
+mod driven;
 #[path = "../guests/mod.rs"]
 mod guests;
+#[path = "../holdings/mod.rs"]
+mod holdings;
 mod life;
+mod others;
 mod part;
+mod sites;
 mod supervisor;
+mod wire;
+mod words;
 
-use life::Life;
+use life::{Life, Stage};
 use part::Part;
 
 /// What a child is told: how it lives, which kind of call, which of them, what that answers.
@@ -29,7 +38,7 @@ const GUEST: &str = "VMBED_FAULT_GUEST";
 const ERRORS: [i32; 5] = [libc::EINTR, libc::ENOMEM, libc::EIO, libc::EAGAIN, libc::EPERM];
 
 /// Calls that a signal may end before they have done anything. They are made again, and nobody hears of it.
-const INTERRUPTIBLE: [libc::c_long; 22] = [
+const INTERRUPTIBLE: [libc::c_long; 23] = [
     libc::SYS_read,
     libc::SYS_pread64,
     libc::SYS_readv,
@@ -52,7 +61,34 @@ const INTERRUPTIBLE: [libc::c_long; 22] = [
     libc::SYS_epoll_wait,
     libc::SYS_io_uring_enter,
     libc::SYS_rt_sigtimedwait,
+    libc::SYS_getrandom,
 ];
+
+/// What others make first for something else: the kernel's file, the bell of SIGBUS, rtnetlink's answers, a network in user space.
+const AGAIN: [(Life, libc::c_long); 4] = [
+    (Life::Linux, libc::SYS_pread64),
+    (Life::Memory, libc::SYS_read),
+    (Life::Wired, libc::SYS_recvfrom),
+    (Life::Sandboxed, libc::SYS_connect),
+];
+
+/// Calls that are made again and again for as long as a VM lives, all of them for the same: at an exit of its guest, at a turn of a loop, with a
+/// kick, for a look of the reclaim's at the memory, for an eventfd or a frame. More than a hundred of them are the more of these.
+const ENDLESS: [libc::c_long; 11] = [
+    libc::SYS_epoll_wait,
+    libc::SYS_rt_sigtimedwait,
+    libc::SYS_rt_sigpending,
+    libc::SYS_sysinfo,
+    libc::SYS_pread64,
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+];
+const KVM_RUN: u32 = 0xae80;
+const PAGEMAP_SCAN: u32 = 0xc060_6610;
 
 /// A kind of system call: its number, and for an ioctl what it asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -91,6 +127,7 @@ impl Answer {
             Self::Error(error) => error.into(),
             Self::Part(Part::Half) => 0,
             Self::Part(Part::Byte) => -1,
+            Self::Part(Part::Broken) => -2,
         }
     }
 
@@ -98,6 +135,7 @@ impl Answer {
         match number {
             0 => Self::PARTS[0],
             -1 => Self::PARTS[1],
+            -2 => Self::Part(Part::Broken),
             error => Self::Error(error as i32),
         }
     }
@@ -105,7 +143,8 @@ impl Answer {
     /// Whether that is nothing that anybody should hear of.
     fn is_routine(self, kind: Kind) -> bool {
         let interrupts = self == Self::Error(libc::EINTR);
-        interrupts && INTERRUPTIBLE.contains(&kind.number.into()) || matches!(self, Self::Part(_))
+        interrupts && INTERRUPTIBLE.contains(&kind.number.into())
+            || matches!(self, Self::Part(part) if part != Part::Broken)
     }
 }
 
@@ -132,6 +171,9 @@ impl Fault {
     }
 }
 
+/// Calls that were answered.
+static FAULTS: AtomicU64 = AtomicU64::new(0);
+
 fn main() -> ExitCode {
     if let Ok(fault) = std::env::var(FAULT) {
         life::lead(Fault::parse(&fault));
@@ -145,13 +187,22 @@ fn main() -> ExitCode {
         std::env::set_var(GUEST, &guest);
     }
     let mut trials = Vec::new();
-    let mut everywhere: BTreeSet<Kind> = BTreeSet::new();
+    let (mut everywhere, mut calls) = (BTreeSet::<Kind>::new(), 0);
     for life in Life::ALL {
         // One without a fault: which calls there are.
-        let kinds = kinds(&child(&Fault { life, kind: Kind::default(), nth: 0, answer: Answer::Error(0) }));
+        let said = child(&Fault { life, kind: Kind::default(), nth: 0, answer: Answer::Error(0) });
+        assert!(
+            said.contains("it went well") && !said.contains("MISSED"),
+            "{life:?} without a fault:\n{said}"
+        );
+        let kinds = kinds(&said);
+        let whole = kinds.iter().filter(|(kind, _)| kind.request != Kind::PART);
+        calls += whole.map(|(_, count)| count).sum::<u64>();
         for (&kind, &count) in &kinds {
             // What another life has, too, is swept there.
-            if everywhere.insert(kind) || kind.request == Kind::PART || wants_all() {
+            let several = kind.request == Kind::PART && life.has_parts()
+                || kind.request == 0 && AGAIN.contains(&(life, kind.number.into()));
+            if everywhere.insert(kind) || several || wants_all() {
                 let name = format!("{}_{}", life.name(), kind.name());
                 trials.push(Trial::test(name, move || {
                     sweep(life, kind, count);
@@ -160,13 +211,28 @@ fn main() -> ExitCode {
             }
         }
     }
+    let made = everywhere.clone();
+    let kinds = everywhere.iter().filter(|kind| kind.request != Kind::PART).map(|kind| kind.name());
+    let kinds: Vec<_> = kinds.collect();
     trials.push(Trial::test("calls_of_every_kind_are_made", move || {
         let parts = everywhere.iter().filter(|kind| kind.request == Kind::PART).count();
         assert!(everywhere.len() - parts > 45, "{} kinds of calls: {everywhere:?}", everywhere.len());
         assert!(parts > 7, "{parts} of them can come short: {everywhere:?}");
         Ok(())
     }));
+    trials.push(Trial::test("every_place_that_calls_the_kernel_is_reached", move || {
+        let wrong = sites::wrong(&made);
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+        Ok(())
+    }));
     let code = libtest_mimic::run(&arguments, trials).exit_code();
+    let (lives, faults) = (Life::ALL.len(), FAULTS.load(Ordering::Relaxed));
+    if faults > 0 {
+        println!(
+            "{lives} lives, {calls} calls of {} kinds, {faults} of them answered: {kinds:?}",
+            kinds.len()
+        );
+    }
     let _ = std::fs::remove_file(guest);
     code
 }
@@ -189,7 +255,9 @@ fn wants_all() -> bool {
 /// What the `nth` of a kind answers, one life each.
 fn answers(kind: Kind, nth: u64) -> Vec<Answer> {
     if kind.request == Kind::PART {
-        return Answer::PARTS.to_vec();
+        let rings = i64::from(kind.number) == libc::SYS_io_uring_enter;
+        let broken = rings.then_some(Answer::Part(Part::Broken));
+        return Answer::PARTS.into_iter().chain(broken).collect();
     }
     // Another one for each kind, and for the next of the same.
     let other = ERRORS[1 + (u64::from(kind.number) + nth) as usize % 4];
@@ -202,23 +270,34 @@ fn answers(kind: Kind, nth: u64) -> Vec<Answer> {
 }
 
 fn sweep(life: Life, kind: Kind, count: u64) {
-    // Of many that are alike (a vCPU that goes on, a loop that waits), the first ones.
-    let most = if wants_all() { count.min(200) } else { count.min(2) };
+    // Of many that are alike, the first ones.
+    let most = if !wants_all() {
+        count.min(2)
+    } else if ENDLESS.contains(&kind.number.into()) || [KVM_RUN, PAGEMAP_SCAN].contains(&kind.request) {
+        count.min(100)
+    } else {
+        count
+    };
     let (mut hit, mut wrong) = (0, Vec::new());
+    let told = format!("told of {}\n", Part::ERROR);
     for nth in 1..=most {
         for answer in answers(kind, nth) {
             let fault = Fault { life, kind, nth, answer };
             let said = child(&fault);
-            hit += u64::from(said.contains("hit"));
+            let answered = u64::from(said.lines().any(|line| line == "hit"));
+            hit += answered;
+            FAULTS.fetch_add(answered, Ordering::Relaxed);
             let bad =
                 |line: &&str| ["LEAK", "PANIC", "STUCK", "LOST", "HANGS"].iter().any(|w| line.contains(w));
             if let Some(line) = said.lines().find(bad) {
                 wrong.push(format!("{fault:?}: {line}\n{said}"));
             } else if !said.contains("done") {
                 wrong.push(format!("{fault:?}: it ended before it was done:\n{said}"));
-            } else if let Some(error) = unnamed(&said, answer) {
+            } else if let Some(error) = unnamed(&said, kind, answer) {
                 wrong.push(format!("{fault:?}: it does not say what failed: {error}\n{said}"));
-            } else if answer.is_routine(kind) && !said.contains("it went well") {
+            } else if answer == Answer::Part(Part::Broken) && !said.contains(&told) {
+                wrong.push(format!("{fault:?}: its embedder was not told:\n{said}"));
+            } else if answer.is_routine(kind) && (!said.contains("it went well") || said.contains("MISSED")) {
                 wrong.push(format!("{fault:?}: that is none of its user's business:\n{said}"));
             }
         }
@@ -227,18 +306,21 @@ fn sweep(life: Life, kind: Kind, count: u64) {
     assert!(hit > 0, "none of the calls was made");
 }
 
-/// An error that does not say what was tried and what the kernel answered. What is asked of KVM before anything else is a probe's, which names
-/// what the kernel lacks.
-fn unnamed(said: &str, answer: Answer) -> Option<&str> {
-    let Answer::Error(_) = answer else { return None };
+/// An error that does not say what was tried and what the kernel answered.
+fn unnamed(said: &str, kind: Kind, answer: Answer) -> Option<&str> {
+    let Answer::Error(errno) = answer else { return None };
     let error = said.lines().find_map(|line| line.strip_prefix("error: "))?;
-    let tried = error.split_once(" (os error ").is_some_and(|(tried, _)| tried.contains(": "));
-    (!tried && !error.starts_with("KVM")).then_some(error)
+    (!words::say(error, kind, errno)).then_some(error)
 }
 
 /// One life; what it said, on both of its streams.
 fn child(fault: &Fault) -> String {
-    let mut command = Command::new(std::env::current_exe().expect("this program"));
+    let program = std::env::current_exe().expect("this program");
+    let mut command = Command::new(&program);
+    if fault.life == Life::Wired {
+        command = Command::new("unshare");
+        command.args(["--net", "--map-root-user"]).arg(program);
+    }
     command.env(FAULT, fault.text()).stdin(Stdio::null());
     let log = std::env::temp_dir().join(format!(
         "vmbed-fault-{}-{:?}",
@@ -256,13 +338,14 @@ fn child(fault: &Fault) -> String {
         if Instant::now() > end {
             let _ = child.kill();
             let _ = child.wait();
-            let _ = std::fs::remove_file(life::Disk::path(child.id()));
             break None;
         }
         std::thread::sleep(Duration::from_millis(5));
     };
     let said = String::from_utf8_lossy(&std::fs::read(&log).unwrap_or_default()).into_owned();
     let _ = std::fs::remove_file(log);
+    // Where it could not.
+    let _ = std::fs::remove_dir_all(Stage::path(child.id()));
     match ended {
         Some(status) if status.success() => said,
         Some(status) => format!("{said}\nit ended with {status}: PANIC or worse"),

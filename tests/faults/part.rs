@@ -41,9 +41,14 @@ const TRANSFERS: [(libc::c_long, Shape, libc::c_short); 15] = [
 pub enum Part {
     Half,
     Byte,
+    /// Nothing: what waits in a ring completes with an error, [`Part::ERROR`].
+    Broken,
 }
 
 impl Part {
+    /// What the kernel says of a descriptor that is none.
+    pub const ERROR: i32 = libc::EBADF;
+
     fn of(self, length: usize) -> usize {
         if self == Self::Half { length / 2 } else { 1 }
     }
@@ -236,10 +241,14 @@ mod ring {
     }
 
     pub fn cut(fd: RawFd, part: Part) {
-        if let Some((_entries, length)) = first(fd) {
-            // SAFETY: within the mapping, which is still there.
-            unsafe { length.write_volatile(part.of(length.read_volatile() as usize) as u32) };
+        let Some((_entries, length)) = first(fd) else { return };
+        if part == Part::Broken {
+            // SAFETY: within the mapping, which is still there: the entry's descriptor stands 20 bytes before.
+            unsafe { length.byte_sub(20).write_volatile(u32::MAX) };
+            return;
         }
+        // SAFETY: as above.
+        unsafe { length.write_volatile(part.of(length.read_volatile() as usize) as u32) };
     }
 }
 

@@ -40,6 +40,8 @@ pub enum Op {
     Discard,
     Zero,
     Header,
+    Random,
+    Print,
 }
 
 /// What comes of a step: the worst status, the bytes that the device wrote, the sum of what it read.

@@ -1,6 +1,6 @@
 /*
- * A bare guest that does with a disk, a card and a balloon what a script in its memory says, without interrupts: for tests of
- * what stands behind them. The test puts the script at SCRIPT before it starts the VM and finds a result for each step
+ * A bare guest that does with a disk, a card, a balloon, a console and a source of random bytes what a script in its memory says, without
+ * interrupts: for tests of what stands behind them. The test puts the script at SCRIPT before it starts the VM and finds a result for each step
  * at RESULTS; the last step resets the machine. mod.rs builds it and has the same script in Rust.
  */
 #include "bare.h"
@@ -13,7 +13,7 @@
 #define SIZE 16           /* entries of each queue, four for a request */
 #define SAY 0x10          /* a port of the test's */
 
-enum { END, READ, WRITE, FLUSH, BEGIN_READ, FINISH, SEND, RECEIVE, RESET, TELL, BEGIN_WRITE, INFLATE, DEFLATE, ACCOUNT, ASKED, TARGET, DISCARD, ZERO, HEADER };
+enum { END, READ, WRITE, FLUSH, BEGIN_READ, FINISH, SEND, RECEIVE, RESET, TELL, BEGIN_WRITE, INFLATE, DEFLATE, ACCOUNT, ASKED, TARGET, DISCARD, ZERO, HEADER, RANDOM, PRINT };
 
 struct step {
     u32 op, sector, sectors, fill;
@@ -38,7 +38,7 @@ struct device {
     struct queue queues[3];
 };
 
-static struct device disk, card, balloon;
+static struct device disk, card, balloon, source, console;
 /* What the card's driver knows of offloads, and the header in front of the frames that it sends. */
 static u32 offloads, header[3];
 static u16 pending;
@@ -139,6 +139,20 @@ static struct device *the_balloon(void)
     if (!balloon.common)
         setup(&balloon, 0x1045, 3, 3, RINGS + 0x30000); /* MUST_TELL_HOST, STATS_VQ */
     return &balloon;
+}
+
+static struct device *the_source(void)
+{
+    if (!source.common)
+        setup(&source, 0x1044, 1, 0, RINGS + 0x60000);
+    return &source;
+}
+
+static struct device *the_console(void)
+{
+    if (!console.common)
+        setup(&console, 0x1043, 2, 0, RINGS + 0x70000);
+    return &console;
 }
 
 static void offer(struct queue *queue, u16 head)
@@ -261,6 +275,19 @@ static void move_pages(const struct step *step, struct result *result)
     done(queue, &result->length);
 }
 
+/* Takes `sectors` random bytes, or prints as many of `fill`. */
+static void stream(const struct step *step, struct result *result)
+{
+    int prints = step->op == PRINT;
+    struct queue *queue = prints ? &the_console()->queues[1] : &the_source()->queues[0];
+    volatile u8 *bytes = (volatile u8 *)(DATA + 0xc0000UL);
+    for (u32 i = 0; i < step->sectors; i++)
+        bytes[i] = (u8)step->fill;
+    put(queue, 0, (u64)bytes, step->sectors, prints ? 0 : 2);
+    offer(queue, 0);
+    done(queue, &result->length);
+}
+
 /* An account of memory: `fill` MiB free of `sectors`. The device keeps it until somebody asks for another one. */
 static void account(const struct step *step)
 {
@@ -301,6 +328,8 @@ __attribute__((section(".text.startup"))) void guest(void)
                 __asm__ volatile("pause");
             *(volatile u32 *)(balloon.own + 4) = step->sector;
             break;
+        case RANDOM:
+        case PRINT: stream(step, result); break;
         case TELL: out8(SAY, (u8)step->fill); break;
         default: die('!');
         }
