@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use crate::error::Result;
+use crate::reactor::Place;
 use crate::sys::io::IoList;
 
 mod ether;
@@ -24,16 +25,16 @@ pub(crate) use stream::Stream;
 pub(crate) use tap::Tap;
 
 /// What is behind a descriptor of somebody else's, for the card or port `id`: a socket of messages, one of a stream, or a queue of a TAP
-/// interface, which is attached to `again` by its name when it has gone, or not.
+/// interface, which is attached to again by its name there when it has gone.
 ///
 /// # Errors
 /// It is none of them.
-pub(crate) fn adopt(id: &str, fd: OwnedFd, again: bool) -> Result<Box<dyn NetBackend>> {
+pub(crate) fn adopt(id: &str, fd: OwnedFd, opens: &Place) -> Result<Box<dyn NetBackend>> {
     Ok(match Socket::adopt(id, fd) {
         Ok(socket) => Box::new(socket),
         Err(fd) => match Stream::adopt(id, fd) {
             Ok(stream) => Box::new(stream),
-            Err(fd) => Box::new(Tap::adopt(id, fd)?.reattached(again)),
+            Err(fd) => Box::new(Tap::adopt(id, fd)?.reopened_at(opens.clone())),
         },
     })
 }
