@@ -531,7 +531,10 @@ void vmbed_host_free(vmbed_host *host);
 /** The thread waits for the end of a VM whose vCPUs run on threads of yours. */
 #define VMBED_THREAD_CONTROL 2
 
-/** The thread answers for the others, which are in a sandbox (vmbed_config_set_sandbox()); it is not. */
+/**
+ * The thread answers for the others, which are in a sandbox (vmbed_config_set_sandbox()), tells of what was refused, or hands their
+ * records to your logger: it is outside.
+ */
 #define VMBED_THREAD_SUPERVISOR 3
 
 /**

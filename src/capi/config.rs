@@ -525,7 +525,8 @@ pub const VMBED_THREAD_VCPU: i32 = 0;
 pub const VMBED_THREAD_DEVICE: i32 = 1;
 /// The thread waits for the end of a VM whose vCPUs run on threads of yours.
 pub const VMBED_THREAD_CONTROL: i32 = 2;
-/// The thread answers for the others, which are in a sandbox (vmbed_config_set_sandbox()); it is not.
+/// The thread answers for the others, which are in a sandbox (vmbed_config_set_sandbox()), tells of what was refused, or hands their
+/// records to your logger: it is outside.
 pub const VMBED_THREAD_SUPERVISOR: i32 = 3;
 
 /// Called on each thread of the library before it does anything else: the place to set its affinity, cgroup or

@@ -2,7 +2,7 @@
 //! What keeps a VM's threads to what they need.
 
 /// A sandbox for the library's threads of a VM: each may make the system calls that its work needs and no others (seccomp), and
-/// open no file but those that the VM was given by name and that may have to be opened again (Landlock). A call that is refused
+/// open no file (Landlock). A call that is refused
 /// fails with EPERM, and its VM stops with [`StopCause::SandboxViolation`](crate::StopCause); the process and its other VMs go on.
 /// `docs/sandbox.md` has the lists, and what a sandbox does not do.
 ///

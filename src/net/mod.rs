@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::error::{Error, Result};
+use crate::reactor::Place;
 use crate::sys::fd::{self, UnixSocket};
 use crate::sys::io::IoList;
 
@@ -27,17 +28,17 @@ pub(crate) use stream::Stream;
 pub(crate) use tap::Tap;
 
 /// What is behind a descriptor of somebody else's, for the card or port `id`: a socket of messages, one of a stream, or a queue of a TAP
-/// interface, which is attached to `again` by its name when it has gone, or not.
+/// interface, which is attached to again by its name there when it has gone.
 ///
 /// # Errors
 /// It is none of them.
-pub(crate) fn adopt(id: &str, fd: OwnedFd, again: bool) -> Result<Box<dyn NetBackend>> {
+pub(crate) fn adopt(id: &str, fd: OwnedFd, opens: &Place) -> Result<Box<dyn NetBackend>> {
     let kind = fd::unix_socket(fd.as_fd())
         .map_err(|e| Error::os(format!("{id}: asking what its descriptor is (getsockopt)"), e))?;
     Ok(match kind {
         Some(UnixSocket::Messages) => Box::new(Socket::on(id, fd)),
         Some(UnixSocket::Stream) => Box::new(Stream::on(id, fd)),
-        None => Box::new(Tap::adopt(id, fd)?.reattached(again)),
+        None => Box::new(Tap::adopt(id, fd)?.reopened_at(opens.clone())),
     })
 }
 

@@ -5,10 +5,11 @@
 use std::io::{self, ErrorKind::Interrupted, ErrorKind::WouldBlock};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::{HEADER_LEN, MAX_FRAME, MIN_FRAME, NetBackend, Offloads};
 use crate::error::{Error, ErrorKind, Result};
+use crate::reactor::Place;
 use crate::sys::fd;
 use crate::sys::io::{IoList, Pieces, receive, send};
 use crate::sys::log;
@@ -22,6 +23,8 @@ pub(crate) struct Stream {
     id: String,
     /// Where the other end listens, to find it again; `None` where somebody else has connected.
     path: Option<PathBuf>,
+    /// Where it is looked for.
+    opens: Place,
     /// The frame that is coming: its length, as far as it is there, and then its bytes.
     coming: Vec<u8>,
     /// What is left to send of the frame that was begun last.
@@ -44,17 +47,20 @@ impl Stream {
                 result => break result,
             }
         };
-        let socket = socket.map_err(|e| {
-            let why = format!("{id}: connecting to {}: nobody listens there, or not for us", path.display());
-            Error::os(why, e)
-        })?;
+        let socket = socket.map_err(|e| not_connected(id, &path, e))?;
         Ok(Self { path: Some(path), ..Self::on(id, socket.into()) })
+    }
+
+    /// The same, which connects again there when the other end has gone: whoever serves it may be allowed to connect to nothing.
+    pub fn reopened_at(self, opens: Place) -> Self {
+        Self { opens, ..self }
     }
 
     /// `fd`, which is such a socket, for the card `id`.
     pub fn on(id: &str, fd: OwnedFd) -> Self {
         let (coming, left) = (Vec::with_capacity(PREFIX + MAX_FRAME), Vec::new());
-        Self { fd, id: id.to_owned(), path: None, coming, left, again: false, pieces: Pieces::default() }
+        let (id, opens, pieces) = (id.to_owned(), Place::Caller, Pieces::default());
+        Self { fd, id, path: None, opens, coming, left, again: false, pieces }
     }
 
     /// Takes bytes until there are so many of what is coming.
@@ -79,6 +85,11 @@ impl Stream {
         }
         Ok(())
     }
+}
+
+fn not_connected(id: &str, path: &Path, error: io::Error) -> Error {
+    let why = format!("{id}: connecting to {}: nobody listens there, or not for us", path.display());
+    Error::os(why, error)
 }
 
 impl NetBackend for Stream {
@@ -155,7 +166,11 @@ impl NetBackend for Stream {
             );
             return Err(Error::new(ErrorKind::NotFound, why));
         };
-        *self = Self::connect(&self.id, path)?;
+        let to = path.clone();
+        // Where who listens there is busy, it is tried again later: nobody waits for that.
+        let socket = self.opens.run(move || fd::connect_at_once(&to))?;
+        let socket = socket.map_err(|e| not_connected(&self.id, &path, e))?;
+        *self = Self { path: Some(path), opens: self.opens.clone(), ..Self::on(&self.id, socket) };
         Ok(())
     }
 }

@@ -8,6 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use super::{HEADER_LEN, NetBackend, Offloads};
 use crate::error::{Error, ErrorKind, Result};
+use crate::reactor::Place;
 use crate::sys::io::{IoList, read, write};
 use crate::sys::log;
 use crate::sys::tap;
@@ -21,8 +22,8 @@ pub(crate) struct Tap {
     /// The interface has several.
     several: bool,
     active: bool,
-    /// When it has gone, it is attached to again.
-    again: bool,
+    /// Where it is attached to again when it has gone.
+    opens: Place,
     /// `net0: tap 'tap0'`, for errors.
     who: String,
     name: String,
@@ -93,7 +94,7 @@ impl Tap {
         tap::set_offload(file.as_fd(), flags(taken))
             .map_err(|e| Error::os(format!("{who}: turning offloads off (TUNSETOFFLOAD)"), e))?;
         let known = known.unwrap_or(taken);
-        Ok(Self { file, several, active: true, again: true, who, name, known, taken })
+        Ok(Self { file, several, active: true, opens: Place::Caller, who, name, known, taken })
     }
 }
 
@@ -146,9 +147,9 @@ fn not_attached(who: &str, name: &str, several: bool, error: io::Error) -> Error
 }
 
 impl Tap {
-    /// The same, which is not attached to again when it has gone, if it is not to be: whoever serves it may open nothing.
-    pub fn reattached(self, again: bool) -> Self {
-        Self { again, ..self }
+    /// The same, which is attached to again there when it has gone: whoever serves it may be allowed to open nothing.
+    pub fn reopened_at(self, opens: Place) -> Self {
+        Self { opens, ..self }
     }
 }
 
@@ -203,15 +204,16 @@ impl NetBackend for Tap {
         if !self.is_gone() {
             return Ok(());
         }
-        if !self.again {
-            let why = format!("{}: it is gone, and a thread in the sandbox attaches to no other", self.who);
-            return Err(Error::new(ErrorKind::NotFound, why));
-        }
         let id = self.who.split(':').next().unwrap_or_default().to_owned();
-        let (taken, active) = (self.taken, self.active);
-        *self = Self::queue(&id, &self.name, self.several)?;
-        self.set_offloads(taken);
-        self.set_active(active);
+        let Self { name, several, taken, active, .. } = self;
+        let (name, several, taken, active) = (name.clone(), *several, *taken, *active);
+        let opened = self.opens.run(move || {
+            let mut fresh = Self::queue(&id, &name, several)?;
+            fresh.set_offloads(taken);
+            fresh.set_active(active);
+            Ok(fresh)
+        });
+        *self = opened??.reopened_at(self.opens.clone());
         Ok(())
     }
 }

@@ -10,7 +10,7 @@ use seccompiler::{
 
 use super::calls::{self, Is, Rule};
 use crate::error::{Error, ErrorKind, Result};
-use crate::vm::{Duty, Opens};
+use crate::vm::Duty;
 
 /// `BPF_RET | BPF_K`: a program's end with a constant.
 const RETURN: u16 = 0x06;
@@ -19,10 +19,10 @@ const RETURN: u16 = 0x06;
 pub(super) struct Filters([BpfProgram; calls::DUTIES.len()]);
 
 impl Filters {
-    pub fn compile(opens: Opens) -> Result<Self> {
+    pub fn compile(vhost: bool) -> Result<Self> {
         let mut all = Self(Default::default());
         for (duty, program) in calls::DUTIES.into_iter().zip(&mut all.0) {
-            *program = compile(&rules_of(duty, opens)).map_err(|e| {
+            *program = compile(&rules_of(duty, vhost)).map_err(|e| {
                 let why = format!("sandbox: the filter of {duty:?}");
                 Error::new(ErrorKind::Internal, why).with_source(e)
             })?;
@@ -35,13 +35,13 @@ impl Filters {
     }
 }
 
-/// What the duty may in a VM that may have to open those again.
-fn rules_of(duty: Duty, opens: Opens) -> Vec<&'static Rule> {
+/// What the duty may in a VM with a card that the kernel serves, or without.
+fn rules_of(duty: Duty, vhost: bool) -> Vec<&'static Rule> {
     #[cfg(feature = "internals")]
     if super::learn::is_on() {
         return super::learn::rules().collect();
     }
-    calls::of(duty).filter(|rule| rule.when.is_so(opens)).collect()
+    calls::of(duty).filter(|rule| rule.when.is_so(vhost)).collect()
 }
 
 fn compile(rules: &[&Rule]) -> std::result::Result<BpfProgram, BackendError> {

@@ -1,18 +1,15 @@
 #![forbid(unsafe_code)]
-//! The sandbox of a VM's threads: seccomp filters by what each thread does, and a Landlock rule set of the files that it may
-//! open. `docs/sandbox.md` says against what, and what is not covered.
+//! The sandbox of a VM's threads: seccomp filters by what each thread does, and a Landlock rule set by which it opens no
+//! files. `docs/sandbox.md` says against what, and what is not covered.
 //!
 //! Everything that needs more is done before a thread enters: the embedder's hook, affinity, `KVM_CREATE_VM`, opening disks. What
 //! a filter refuses goes to the VM's supervisor (`vm/supervisor.rs`), which knows nothing of the lists.
 
-use std::sync::Once;
-
-use crate::config::{SandboxConfig, VmConfig};
+use crate::config::{SandboxConfig, Vhost, VmConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::log;
-use crate::sys::seccomp::{self, Notice};
-use crate::sys::thread::spawn;
-use crate::vm::{Confinement, Duty, Entered, Opens};
+use crate::sys::seccomp::{self, Notice, Peek};
+use crate::vm::{Confinement, Duty, Entered, Verdict};
 use filter::Filters;
 
 mod calls;
@@ -40,8 +37,7 @@ pub(crate) fn parts() -> [(&'static str, bool, &'static str); 2] {
 /// # Errors
 /// `Unsupported` where this kernel cannot, and that is not good enough.
 pub(crate) fn prepare(config: &VmConfig, wanted: &SandboxConfig) -> Result<Confinement> {
-    settle_allocator()?;
-    let mut opens = Opens::of(config);
+    let vhost = config.nets.iter().any(|net| net.vhost != Vhost::Off);
     let best_effort = wanted.best_effort;
     let missing = |what: &str, since: &str| {
         let why = format!("sandbox: this kernel has no {what}; {since}; sandbox.best_effort goes on without");
@@ -54,11 +50,9 @@ pub(crate) fn prepare(config: &VmConfig, wanted: &SandboxConfig) -> Result<Confi
     let landlock = seccomp::landlock_version();
     if landlock.is_none() {
         missing(LANDLOCK, LANDLOCK_SINCE)?;
-        // A filter sees no path: where nothing else does, no file is opened again.
-        opens.taps = false;
     }
     let filters = if seccomp::gives_notices() {
-        Some(Filters::compile(opens)?)
+        Some(Filters::compile(vhost)?)
     } else {
         missing(NOTICES, NOTICES_SINCE)?;
         None
@@ -67,7 +61,7 @@ pub(crate) fn prepare(config: &VmConfig, wanted: &SandboxConfig) -> Result<Confi
         seccomp::no_new_privs()
             .map_err(|e| Error::os("giving up new privileges (PR_SET_NO_NEW_PRIVS)", e))?;
         if landlock.is_some() {
-            files::restrict(duty, opens)?;
+            files::restrict()?;
         }
         let notices = match filters.as_ref().map(|filters| seccomp::install(filters.of(duty))) {
             Some(Err(error)) if best_effort && error.raw_os_error() == Some(libc::EBUSY) => {
@@ -80,22 +74,7 @@ pub(crate) fn prepare(config: &VmConfig, wanted: &SandboxConfig) -> Result<Confi
         };
         Ok(Entered { notices, landlock })
     };
-    Ok(Confinement { opens, enter: Box::new(enter), passes, describe })
-}
-
-/// The first time that the C library gives back what lies at the end of an arena, it opens a file in `/proc/sys` to see how. That is
-/// now, once for the process, and not on a thread in the sandbox, which would hold the arena's lock meanwhile.
-fn settle_allocator() -> Result<()> {
-    static DONE: Once = Once::new();
-    let mut begun = Ok(());
-    DONE.call_once(|| {
-        // A thread has an arena that can shrink. Blocks of this size come from there, and so many are more than it keeps.
-        let grow_and_shrink = || drop(std::hint::black_box([(); 6].map(|()| vec![1u8; 60_000])));
-        begun = spawn("vmbed-arena".to_owned(), grow_and_shrink)
-            .map(|thread| drop(thread.join()))
-            .map_err(|e| Error::os("sandbox: starting a thread", e));
-    });
-    begun
+    Ok(Confinement { enter: Box::new(enter), judge, describe })
 }
 
 fn not_installed(error: std::io::Error) -> Error {
@@ -109,15 +88,18 @@ fn not_installed(error: std::io::Error) -> Error {
     Error::os(why, error)
 }
 
-/// Whether a call that a filter did not let through is made all the same: never, but while the project's tests learn which there are.
-fn passes(duty: Duty, notice: &Notice) -> bool {
+/// A call that a filter did not let through ends its VM, but for the one of the C library's that every thread may come to.
+fn judge(duty: Duty, notice: &Notice, peek: &Peek) -> Verdict {
+    if calls::ARENA.covers(notice) && peek.finds(calls::OVERCOMMIT, notice.arguments[1]) {
+        return Verdict::Fails;
+    }
     #[cfg(feature = "internals")]
     if learn::is_on() {
         learn::note(duty, notice);
-        return true;
+        return Verdict::Passes;
     }
-    let _ = (duty, notice);
-    false
+    let _ = duty;
+    Verdict::Violates
 }
 
 /// `openat (257) with 0xffffff9c, 0x7f…, …`.

@@ -1,7 +1,9 @@
 //! File descriptors.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use vmm_sys_util::epoll::Epoll;
 use vmm_sys_util::eventfd::EventFd;
@@ -123,6 +125,33 @@ pub(crate) fn receive(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize
     usize::try_from(count).map_err(|_| io::Error::last_os_error())
 }
 
+/// Connects to who listens at `path`, without waiting for it to have room: `WouldBlock`.
+pub(crate) fn connect_at_once(path: &Path) -> io::Result<OwnedFd> {
+    // SAFETY: all zeroes is an address, an empty one.
+    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
+    let bytes = path.as_os_str().as_bytes();
+    // The last byte stays 0; one that begins with it is no path.
+    if bytes.is_empty() || bytes.len() >= address.sun_path.len() || bytes.contains(&0) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    for (to, from) in address.sun_path.iter_mut().zip(bytes) {
+        *to = *from as libc::c_char;
+    }
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: integers go in.
+    let socket = unsafe { libc::socket(libc::AF_UNIX, kind, 0) };
+    if socket < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call has just made it, and nobody else knows it.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    let size = size_of::<libc::sockaddr_un>() as libc::socklen_t;
+    // SAFETY: the kernel reads one address, whose size is said.
+    let done = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), size) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(socket) }
+}
+
 /// Adds one to an eventfd's count. Where that is at the top, it rings already; nothing else fails here, unless a filter or a tracer has it fail
 /// once: whoever waits for the bell would wait for good.
 pub(crate) fn ring(bell: &EventFd) {
@@ -134,7 +163,6 @@ pub(crate) fn ring(bell: &EventFd) {
 /// A new pseudo-terminal: its master end and its slave end.
 #[cfg(test)]
 pub(crate) fn pty() -> io::Result<(OwnedFd, OwnedFd)> {
-    use std::os::fd::FromRawFd;
     use std::ptr::null_mut;
     let (mut master, mut slave) = (-1, -1);
     // SAFETY: two valid places for the descriptors; name and settings may be NULL.
@@ -148,7 +176,6 @@ pub(crate) fn pty() -> io::Result<(OwnedFd, OwnedFd)> {
 /// Two connected sockets that keep messages apart and tell when the other end is gone.
 #[cfg(test)]
 pub(crate) fn sequence_pair() -> io::Result<(OwnedFd, OwnedFd)> {
-    use std::os::fd::FromRawFd;
     let mut pair = [-1; 2];
     // SAFETY: room for two descriptors.
     let made = unsafe {
@@ -177,4 +204,30 @@ pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>) -> std::io::Result<()> {
         if flags < 0 { flags } else { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) }
     };
     if done < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn nobody_waits_for_a_listener_that_is_busy() {
+        let path = std::env::temp_dir().join(format!("vmbed-busy-{}", std::process::id()));
+        let nobody = connect_at_once(&path).unwrap_err();
+        assert_eq!(nobody.kind(), io::ErrorKind::NotFound);
+        let listener = UnixListener::bind(&path).unwrap();
+        // SAFETY: integers go in. From here on one may wait to be accepted, and no more.
+        assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 0) }, 0);
+        let first = connect_at_once(&path).unwrap();
+        assert_eq!(unix_socket(first.as_fd()).unwrap(), Some(UnixSocket::Stream));
+        assert_eq!(connect_at_once(&path).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        drop(listener.accept().unwrap());
+        drop(connect_at_once(&path).unwrap());
+        std::fs::remove_file(path).unwrap();
+        for bad in ["", "a\0b", &"x".repeat(108)] {
+            assert_eq!(connect_at_once(Path::new(bad)).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        }
+    }
 }

@@ -395,6 +395,38 @@ mod tests {
     }
 
     #[test]
+    fn a_ring_does_what_it_is_for_with_its_own_files_and_nothing_else() {
+        let file = || crate::sys::memory::sealed_memfd(c"test", 0x10000).unwrap();
+        let (own, other) = (file(), file());
+        let mut whole = Ring::<Guest>::new(&[own.as_fd()], 4).unwrap();
+        let ring = &mut whole.ring;
+        let mut byte = [1u8];
+        let at = byte.as_mut_ptr();
+        let fixed = squeue::Flags::FIXED_FILE;
+        let read = || opcode::Read::new(types::Fixed(0), at, 1).build();
+        let open = opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), c"/dev/null".as_ptr()).build();
+        let foreign = opcode::Read::new(types::Fd(other.as_raw_fd()), at, 1).build();
+        let socket = opcode::Socket::new(libc::AF_UNIX, libc::SOCK_STREAM, 0).build();
+        for (what, entry, result) in [
+            ("a read of its own file", read(), 1),
+            ("an operation that is none", opcode::Nop::new().build().flags(fixed), -libc::EACCES),
+            ("opening", open, -libc::EACCES),
+            ("a socket", socket.flags(fixed), -libc::EACCES),
+            ("another file", foreign, -libc::EACCES),
+            ("another flag", read().flags(squeue::Flags::IO_DRAIN), -libc::EACCES),
+            ("a file that it has not", opcode::Read::new(types::Fixed(1), at, 1).build(), -libc::EBADF),
+        ] {
+            // SAFETY: what it points to lives until it has ended, which is waited for.
+            unsafe { ring.submission().push(&entry) }.unwrap();
+            ring.submit_and_wait(1).unwrap();
+            assert_eq!(ring.completion().next().unwrap().result(), result, "{what}");
+        }
+        assert_eq!(byte, [0]);
+        let more = ring.submitter().register_files_sparse(1).unwrap_err();
+        assert_eq!(more.raw_os_error(), Some(libc::EACCES), "it takes no other files");
+    }
+
+    #[test]
     fn the_end_of_a_ring_interrupts_nobody() {
         use std::io::Read;
         use std::os::unix::net::UnixStream;

@@ -83,7 +83,7 @@ impl HostParts {
             }
             Platform::Bare => 0,
         };
-        let threads = threads + 2 * u64::from(config.sandbox.is_some());
+        let threads = threads + 3 * u64::from(config.sandbox.is_some());
         let nested_paging = self.nested_paging;
         let shape =
             Shape { memory: config.memory, vcpus: count, threads, rings: self.rings(config), nested_paging };

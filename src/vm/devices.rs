@@ -96,14 +96,14 @@ pub(super) fn make(
         disks.push(control.clone());
         add(places.take(disk.pci), Box::new(Blk::new(control, &disk.serial, lanes)), signals);
     }
-    let again = plan.threads.supervisor.as_ref().is_none_or(|supervisor| supervisor.may_attach_again());
+    let opens = plan.threads.supervisor.as_ref().map_or(Place::Caller, |supervisor| supervisor.opens());
     for (i, card) in config.nets.iter().enumerate() {
         let mac = card.mac.unwrap_or_else(|| stable_mac(config.uuid, i));
         let id = format!("net{i}");
         let signals = signals(&id);
         let control = Arc::new(net::Control::new(&id, mac, card, Some(signals.clone())));
         let mut lanes = Vec::with_capacity(card.queues.into());
-        for (pair, backend) in sources.net(i, card, again)?.into_iter().enumerate() {
+        for (pair, backend) in sources.net(i, card, &opens)?.into_iter().enumerate() {
             let on = if pair == 0 {
                 main_loop.clone()
             } else {

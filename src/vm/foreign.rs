@@ -4,7 +4,6 @@
 use super::builder::VmBuilder;
 use super::machine::Machine;
 use super::sources::Network;
-use crate::config::{Vhost, VmConfig};
 use crate::console::Output;
 use crate::error::{Error, ErrorKind, FieldError, Result};
 
@@ -65,44 +64,14 @@ impl Machine {
     /// Whether a card may be put on that network while the VM is in its sandbox.
     ///
     /// # Errors
-    /// It is code of the embedder's, or would have to be opened again by threads that were given nothing of the kind.
+    /// It is code of the embedder's.
     pub(super) fn may_change_net(&self, network: &Network) -> Result<()> {
         let Some(supervisor) = &self.supervisor else { return Ok(()) };
         let sandbox = supervisor.config();
-        let why = match network {
-            Network::Backend(_) if sandbox.vcpus || sandbox.devices => {
-                "code of yours would run on threads in the sandbox: use a socket (Network::Fd)"
-            }
-            Network::Tap(_) if sandbox.devices && !supervisor.opens.taps => {
-                "the VM was built without a TAP interface by name, so that its threads may open none: use a descriptor (Network::Fd)"
-            }
-            Network::Stream(_) if sandbox.devices && !supervisor.opens.streams => {
-                "the VM was built without a network in user space by name, so that its threads may connect to none: use a \
-                 descriptor (Network::Fd)"
-            }
-            _ => return Ok(()),
-        };
-        Err(Error::new(ErrorKind::InvalidArgument, format!("change_net: sandbox: {why}")))
-    }
-}
-
-/// What threads that serve cards may have to open again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Opens {
-    /// A TAP interface that a card was given by name.
-    pub taps: bool,
-    /// A network in user space, by its path.
-    pub streams: bool,
-    /// The kernel serves a card (vhost-net).
-    pub vhost: bool,
-}
-
-impl Opens {
-    pub fn of(config: &VmConfig) -> Self {
-        Self {
-            taps: config.nets.iter().any(|net| net.tap.is_some()),
-            streams: config.nets.iter().any(|net| net.stream.is_some()),
-            vhost: config.nets.iter().any(|net| net.vhost != Vhost::Off),
+        if !matches!(network, Network::Backend(_)) || !(sandbox.vcpus || sandbox.devices) {
+            return Ok(());
         }
+        let why = "change_net: sandbox: code of yours would run on threads in it: use a socket (Network::Fd)";
+        Err(Error::new(ErrorKind::InvalidArgument, why))
     }
 }

@@ -351,9 +351,12 @@ impl Machine {
         if allowed.contains(&state) && self.end.cause.get().is_none() {
             return Ok(());
         }
-        let why = match self.end.cause.get() {
-            Some(cause) => format!("{call}: the VM has ended ({cause}); {rule}"),
-            None => format!("{call}: the VM is {state:?}; {rule}"),
+        // What pulled the line may have followed from a call that was refused: that is then the cause.
+        let why = match (&state, self.end.cause.get()) {
+            (VmState::Stopped(cause), _) | (_, Some(cause)) => {
+                format!("{call}: the VM has ended ({cause}); {rule}")
+            }
+            _ => format!("{call}: the VM is {state:?}; {rule}"),
         };
         Err(Error::new(ErrorKind::InvalidState, why))
     }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 mod accounts;
+mod answers;
 mod balloon;
 mod board;
 mod builder;
@@ -23,11 +24,11 @@ mod supervisor;
 mod threads;
 
 pub use accounts::{VcpuStatistics, VmMemory};
+pub(crate) use answers::Verdict;
 #[cfg(feature = "internals")]
 pub(crate) use board::describe;
 pub(crate) use builder::HostParts;
 pub use builder::VmBuilder;
-pub(crate) use foreign::Opens;
 pub(crate) use herd::Herd;
 use machine::{BOUND, Machine};
 pub use machine::{VcpuReturn, VmState};
@@ -41,6 +42,7 @@ pub use threads::{ThreadInfo, ThreadRole};
 use crate::config::{DiskFormat, RateLimit};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, StopCause, VmId};
+use crate::reactor::Place;
 use crate::sys::signal::Shield;
 use crate::units::Bytes;
 pub use crate::virtio::balloon::{BalloonStatistics, GivenBack, GuestMemory};
@@ -372,15 +374,15 @@ impl Vm {
     ///
     /// # Errors
     /// The card stays where it is: `InvalidArgument` when there is no such card, or the network does not know the offloads that the
-    /// guest's driver was offered, or the VM is in a sandbox that the network does not fit in (`docs/sandbox.md`); `InvalidState` in a callback of the VM's; what opening it finds wrong, as
+    /// guest's driver was offered, or it is code of yours and the VM in a sandbox (`docs/sandbox.md`); `InvalidState` in a callback of the VM's; what opening it finds wrong, as
     /// [`VmBuilder::build`].
     pub fn change_net(&self, index: usize, network: Network) -> Result<()> {
         let card = self.net(index)?;
         self.machine.may_change_net(&network)?;
         let _control = self.machine.control("change_net")?;
         let queues = u16::try_from(card.pairs()).unwrap_or(u16::MAX);
-        let again = self.machine.supervisor.as_ref().is_none_or(|supervisor| supervisor.may_attach_again());
-        card.put_ready(network.open(&format!("net{index}"), queues, again)?)?;
+        let opens = self.machine.supervisor.as_ref().map_or(Place::Caller, |supervisor| supervisor.opens());
+        card.put_ready(network.open(&format!("net{index}"), queues, &opens)?)?;
         let done = self.machine.board.refit_net(index);
         // Dropped with no lock held: it may be the embedder's.
         let before = std::mem::take(&mut *card.spare());

@@ -11,6 +11,7 @@ use crate::config::{DiskConfig, NetConfig, VmConfig};
 use crate::error::{Error, ErrorKind, FieldError, Result};
 use crate::net::switch::SwitchPort;
 use crate::net::{self, NetBackend, Stream, Tap};
+use crate::reactor::Place;
 use crate::sys::fd;
 
 enum DiskSource {
@@ -34,17 +35,16 @@ pub enum Network {
 }
 
 impl Network {
-    /// Opens it for the card `id`, as many times as the card has pairs of queues, where it can be. A TAP interface that has gone is
-    /// attached to `again`, or not.
-    pub(super) fn open(self, id: &str, queues: u16, again: bool) -> Result<Vec<Box<dyn NetBackend>>> {
+    /// Opens it for the card `id`, as many times as the card has pairs of queues, where it can be. What has gone is opened again there.
+    pub(super) fn open(self, id: &str, queues: u16, opens: &Place) -> Result<Vec<Box<dyn NetBackend>>> {
         let one: Box<dyn NetBackend> = match self {
             Self::Tap(name) => {
                 let all = Tap::open_all(id, &name, queues)?;
-                let boxed = |tap: Tap| Box::new(tap.reattached(again)) as Box<dyn NetBackend>;
+                let boxed = |tap: Tap| Box::new(tap.reopened_at(opens.clone())) as Box<dyn NetBackend>;
                 return Ok(all.into_iter().map(boxed).collect());
             }
-            Self::Stream(path) => Box::new(Stream::connect(id, path)?),
-            Self::Fd(fd) => net::adopt(id, fd, again)?,
+            Self::Stream(path) => Box::new(Stream::connect(id, path)?.reopened_at(opens.clone())),
+            Self::Fd(fd) => net::adopt(id, fd, opens)?,
             Self::Port(port) => Box::new(port.plug().map_err(|e| e.context(id))?),
             Self::Backend(backend) => backend,
         };
@@ -245,8 +245,8 @@ impl Sources {
         })
     }
 
-    /// Opens what is behind `nets[index]`: for each pair of queues.
-    pub fn net(&mut self, index: usize, net: &NetConfig, again: bool) -> Result<Vec<Box<dyn NetBackend>>> {
+    /// Opens what is behind `nets[index]`: for each pair of queues. What has gone is opened again there.
+    pub fn net(&mut self, index: usize, net: &NetConfig, opens: &Place) -> Result<Vec<Box<dyn NetBackend>>> {
         let id = format!("net{index}");
         let (given, others) = self.nets.drain(..).partition(|(i, _)| *i == index);
         self.nets = others;
@@ -254,7 +254,7 @@ impl Sources {
         let named = [net.stream.clone().map(Network::Stream), net.tap.clone().map(Network::Tap)];
         let mut opened = Vec::new();
         for network in given.into_iter().map(|(_, network)| network).chain(named.into_iter().flatten()) {
-            opened.extend(network.open(&id, net.queues, again)?);
+            opened.extend(network.open(&id, net.queues, opens)?);
         }
         match opened.len() {
             0 => Err(nothing(&id)),

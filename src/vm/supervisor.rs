@@ -1,37 +1,32 @@
 #![forbid(unsafe_code)]
-//! The two threads of a VM in a sandbox that are not in it. One answers for the others: a call that their filters refuse comes here, and
-//! fails. It does nothing else, and takes no memory and frees none: whoever waits for it may hold the allocator's lock. The other tells
-//! of it, which ends the VM, and carries records to the embedder's logger.
+//! The three threads of a VM in a sandbox that are not in it. One answers for those that are (`answers.rs`). One tells of what was
+//! refused, which ends the VM, and opens networks again that went away; it never waits. One hands records to the embedder's logger,
+//! for which nobody else waits.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, Weak};
 
 use event_manager::{EventSet, Events};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::foreign::Opens;
+use super::answers::{Answers, Judge, Listener, Refused, Violation};
 use super::threads::{Duty, ThreadRole, Threads};
 use crate::config::SandboxConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{StopCause, StopLine};
-use crate::reactor::{Attached, EventLoop, Watch, Worker};
+use crate::reactor::{Attached, EventLoop, Place, Watch, Worker};
+use crate::sys::lock;
 use crate::sys::log::{self, Entry};
-use crate::sys::seccomp::{self, Notice};
-use crate::sys::{fd, lock};
+use crate::sys::seccomp::Notice;
 
 /// What the sandbox has made ready for one VM. `vm` does not know the sandbox: it is given this.
 pub(crate) struct Confinement {
-    /// What its threads may open again, on this kernel.
-    pub opens: Opens,
     /// Confines the calling thread for good to what that duty needs.
     pub enter: Box<dyn Fn(Duty) -> Result<Entered> + Send + Sync>,
-    /// Whether a call that the filter did not let through is made all the same. Allocates nothing, as the thread that waits for
-    /// the answer may hold the allocator's lock.
-    pub passes: fn(Duty, &Notice) -> bool,
+    /// What becomes of a call that the filter did not let through.
+    pub judge: Judge,
     /// What people call it.
     pub describe: fn(&Notice) -> String,
 }
@@ -62,41 +57,45 @@ const MOST_RECORDS: usize = 256;
 pub(super) struct Supervisor {
     confinement: Confinement,
     config: SandboxConfig,
-    pub opens: Opens,
-    answers: Arc<EventLoop>,
+    answers: Answers,
     tells: Arc<EventLoop>,
+    logs: Arc<EventLoop>,
     stop: StopLine,
     records: Arc<AtomicUsize>,
     violation: Arc<Violation>,
     /// For each thread in the sandbox.
-    attached: Mutex<Vec<(Attached<Listener>, Attached<Teller>)>>,
+    attached: Mutex<Vec<Attached<Teller>>>,
     report: Mutex<SandboxReport>,
 }
 
 impl Supervisor {
-    /// Starts both threads, for a VM that has a sandbox.
+    /// Starts the three threads, for a VM that has a sandbox.
     pub fn start(confinement: Confinement, config: &SandboxConfig, threads: &Threads) -> Result<Arc<Self>> {
         let start = |index: u32| {
             let name = format!("{}{index}", ThreadRole::Supervisor.prefix());
             EventLoop::start(&name, |body| threads.spawn(ThreadRole::Supervisor, index, body))
         };
+        let (answers, tells, logs) = (Answers::start(confinement.judge, threads)?, start(1)?, start(2)?);
+        let records: Arc<AtomicUsize> = Arc::default();
+        let (carrier, count) = (Arc::downgrade(&logs), records.clone());
+        tells.tell(move || log::divert(move |entry| Self::carry(&carrier, &count, entry)));
         Ok(Arc::new(Self {
-            opens: confinement.opens,
             confinement,
             config: config.clone(),
-            answers: start(0)?,
-            tells: start(1)?,
+            answers,
+            tells,
+            logs,
             stop: threads.stop.clone(),
-            records: Arc::default(),
+            records,
             violation: Arc::default(),
             attached: Mutex::default(),
             report: Mutex::default(),
         }))
     }
 
-    /// Whether threads that serve cards may attach to a TAP interface that comes back.
-    pub fn may_attach_again(&self) -> bool {
-        self.opens.taps || !self.config.devices
+    /// Where a network that went away is opened again.
+    pub fn opens(&self) -> Place {
+        Place::Loop(self.tells.clone(), self.stop.clone())
     }
 
     /// The way into the sandbox for the thread `name`, and who waits at its end; `None` where that duty stays outside.
@@ -127,9 +126,10 @@ impl Supervisor {
     pub fn stop(&self) {
         self.answers.stop();
         self.tells.stop();
+        self.logs.stop();
     }
 
-    /// Takes a record to this VM's supervisor.
+    /// Takes a record to the thread that may call the logger.
     fn carry(event_loop: &Weak<EventLoop>, records: &Arc<AtomicUsize>, entry: Entry) {
         let Some(event_loop) = event_loop.upgrade() else { return };
         if records.fetch_add(1, Ordering::Relaxed) >= MOST_RECORDS {
@@ -139,7 +139,7 @@ impl Supervisor {
         let records = records.clone();
         event_loop.tell(move || {
             records.fetch_sub(1, Ordering::Relaxed);
-            // A logger that panics loses a record, not the supervisor.
+            // A logger that panics loses a record, not the thread.
             let _ = catch_unwind(AssertUnwindSafe(|| entry.write()));
         });
     }
@@ -155,7 +155,7 @@ pub(super) struct Door {
 impl Door {
     /// Confines the calling thread; whether it is. Where it is not, who made it hears why, and the thread goes no further.
     pub fn enter(self) -> bool {
-        let (event_loop, records) = (Arc::downgrade(&self.supervisor.tells), self.supervisor.records.clone());
+        let (event_loop, records) = (Arc::downgrade(&self.supervisor.logs), self.supervisor.records.clone());
         log::divert(move |entry| Supervisor::carry(&event_loop, &records, entry));
         let entered = (self.supervisor.confinement.enter)(self.duty);
         let is_in = entered.is_ok();
@@ -182,19 +182,19 @@ impl Waiting {
         let filtered = entered.notices.is_some();
         if let Some(notices) = entered.notices {
             let (thread, stop) = (name.clone(), supervisor.stop.clone());
-            let Confinement { passes, describe, .. } = supervisor.confinement;
+            let describe = supervisor.confinement.describe;
             let unheard: Arc<Unheard> = Arc::default();
             let refused = Refused::new(supervisor.violation.clone());
             let refused = Arc::new(refused.map_err(|e| Error::os("sandbox: creating an eventfd", e))?);
             let teller =
                 Teller { refused: refused.clone(), thread, describe, stop, unheard: unheard.clone() };
             let teller = supervisor.tells.attach(teller, "sandbox", &supervisor.stop)?;
-            let listener = Listener { notices, duty, passes, refused, unheard: unheard.clone() };
-            let listener = supervisor.answers.attach(listener, "sandbox", &supervisor.stop)?;
             if let Some(error) = lock(&unheard).take() {
                 return Err(Error::new(ErrorKind::Exhausted, format!("sandbox: hearing {name}: {error}")));
             }
-            lock(&supervisor.attached).push((listener, teller));
+            let heard = supervisor.answers.hear(Listener { notices, duty, refused });
+            heard.map_err(|e| Error::os(format!("sandbox: hearing {name}"), e))?;
+            lock(&supervisor.attached).push(teller);
         }
         let mut report = lock(&supervisor.report);
         report.seccomp = filtered && (report.seccomp || report.threads.is_empty());
@@ -207,74 +207,6 @@ impl Waiting {
 /// Why a loop does not hear of something.
 type Unheard = Mutex<Option<event_manager::Error>>;
 
-/// Whether a thread of the VM's was refused a call, and, a moment later, which.
-#[derive(Default)]
-struct Violation {
-    is_there: AtomicBool,
-    cause: Mutex<Option<StopCause>>,
-    told: Condvar,
-}
-
-impl Violation {
-    /// A moment: who tells of it is a thread of its own.
-    const MOMENT: Duration = Duration::from_secs(1);
-
-    fn wait(&self) -> Option<StopCause> {
-        if !self.is_there.load(Ordering::SeqCst) {
-            return None;
-        }
-        let told = self.told.wait_timeout_while(lock(&self.cause), Self::MOMENT, |cause| cause.is_none());
-        told.unwrap_or_else(PoisonError::into_inner).0.clone()
-    }
-}
-
-/// The first call of a thread's that was refused, on its way to who tells of it.
-struct Refused {
-    notice: Mutex<Option<Notice>>,
-    bell: EventFd,
-    violation: Arc<Violation>,
-}
-
-impl Refused {
-    fn new(violation: Arc<Violation>) -> std::io::Result<Self> {
-        Ok(Self { notice: Mutex::default(), bell: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?, violation })
-    }
-}
-
-/// Hears of one thread's calls, and answers.
-struct Listener {
-    notices: OwnedFd,
-    duty: Duty,
-    passes: fn(Duty, &Notice) -> bool,
-    refused: Arc<Refused>,
-    unheard: Arc<Unheard>,
-}
-
-impl Worker for Listener {
-    fn init(&mut self, watch: &mut Watch) {
-        hear(&self.unheard, watch, Events::new(&self.notices, EventSet::IN));
-    }
-
-    fn process(&mut self, events: Events, watch: &mut Watch) {
-        if !events.event_set().contains(EventSet::IN) {
-            // The thread has ended.
-            let _ = watch.remove(Events::new(&self.notices, EventSet::IN));
-            return;
-        }
-        let fd = self.notices.as_fd();
-        let Ok(notice) = seccomp::receive(fd) else { return };
-        if (self.passes)(self.duty, &notice) {
-            let _ = seccomp::let_pass(fd, &notice);
-            return;
-        }
-        // Before the thread goes on, and perhaps ends the VM itself.
-        self.refused.violation.is_there.store(true, Ordering::SeqCst);
-        let _ = seccomp::refuse(fd, &notice, libc::EPERM);
-        lock(&self.refused.notice).get_or_insert(notice);
-        fd::ring(&self.refused.bell);
-    }
-}
-
 /// Tells of what was refused: the VM ends with it.
 struct Teller {
     refused: Arc<Refused>,
@@ -286,7 +218,9 @@ struct Teller {
 
 impl Worker for Teller {
     fn init(&mut self, watch: &mut Watch) {
-        hear(&self.unheard, watch, Events::new(&self.refused.bell, EventSet::IN));
+        if let Err(error) = watch.add(Events::new(&self.refused.bell, EventSet::IN)) {
+            lock(&self.unheard).get_or_insert(error);
+        }
     }
 
     fn process(&mut self, _: Events, _: &mut Watch) {
@@ -294,16 +228,8 @@ impl Worker for Teller {
         let Some(notice) = lock(&self.refused.notice).take() else { return };
         let (thread, call) = (self.thread.clone(), (self.describe)(&notice));
         let cause = StopCause::SandboxViolation { thread, call };
-        let violation = &self.refused.violation;
-        lock(&violation.cause).get_or_insert_with(|| cause.clone());
-        violation.told.notify_all();
+        self.refused.violation.tell(&cause);
         self.stop.pull(cause);
-    }
-}
-
-fn hear(unheard: &Unheard, watch: &mut Watch, events: Events) {
-    if let Err(error) = watch.add(events) {
-        lock(unheard).get_or_insert(error);
     }
 }
 

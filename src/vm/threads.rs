@@ -25,7 +25,8 @@ pub enum ThreadRole {
     Device,
     /// Ends the VM, where the embedder's threads run its vCPUs ([`VmBuilder::caller_vcpus`](super::VmBuilder::caller_vcpus)).
     Control,
-    /// Answers for the others, where they are in a sandbox ([`VmConfig::sandbox`](crate::VmConfig)): it is not.
+    /// Answers for the others where they are in a sandbox ([`VmConfig::sandbox`](crate::VmConfig)), tells of what was refused, or hands
+    /// their records to your logger: it is outside.
     Supervisor,
 }
 

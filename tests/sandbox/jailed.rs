@@ -15,6 +15,7 @@ use crate::trial;
 pub fn add(trials: &mut Vec<Trial>) {
     trials.push(trial("a_jailed_process_has_nothing_left_as_root", || jailed(Who::Root)));
     trials.push(trial("a_jailed_process_has_nothing_left_unprivileged", || jailed(Who::Anybody)));
+    trials.push(trial("a_jail_refuses_programs_sockets_mounts_and_files", refuses));
     trials.push(trial("a_jail_says_what_is_wrong_and_how_a_guest_ended", says));
 }
 
@@ -171,6 +172,36 @@ fn jailed(who: Who) {
     kill_process(Pid::from_raw(jail.outside.id() as i32).unwrap(), Signal::TERM).unwrap();
     assert_eq!(jail.ends(), Some(1), "it was stopped: {}", jail.rest());
     wait_until("the end of the process inside", || !proc.exists());
+}
+
+/// What the jail itself refuses, tried in it.
+fn refuses() {
+    let code = file(&SPINS);
+    std::fs::set_permissions(&code.0, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
+    let output = Command::new(example()).arg("--bare").arg(&code.0).arg("--check").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    let tried: Vec<_> = said.lines().filter(|line| line.starts_with("call ")).collect();
+    assert!(tried.iter().all(|line| line.ends_with("(os error 1)")), "{said}");
+    for call in [
+        libc::SYS_execve,
+        libc::SYS_execveat,
+        libc::SYS_fork,
+        libc::SYS_socket,
+        libc::SYS_connect,
+        libc::SYS_ptrace,
+        libc::SYS_process_vm_writev,
+        libc::SYS_unshare,
+        libc::SYS_setns,
+        libc::SYS_mount,
+        libc::SYS_umount2,
+        libc::SYS_chroot,
+        libc::SYS_keyctl,
+    ] {
+        assert!(tried.iter().any(|line| line.starts_with(&format!("call {call}:"))), "{call} in {said}");
+    }
+    // Not by the filter: opening is not refused there.
+    assert!(said.contains("its image: open\n") && said.contains("another file: Permission denied"), "{said}");
 }
 
 fn says() {

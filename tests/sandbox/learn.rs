@@ -20,6 +20,13 @@ use crate::{part, trial};
 
 pub fn add(trials: &mut Vec<Trial>) {
     trials.push(trial("every_call_is_on_a_list_and_every_entry_is_needed", lists));
+    trials.push(trial("networks_that_went_away_are_opened_again_outside", || drop(part("again"))));
+}
+
+/// Networks that went away are opened again for threads that may open nothing.
+pub fn again() {
+    taps();
+    streams();
 }
 
 fn lists() {
@@ -220,8 +227,14 @@ fn streams() {
     let (first, _) = listener.accept().unwrap();
     hear(&vm, 1);
     drop(first);
-    let (mut second, _) = listener.accept().unwrap();
-    second.write_all(&[&100u32.to_be_bytes()[..], &[1; 100]].concat()).unwrap();
+    let (second, _) = listener.accept().unwrap();
+    // One that the VM was built without.
+    let next = Scratch::new("stream");
+    let other = UnixListener::bind(&next.0).unwrap();
+    vm.change_net(0, Network::Stream(next.0.clone())).unwrap();
+    drop((second, other.accept().unwrap()));
+    let (mut last, _) = other.accept().unwrap();
+    last.write_all(&[&100u32.to_be_bytes()[..], &[1; 100]].concat()).unwrap();
     assert_eq!(ends(&vm), StopCause::GuestReset);
 }
 
@@ -260,7 +273,7 @@ fn allocations() {
         much.capacity()
     });
     assert!(grown.unwrap() > 8 << 20);
-    // More than an arena keeps: it shrinks, for which the C library opens a file once for each process.
+    // More than an arena keeps: it shrinks, for which the C library asks for a file once for each process.
     let shrunk = sandbox::on_loop(&vm, 0, || {
         let blocks = std::hint::black_box([(); 8].map(|()| vec![1u8; 60_000]));
         blocks.len()

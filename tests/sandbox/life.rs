@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use vmbed::{
 
 use crate::guests::{self, Op, script};
 
-pub const LONG: Duration = Duration::from_secs(20);
+pub const LONG: Duration = Duration::from_secs(60);
 pub const SIZE: u64 = 1 << 20;
 
 /// cli; jmp $
@@ -56,10 +57,13 @@ pub fn bare(code: &[u8]) -> VmConfig {
 
 /// A PC with the guest of tests/guests and a balloon, in the sandbox.
 pub fn pc() -> VmConfig {
-    let guest = guests::virtio(Path::new(env!("CARGO_TARGET_TMPDIR")));
-    let code = std::fs::read(&guest).unwrap();
-    std::fs::remove_file(guest).unwrap();
-    let mut boot = BareBoot::new(CpuMode::Long, guests::ENTRY, code);
+    static CODE: LazyLock<Vec<u8>> = LazyLock::new(|| {
+        let guest = guests::virtio(Path::new(env!("CARGO_TARGET_TMPDIR")));
+        let code = std::fs::read(&guest).unwrap();
+        std::fs::remove_file(guest).unwrap();
+        code
+    });
+    let mut boot = BareBoot::new(CpuMode::Long, guests::ENTRY, CODE.as_slice());
     boot.stack = guests::STACK;
     let mut config = VmConfig::bare(boot);
     (config.platform, config.memory) = (Platform::Pc, Bytes(guests::MEMORY));

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Trial};
 
+mod bounds;
 #[path = "../guests/mod.rs"]
 mod guests;
 mod jailed;
@@ -25,6 +26,18 @@ fn main() -> ExitCode {
             refuse::files();
             return ExitCode::SUCCESS;
         }
+        Ok("again") => {
+            learn::again();
+            return ExitCode::SUCCESS;
+        }
+        Ok("arena") => {
+            bounds::arena();
+            return ExitCode::SUCCESS;
+        }
+        Ok("blocked") => {
+            bounds::blocked();
+            return ExitCode::SUCCESS;
+        }
         Ok(part) => panic!("no part is called {part}"),
         Err(_) => {}
     }
@@ -32,6 +45,7 @@ fn main() -> ExitCode {
     let mut trials = Vec::new();
     learn::add(&mut trials);
     refuse::add(&mut trials);
+    bounds::add(&mut trials);
     jailed::add(&mut trials);
     libtest_mimic::run(&arguments, trials).exit_code()
 }
@@ -48,7 +62,7 @@ fn part(name: &str) -> String {
     let mut command = Command::new("unshare");
     command.args(["--net", "--map-root-user"]).arg(std::env::current_exe().expect("this program"));
     command.env(PART, name).stdin(Stdio::null());
-    said(command, Duration::from_secs(120))
+    said(command, Duration::from_secs(300))
 }
 
 /// What a program said on both of its streams; it must end well, and within that time.

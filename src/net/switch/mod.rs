@@ -35,7 +35,7 @@ use super::offload::Offloads;
 use super::{NetBackend, Stream, Tap};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::StopLine;
-use crate::reactor::{Attached, EventLoop};
+use crate::reactor::{Attached, EventLoop, Place};
 use crate::sys::clock::coarse_milliseconds;
 use crate::sys::log;
 use crate::sys::{lock, thread};
@@ -291,7 +291,7 @@ impl Switch {
         options: &PortOptions,
     ) -> Result<SwitchPort> {
         let name = name.into();
-        let network = crate::net::adopt(&name, fd.into(), true)?;
+        let network = crate::net::adopt(&name, fd.into(), &Place::Caller)?;
         let takes = network.offloads();
         self.add_uplink(name, network, takes, options)
     }

@@ -234,7 +234,7 @@ fn another_network_takes_the_place_of_one_while_the_card_is_served() {
     assert!(error.to_string().contains("has 1 pairs of queues, and the network 2"), "{error}");
     b.net.control.offer(Offloads::CSUM);
     // A socket knows none.
-    let socket = crate::net::adopt("net0", UnixDatagram::pair().unwrap().0.into(), true).unwrap();
+    let socket = crate::net::adopt("net0", UnixDatagram::pair().unwrap().0.into(), &Place::Caller).unwrap();
     let error = b.net.control.put_ready(vec![socket]).unwrap_err();
     assert!(error.to_string().contains("net0: the guest's driver was offered"), "{error}");
     assert!(b.net.control.spare().is_empty());
