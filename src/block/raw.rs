@@ -66,10 +66,14 @@ impl RawDisk {
         let readonly = config.readonly;
         let name = format!("{id}: fd {}", fd.as_raw_fd());
         let invalid = |why| Err(Error::new(ErrorKind::InvalidArgument, format!("{name}: {why}")));
-        if !fd::permits(fd.as_fd(), false) {
+        let permits = |write| {
+            fd::permits(fd.as_fd(), write)
+                .map_err(|e| Error::os(format!("{name}: asking what it was opened for (fcntl)"), e))
+        };
+        if !permits(false)? {
             return invalid("is not open for reading");
         }
-        if !readonly && !fd::permits(fd.as_fd(), true) {
+        if !readonly && !permits(true)? {
             return invalid("is not open for writing; open it with O_RDWR, or make the disk read-only");
         }
         if !readonly && fd::appends(fd.as_fd()) {

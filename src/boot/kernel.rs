@@ -76,10 +76,20 @@ impl Source {
         }
         let mut file = &self.file;
         file.seek(SeekFrom::Start(offset)).map_err(|e| self.failed(offset, e))?;
-        memory.read_exact_volatile_from(GuestAddress(address), &mut file, length as usize).map_err(|e| {
-            let why = format!("'{}' cannot be read at {offset}: did it change?", self.path.display());
-            Error::new(ErrorKind::BadImage, why).with_source(e)
-        })
+        let mut done = 0;
+        // A read may come short, as one from a network does.
+        while done < length {
+            let (at, left) = (GuestAddress(address + done), (length - done) as usize);
+            let read = memory.read_volatile_from(at, &mut file, left).map_err(|e| {
+                let why = format!("'{}' cannot be read at {}", self.path.display(), offset + done);
+                Error::new(ErrorKind::BadImage, why).with_source(e)
+            })?;
+            if read == 0 {
+                return Err(self.failed(offset + done, std::io::ErrorKind::UnexpectedEof.into()));
+            }
+            done += read as u64;
+        }
+        Ok(())
     }
 
     /// The file had these bytes when it was opened.

@@ -56,9 +56,11 @@ impl Stream {
         let Ok(metadata) = file.metadata() else {
             return Self { file, way: Way::Poll(TERMINAL_PIECE) };
         };
-        if !fd::permits(file.as_fd(), direction == Direction::Write) {
+        match fd::permits(file.as_fd(), direction == Direction::Write) {
+            Ok(true) => {}
             // Opening it again could give more than we were given. This way the first call fails.
-            return Self { file, way: Way::Direct };
+            Ok(false) => return Self { file, way: Way::Direct },
+            Err(_) => return Self { file, way: Way::Poll(TERMINAL_PIECE) },
         }
         let kind = metadata.file_type();
         let is_terminal = file.is_terminal() && metadata.rdev() != PTMX;

@@ -51,11 +51,14 @@ pub(crate) fn is_nonblocking(fd: BorrowedFd<'_>) -> bool {
 }
 
 /// Whether the description was opened for reading, or for writing.
-pub(crate) fn permits(fd: BorrowedFd<'_>, write: bool) -> bool {
+pub(crate) fn permits(fd: BorrowedFd<'_>, write: bool) -> io::Result<bool> {
     // SAFETY: F_GETFL takes no argument and touches no memory of ours.
     let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    if flags < 0 {
+        return Err(io::Error::last_os_error());
+    }
     let mode = flags & libc::O_ACCMODE;
-    flags >= 0 && flags & libc::O_PATH == 0 && (mode == libc::O_RDWR || (mode == libc::O_WRONLY) == write)
+    Ok(flags & libc::O_PATH == 0 && (mode == libc::O_RDWR || (mode == libc::O_WRONLY) == write))
 }
 
 /// Whether every write goes to the end of the file, wherever it is meant to go.

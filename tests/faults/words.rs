@@ -43,7 +43,7 @@ const CALLS: [(libc::c_long, &[&str]); 34] = [
 const REQUESTS: [(u32, &[&str]); 29] = [
     (libc::FIONBIO as u32, &["rtnetlink", "the test's own"]),
     (libc::SIOCGIFINDEX as u32, &["SIOCGIFINDEX"]),
-    (libc::TUNSETIFF as u32, &["TUNSETIFF", "making it"]),
+    (libc::TUNSETIFF as u32, &["TUNSETIFF", "making it", "belongs to someone else"]),
     (libc::TUNSETOWNER as u32, &["tap 'vnet0': making it"]),
     (libc::TUNSETGROUP as u32, &["tap 'vnet0': making it"]),
     (libc::TUNSETPERSIST as u32, &["tap 'vnet0': making it"]),
