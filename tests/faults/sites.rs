@@ -25,13 +25,15 @@ const ONE_LISTENER: &str =
     "a thread has one filter that somebody hears of, and these have the test's; tests/sandbox has the others";
 
 /// File, name of the function or of the request, what becomes of it.
-const SITES: [(&str, &str, Site); 79] = [
+const SITES: [(&str, &str, Site); 83] = [
     ("clock.rs", "clock_gettime", Not(ALONE)),
+    ("fd.rs", "connect", Calls(&[libc::SYS_connect])),
     ("fd.rs", "fcntl", Calls(&[libc::SYS_fcntl])),
     ("fd.rs", "getsockopt", Calls(&[libc::SYS_getsockopt])),
     ("fd.rs", "poll", Calls(&[libc::SYS_poll])),
     ("fd.rs", "recv", Calls(&[libc::SYS_recvfrom])),
     ("fd.rs", "send", Calls(&[libc::SYS_sendto])),
+    ("fd.rs", "socket", Calls(&[libc::SYS_socket])),
     ("fd.rs", "openpty", Not("for tests")),
     ("fd.rs", "socketpair", Not("for tests")),
     ("file.rs", "SYS_fstat", Calls(&[libc::SYS_fstat])),
@@ -75,6 +77,7 @@ const SITES: [(&str, &str, Site); 79] = [
     ("seccomp.rs", "libc::SECCOMP_IOCTL_NOTIF_SEND as _", Not(ONE_LISTENER)),
     ("seccomp.rs", "prctl", Calls(&[libc::SYS_prctl])),
     ("seccomp.rs", "syscall", Inside),
+    ("seccomp.rs", "write", Not(ONE_LISTENER)),
     ("sigbus.rs", "__errno_location", Inside),
     ("sigbus.rs", "mmap", Not("in the handler: the process goes the way of before")),
     ("sigbus.rs", "raise", Not("in the handler: the process ends")),
@@ -100,6 +103,7 @@ const SITES: [(&str, &str, Site); 79] = [
     ("tap.rs", "libc::TUNSETOFFLOAD", Asks(&[libc::TUNSETOFFLOAD as u32])),
     ("tap.rs", "libc::TUNSETQUEUE", Asks(&[libc::TUNSETQUEUE as u32])),
     ("tap.rs", "libc::TUNSETVNETHDRSZ", Asks(&[libc::TUNSETVNETHDRSZ as u32])),
+    ("tap.rs", "unshare", Not("for tests")),
     (
         "tap.rs",
         "request",

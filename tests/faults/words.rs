@@ -3,7 +3,7 @@
 use crate::Kind;
 
 /// Of these, an error has one. A call is made for several things.
-const CALLS: [(libc::c_long, &[&str]); 34] = [
+const CALLS: [(libc::c_long, &[&str]); 35] = [
     (libc::SYS_read, &["reading", "read"]),
     (libc::SYS_pread64, &["reading", "read"]),
     (libc::SYS_fstat, &["reading", "opening"]),
@@ -27,6 +27,7 @@ const CALLS: [(libc::c_long, &[&str]); 34] = [
     (libc::SYS_landlock_create_ruleset, &["Landlock"]),
     (libc::SYS_sched_setaffinity, &["sched_setaffinity"]),
     (libc::SYS_eventfd2, &["eventfd", "event loop", "epoll set", "its thread", "doorbells"]),
+    (libc::SYS_pipe2, &["creating a pipe"]),
     (libc::SYS_epoll_create1, &["event loop", "epoll"]),
     (libc::SYS_epoll_ctl, &["event loop", "epoll"]),
     (libc::SYS_timerfd_create, &["timerfd"]),
