@@ -32,6 +32,10 @@ pub(crate) const KVM_TSS: u64 = 0xfffb_d000;
 /// One page for KVM's identity map (Intel).
 pub(crate) const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 
+/// What a PC has there is the kernel's: no device of anybody's gets to see an access.
+pub(crate) const KERNELS: [(&str, Range<u64>); 2] =
+    [("local APIC", LAPIC..LAPIC + 0x1000), ("KVM's own pages", KVM_IDENTITY_MAP..KVM_TSS + 0x3000)];
+
 /// What an x86 PC keeps for firmware: no RAM for the guest's kernel, but ours to put tables in.
 pub(crate) const FIRMWARE_AREA: Range<u64> = 0x9_fc00..0x10_0000;
 /// The RSDP and the ACPI tables; an operating system searches 0xe0000-0xfffff for the RSDP.
@@ -72,7 +76,8 @@ mod tests {
 
     #[test]
     fn windows_do_not_overlap() {
-        let mut all = [PCI_MMIO32, ECAM, IOAPIC, LAPIC..LAPIC + 0x1000, KVM_IDENTITY_MAP..KVM_TSS + 0x3000];
+        let [(_, apic), (_, pages)] = KERNELS;
+        let mut all = [PCI_MMIO32, ECAM, IOAPIC, apic, pages];
         all.sort_by_key(|r| r.start);
         assert!(all.windows(2).all(|w| w[0].end <= w[1].start));
         assert!(all[0].start >= LOW_RAM_END && all[4].end <= HIGH_RAM_START);

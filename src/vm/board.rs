@@ -14,6 +14,7 @@ use super::machine::BOUND;
 use super::sources::Sources;
 use super::threads::Threads;
 use crate::boot::{self, acpi};
+use crate::bus::{Access, Device};
 use crate::config::topology::Topology;
 use crate::config::{ConsoleKind, VmConfig};
 use crate::console::{Console, Output, Pump};
@@ -81,6 +82,9 @@ impl Board {
         let ioapic = Ioapic::new(routes.clone());
         let window = layout::IOAPIC;
         buses.mmio.insert("ioapic", window.start, window.end - window.start, ioapic.clone())?;
+        for (name, range) in layout::KERNELS {
+            buses.mmio.insert(name, range.start, range.end - range.start, Arc::new(Nothing))?;
+        }
         let console = Console::new();
         let mut board = Self { ioapic: Some(ioapic.clone()), ..Self::default() };
         board.power = Some(legacy(plan, &ioapic, &console, buses)?);
@@ -193,6 +197,19 @@ impl Board {
             }
             None => Err(Error::new(ErrorKind::Unsupported, "shutdown: a bare platform has no power button")),
         }
+    }
+}
+
+/// What a guest finds where the kernel's half of the machine is, should it ever get here, as after moving its APIC.
+struct Nothing;
+
+impl Device for Nothing {
+    fn read(&self, _: Access, _: &mut [u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn write(&self, _: Access, _: &[u8]) -> Result<()> {
+        Ok(())
     }
 }
 

@@ -376,13 +376,13 @@ fn row_25_a_machine_that_no_table_describes() {
         bad.boot = Boot::Linux(LinuxBoot::new(&tight).cmdline("quiet"));
         is_refused(host, &bad, &["the command line has 5 bytes", "tight", "takes 4"]);
         let port = || Arc::new(Port::default());
-        // Power management; PCI's configuration space and its devices, the interrupt controller, the tables.
+        // Power management; PCI's configuration space and its devices, the interrupt controllers, the tables, KVM's own pages.
         for base in [0x600, 0x604] {
             let built = host.builder(good.clone()).pio_device("mine", base, 1, port()).build();
             let error = built.expect_err(&format!("{base:#x}"));
             assert!(error.to_string().contains("'mine'"), "{base:#x}: {error}");
         }
-        for base in [0xe800_0000, 0xc000_0000, 0xfec0_0000, 0xe_0000] {
+        for base in [0xe800_0000, 0xc000_0000, 0xfec0_0000, 0xe_0000, 0xfee0_0000, 0xfffb_f000] {
             let built = host.builder(good.clone()).mmio_device("mine", base, 4096, port()).build();
             let error = built.expect_err(&format!("{base:#x}"));
             assert!(error.to_string().contains("'mine'"), "{base:#x}: {error}");

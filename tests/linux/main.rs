@@ -111,11 +111,8 @@ fn elsewhere(arguments: &Arguments) -> ExitCode {
     // Both of them, also after one has failed.
     let good = ended.map(|e| e.join().unwrap()) == [true; 2];
     let (passed, not) = share::outcome(&directory);
-    println!(
-        "{} trials passed in two labs; the slowest, in seconds: {:?}",
-        passed.len(),
-        &passed[..passed.len().min(12)]
-    );
+    println!("{} trials passed in two labs; seconds of each part: {:?}", passed.len(), share::parts(&passed));
+    println!("the slowest: {:?}", &passed[..passed.len().min(12)]);
     not.iter().for_each(|trial| println!("{trial} did not pass"));
     let _ = std::fs::remove_dir_all(&directory);
     if good && not.is_empty() && !passed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }

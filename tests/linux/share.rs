@@ -1,6 +1,7 @@
 //! Two labs share the trials: each takes the next that nobody has, so that both end at about the same time. A lab whose
 //! emulator stood still, and that was started again, goes on where it was.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
@@ -75,4 +76,13 @@ pub fn outcome(directory: &PathBuf) -> (Vec<(u64, String)>, Vec<String>) {
     }
     passed.sort_by(|a, b| b.cmp(a));
     (passed, not)
+}
+
+/// The seconds of each part's trials together, by what stands before their names.
+pub fn parts(passed: &[(u64, String)]) -> BTreeMap<&str, u64> {
+    let mut parts = BTreeMap::new();
+    for (seconds, trial) in passed {
+        *parts.entry(trial.split("::").next().unwrap_or(trial)).or_default() += seconds;
+    }
+    parts
 }
