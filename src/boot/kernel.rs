@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use linux_loader::loader::bootparam::setup_header;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use super::{bzimage, elf};
 use crate::config::LinuxBoot;
@@ -80,9 +80,9 @@ impl Source {
         // A read may come short, as one from a network does.
         while done < length {
             let (at, left) = (GuestAddress(address + done), (length - done) as usize);
-            let read = memory.read_volatile_from(at, &mut file, left).map_err(|e| {
-                let why = format!("'{}' cannot be read at {}", self.path.display(), offset + done);
-                Error::new(ErrorKind::BadImage, why).with_source(e)
+            let read = memory.read_volatile_from(at, &mut file, left).map_err(|e| match e {
+                GuestMemoryError::IOError(e) => self.failed(offset + done, e),
+                other => self.bad(format!("has no place in guest memory at {:#x}: {other}", at.0)),
             })?;
             if read == 0 {
                 return Err(self.failed(offset + done, std::io::ErrorKind::UnexpectedEof.into()));

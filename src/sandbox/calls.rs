@@ -194,6 +194,12 @@ static VCPU: &[Rule] = &[
     // A disk that is stopped amid requests.
     any(Sysno::poll).unseen("a driver resets a disk amid requests, which takes luck"),
     any(Sysno::io_uring_enter).unseen("the same"),
+    // A balloon that is stopped with pages that wait for their neighbours.
+    with(Sysno::fallocate, &[(1, Is::Number(HOLE))])
+        .unseen("a driver resets a balloon amid pages, which takes luck"),
+    with(Sysno::madvise, &[(2, Is::Number(libc::MADV_FREE as u32))]).unseen("the same"),
+    ioctl(&[(1, Is::Number(PAGEMAP_SCAN))]).unseen("the same"),
+    any(Sysno::fstat).unseen("the same"),
 ];
 
 /// Serves the console, cards and the random number generator.

@@ -77,6 +77,11 @@ pub(crate) trait VirtioDevice: Send {
     /// Serves pause, reset and unplug. Of an inactive device: nothing, and no harm.
     fn deactivate(&mut self) -> Vec<Option<Queue>>;
 
+    /// What `drain` waits for, for an error.
+    fn awaited(&self) -> &'static str {
+        "its backend has not answered a request"
+    }
+
     /// Whether memory that the driver has given is the driver's again, after `deactivate`. Only a device into whose buffers others copy
     /// has any to wait for; until then a reset is not over.
     fn is_at_rest(&self) -> bool {

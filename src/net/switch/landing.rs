@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::time::{Duration, Instant};
 
 use super::queue::{Entry, Inner, Queue};
@@ -29,8 +29,8 @@ pub(super) struct Posted {
     up: Option<Arc<AtomicBool>>,
     /// A frame may be in several.
     mergeable: bool,
-    /// Frames that are being copied.
-    filling: usize,
+    /// Frames that are being copied for the card that is here now.
+    filling: Arc<AtomicUsize>,
     /// Frames that ever were: the number of the next.
     begun: u64,
     /// Somebody waits until there are none.
@@ -118,15 +118,32 @@ impl Queue {
         if after > 0 { Next::Filling } else { Next::Nothing }
     }
 
-    /// Nothing more lands in what was posted; what does already goes on.
-    pub(crate) fn retract(&self) {
-        lock(&self.inner).posted.forget();
+    /// Nothing more lands in what was posted; what does already goes on, or has landed, in so many of the first buffers.
+    pub(crate) fn retract(&self) -> usize {
+        let mut inner = lock(&self.inner);
+        inner.posted.forget();
         self.open_to_land.store(false, Ordering::Relaxed);
+        let taken = |entry: &Entry| match entry {
+            Entry::Landed(place) => place.landed.buffers,
+            Entry::Frame(_) => 0,
+        };
+        inner.ready.iter().map(taken).sum()
     }
 
-    /// Whether somebody is copying into what was posted, be it withdrawn or not.
+    /// The bell rings for what lands, and for what comes, and not for what waits already: there is no buffer for that. `false` where something has
+    /// landed.
+    pub(crate) fn wait_for_buffers(&self) -> bool {
+        let mut inner = lock(&self.inner);
+        let landed = inner.ready.iter().any(|entry| matches!(entry, Entry::Landed(place) if place.there));
+        if !landed {
+            inner.hush(&self.bell);
+        }
+        !landed
+    }
+
+    /// Whether somebody is copying into what this card has posted, be it withdrawn or not.
     pub(crate) fn is_filled(&self) -> bool {
-        lock(&self.inner).posted.filling > 0
+        lock(&self.inner).posted.is_filled()
     }
 
     /// Takes back what was posted. Waits for those who are copying: nobody else's lock is held over it. Who is not done after five seconds
@@ -136,7 +153,7 @@ impl Queue {
         self.retract();
         let mut inner = lock(&self.inner);
         let end = Instant::now() + PATIENCE;
-        while inner.posted.filling > 0 {
+        while inner.posted.is_filled() {
             inner.posted.awaited = true;
             let late;
             (inner, late) = wait_until(&self.filled, inner, end);
@@ -168,12 +185,13 @@ impl Queue {
         let buffers = posted.buffers.as_mut()?;
         let count = enough(buffers.lengths(), len, posted.mergeable)?;
         let list = buffers.take(count, posted.rooms.pop().unwrap_or_default());
-        posted.filling += 1;
+        posted.filling.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let filling = posted.filling.clone();
         let number = posted.begun;
         posted.begun += 1;
         let landed = Landed { after: 0, buffers: count, header: [0; HEADER_LEN], len: 0 };
         ready.push_back(Entry::Landed(Place { number, there: false, landed }));
-        Some(Landing { queue: self, list: Some(list), at: HEADER_LEN, landed, number })
+        Some(Landing { queue: self, list: Some(list), at: HEADER_LEN, landed, number, filling })
     }
 }
 
@@ -192,6 +210,16 @@ impl Posted {
     /// Nothing is posted, by nobody. Who fills some goes on.
     pub fn forget(&mut self) {
         (self.buffers, self.up) = (None, None);
+    }
+
+    /// Another card comes, whose memory nobody writes to yet.
+    pub fn begin(&mut self) {
+        self.filling = Arc::default();
+    }
+
+    /// It changes under the queue's lock alone.
+    fn is_filled(&self) -> bool {
+        self.filling.load(std::sync::atomic::Ordering::Relaxed) > 0
     }
 }
 
@@ -218,6 +246,7 @@ pub(super) struct Landing<'q> {
     at: usize,
     landed: Landed,
     number: u64,
+    filling: Arc<AtomicUsize>,
 }
 
 impl Landing<'_> {
@@ -246,7 +275,7 @@ impl Drop for Landing<'_> {
         let mut inner = lock(&self.queue.inner);
         let Inner { ready, posted, rung, .. } = &mut *inner;
         posted.rooms.extend(room);
-        posted.filling -= 1;
+        self.filling.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
         let mut rings = false;
         if let Some(place) = place_of(self.number, ready) {
             (place.there, place.landed) = (true, self.landed);
@@ -254,7 +283,7 @@ impl Drop for Landing<'_> {
             *rung += u64::from(rings);
         }
         // Nobody is woken for nothing: that is a system call.
-        let last = posted.filling == 0 && std::mem::take(&mut posted.awaited);
+        let last = !posted.is_filled() && std::mem::take(&mut posted.awaited);
         drop(inner);
         if last {
             self.queue.filled.notify_all();

@@ -93,7 +93,9 @@ impl Queue {
     }
 
     pub(super) fn open(&self) {
-        lock(&self.inner).closed = false;
+        let mut inner = lock(&self.inner);
+        inner.closed = false;
+        inner.posted.begin();
     }
 
     /// Throws away what waits, and what comes from now on; memory too.

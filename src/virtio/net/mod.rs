@@ -16,7 +16,7 @@ use super::server::Server;
 use super::{Activation, Queue, Signals, VirtioDevice, read_config_space};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Memory;
-use crate::net::NetBackend;
+use crate::net::{NetBackend, Offloads};
 use crate::reactor::{Attached, Place};
 use crate::sys::log;
 use commands::Commander;
@@ -96,7 +96,8 @@ impl Net {
     /// The card on `lanes`: for each pair of queues a way to the network and a place. Commands are served where the first is.
     pub fn new(control: Arc<Control>, lanes: Vec<(Box<dyn NetBackend>, Place)>) -> Self {
         let known = lanes.iter().map(|(backend, _)| backend.offloads()).reduce(|all, one| all & one);
-        let known = known.unwrap_or_default();
+        // All else wants checksums (5.1.3.1).
+        let known = known.filter(|known| known.contains(Offloads::CSUM)).unwrap_or_default();
         control.offer(known);
         let mut features = FEATURES | control.features() | header::offered(known);
         if lanes.len() > 1 {
@@ -270,6 +271,10 @@ impl VirtioDevice for Net {
             std::thread::sleep(MOMENT);
         }
         true
+    }
+
+    fn awaited(&self) -> &'static str {
+        "whoever sends to it has stopped amid a frame"
     }
 
     fn is_at_rest(&self) -> bool {

@@ -130,6 +130,20 @@ impl Rx {
 
     /// Delivers frames until buffers or frames run out.
     pub fn run(&mut self, memory: &Memory, backend: &mut dyn NetBackend) -> Result<Received, QueueFault> {
+        loop {
+            match self.receive_all(memory, backend)? {
+                // Some buffers are somebody's who is slow to fill them: they may come before any of the driver's.
+                Received::NoBuffers if self.held.is_at_port() => {
+                    if backend.port().is_none_or(|port| port.wait_for_buffers()) {
+                        return Ok(Received::NoFrames);
+                    }
+                }
+                end => return Ok(end),
+            }
+        }
+    }
+
+    fn receive_all(&mut self, memory: &Memory, backend: &mut dyn NetBackend) -> Result<Received, QueueFault> {
         if let Some(filter) = self.control.newer_filter(&mut self.filters) {
             self.filter = (!filter.is_open()).then_some(filter);
         }
@@ -142,7 +156,9 @@ impl Rx {
                 match self.land(memory, backend)? {
                     Landing::Settled => continue,
                     Landing::Waits => {}
-                    Landing::Ends(end) => return Ok(end),
+                    // Else a frame that is kept is delivered.
+                    Landing::Ends(end) if self.overflow.kept == 0 => return Ok(end),
+                    Landing::Ends(_) => {}
                 }
             }
             if !is_up {

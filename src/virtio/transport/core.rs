@@ -3,7 +3,7 @@
 //! status, features, queue registers, activation, reset, pause.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use virtio_bindings::bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
@@ -321,14 +321,24 @@ impl Core {
     /// # Errors
     /// `TimedOut` where a request has not ended by the deadline: the device goes on serving.
     pub fn pause(&mut self, deadline: Instant) -> Result<()> {
+        while self.settling && self.status() != 0 {
+            if Instant::now() >= deadline {
+                return Err(self.late());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
         if matches!(self.service, Service::Active) {
             if !self.device.drain(deadline) {
-                let why = format!("{}: its backend has not answered a request", self.device.id());
-                return Err(Error::new(ErrorKind::TimedOut, why));
+                return Err(self.late());
             }
             self.service = Service::Paused(self.device.deactivate());
         }
         Ok(())
+    }
+
+    fn late(&self) -> Error {
+        let why = format!("{}: {}", self.device.id(), self.device.awaited());
+        Error::new(ErrorKind::TimedOut, why)
     }
 
     /// Gives them to the device again. Of a device that is not paused: nothing.

@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! Buffers that a card has posted, and who copies into them.
 
+use std::os::fd::AsFd;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -139,6 +140,40 @@ fn who_is_stopped_amid_a_copy_stops_nobody_else() {
     assert!(net.next(1).is_none());
     assert_eq!(next(&net).map(|landed| (landed.after, landed.buffers, landed.header)), Some((0, 2, [5; 12])));
     assert!(net.next(1).is_some());
+}
+
+#[test]
+fn who_has_no_buffers_hears_of_what_has_landed() {
+    let (mut net, memory) = stage([PortOptions::access(1), PortOptions::access(1)]);
+    post(&net, &memory, 0x1000, &[700], true);
+    let port = net.ports[1].port.clone();
+    let queue = &port.queue;
+    let rings = || crate::sys::fd::is_readable(queue.bell().as_fd());
+    let slow = queue.land(100).expect("room");
+    net.send(0, &frame(mac(1), mac(0), &[1; 50]));
+    assert!(matches!(queue.next(), Next::Waiting { filling: 1 }) && rings());
+    // All that there are are being filled: it waits.
+    assert!(queue.wait_for_buffers() && !rings());
+    slow.done([0; 12], 100);
+    assert!(rings() && !queue.wait_for_buffers() && rings());
+    assert_eq!(next(&net).map(|landed| landed.len), Some(100));
+    assert!(net.next(1).is_some());
+}
+
+#[test]
+fn the_next_card_on_a_port_does_not_wait_for_who_copies_to_the_one_before() {
+    let (net, memory) = stage([PortOptions::access(1), PortOptions::access(1)]);
+    post(&net, &memory, 0x1000, &[700], true);
+    let queue = &net.ports[1].port.queue;
+    let stuck = queue.land(100).expect("room");
+    assert!(queue.is_filled());
+    queue.close();
+    assert!(queue.is_filled(), "its card is still there");
+    queue.open();
+    assert!(!queue.is_filled());
+    queue.withdraw();
+    drop(stuck);
+    assert!(!queue.is_filled() && matches!(queue.next(), Next::Nothing));
 }
 
 #[test]

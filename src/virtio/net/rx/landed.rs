@@ -25,7 +25,9 @@ impl Rx {
         memory: &Memory,
         backend: &mut dyn NetBackend,
     ) -> Result<Received, QueueFault> {
-        let Some(port) = backend.port().filter(|_| !self.draining) else { return Ok(Received::NoFrames) };
+        // What waits here is first.
+        let idle = self.draining || self.overflow.kept > 0;
+        let Some(port) = backend.port().filter(|_| !idle) else { return Ok(Received::NoFrames) };
         if self.held.posted() == 0 {
             self.look_at_first(memory)?;
         }
@@ -109,7 +111,7 @@ impl Rx {
         let Some(port) = backend.port() else { return true };
         if !self.draining {
             self.draining = true;
-            port.retract();
+            self.held.withdraw(port.retract());
         }
         !port.is_filled()
     }

@@ -231,6 +231,61 @@ fn a_sender_that_is_stopped_amid_a_frame_stops_nobody_else() {
 }
 
 #[test]
+fn a_frame_that_waits_for_buffers_comes_before_later_ones_also_while_somebody_copies() {
+    for ends_first in [false, true] {
+        let mut cable = Cable::new(TSO);
+        let port = cable.port.clone();
+        (0..4).for_each(|_| cable.give(ROOM));
+        cable.card.net.process_queues();
+        let mut stuck = port.stuck(2000);
+        // Read into the three that are left, and too long for them.
+        let [long, short] = [(7000, 1), (60, 2)].map(|(len, number)| cable.frame(len, number, MAC.0));
+        cable.send(&long);
+        cable.card.net.process_queues();
+        if ends_first {
+            drop(stuck.take());
+        }
+        cable.send(&short);
+        cable.card.net.process_queues();
+        (0..6).for_each(|_| cable.give(ROOM));
+        cable.card.net.process_queues();
+        assert_eq!(cable.taken(), [long, short], "{ends_first}");
+        drop(stuck);
+        for number in 0..20 {
+            let frame = cable.frame(500, number, MAC.0);
+            cable.send(&frame);
+            cable.card.net.process_queues();
+            assert_eq!(cable.taken(), [frame]);
+            cable.give(ROOM);
+            cable.card.net.process_queues();
+        }
+    }
+}
+
+#[test]
+fn after_a_pause_that_did_not_come_frames_are_where_they_are_said_to_be() {
+    let mut cable = Cable::new(TSO);
+    let port = cable.port.clone();
+    (0..8).for_each(|_| cable.give(ROOM));
+    cable.card.net.process_queues();
+    let landed = cable.frame(300, 9, MAC.0);
+    let stuck = port.stuck(100).expect("room");
+    cable.send(&landed);
+    assert!(!cable.card.net.drain(Instant::now()));
+    drop(stuck);
+    cable.card.net.process_queues();
+    assert_eq!(cable.taken(), [landed]);
+    for number in 0..20 {
+        cable.give(ROOM);
+        cable.card.net.process_queues();
+        let frame = cable.frame(500, number, MAC.0);
+        cable.send(&frame);
+        cable.card.net.process_queues();
+        assert_eq!(cable.taken(), [frame]);
+    }
+}
+
+#[test]
 fn a_pause_does_not_come_and_a_reset_is_not_over_while_somebody_copies() {
     let mut cable = Cable::new(TSO);
     let port = cable.port.clone();
