@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! The three threads of a VM in a sandbox that are not in it. One answers for those that are (`answers.rs`). One tells of what was
-//! refused, which ends the VM, and opens networks again that went away; it never waits. One hands records to the embedder's logger,
+//! refused, which ends the VM, and opens networks again that went away: it waits for the kernel alone, which may have to wait for whoever
+//! changes the host's interfaces. One hands records to the embedder's logger,
 //! for which nobody else waits.
 
 use std::os::fd::OwnedFd;
