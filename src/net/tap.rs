@@ -61,6 +61,13 @@ impl Tap {
         let file = opened.map_err(|e| no_tun(&who, e))?;
         let flags = if several { FLAGS | libc::IFF_MULTI_QUEUE } else { FLAGS };
         tap::attach(file.as_fd(), name, flags).map_err(|e| not_attached(&who, name, several, e))?;
+        // Where somebody has a queue of it already, be it for the moment in which it is made, what is attached later is as that is.
+        let attached = tap::attached(file.as_fd());
+        let attached = attached.map_err(|e| Error::os(format!("{who}: looking at it (TUNGETIFF)"), e))?;
+        if attached.flags & FLAGS != FLAGS {
+            let why = "is in use by another program, whose queue has no headers (IFF_VNET_HDR)";
+            return Err(Error::new(ErrorKind::Busy, format!("{who}: {why}")));
+        }
         Self::set_up(who, name.to_owned(), file, several)
     }
 
@@ -253,5 +260,22 @@ mod tests {
     fn a_descriptor_of_something_else_is_not_adopted() {
         let file = File::open("/dev/null").unwrap();
         assert_eq!(Tap::adopt("net0", file.into()).err().unwrap().kind(), ErrorKind::InvalidArgument);
+    }
+
+    /// As `ip tuntap add` has one for a moment: what is attached meanwhile would have no headers, and nobody would say so.
+    #[test]
+    fn a_queue_beside_one_without_headers_is_none() {
+        let there = std::thread::spawn(|| {
+            tap::leave_network().unwrap();
+            tap::make("vmbedtap0", true, None, None).unwrap();
+            let other = OpenOptions::new().read(true).write(true).open(TUN).unwrap();
+            let plain = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_MULTI_QUEUE;
+            tap::attach(other.as_fd(), "vmbedtap0", plain).unwrap();
+            let error = Tap::open_all("net0", "vmbedtap0", 2).err().unwrap();
+            assert!(error.kind() == ErrorKind::Busy && error.to_string().contains("IFF_VNET_HDR"), "{error}");
+            drop(other);
+            assert_eq!(Tap::open_all("net0", "vmbedtap0", 2).unwrap().len(), 2);
+        });
+        there.join().unwrap();
     }
 }

@@ -48,7 +48,7 @@ const REQUESTS: [(u32, &[&str]); 29] = [
     (libc::TUNSETOWNER as u32, &["tap 'vnet0': making it"]),
     (libc::TUNSETGROUP as u32, &["tap 'vnet0': making it"]),
     (libc::TUNSETPERSIST as u32, &["tap 'vnet0': making it"]),
-    (libc::TUNGETIFF as u32, &["TUNSETIFF"]),
+    (libc::TUNGETIFF as u32, &["TUNSETIFF", "TUNGETIFF"]),
     (libc::TUNSETOFFLOAD as u32, &["TUNSETOFFLOAD"]),
     (libc::TUNSETVNETHDRSZ as u32, &["TUNSETVNETHDRSZ"]),
     (libc::TUNSETQUEUE as u32, &["TUNSETQUEUE"]),
