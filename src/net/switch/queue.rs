@@ -164,20 +164,18 @@ impl Queue {
                 inner.spare[size].push(buffer);
             }
         }
-        // It passes those that are still being copied, which are others'.
-        let being_copied = |entry: &Entry| matches!(entry, Entry::Landed(place) if !place.is_there());
-        let at = inner.ready.iter().take_while(|entry| being_copied(entry)).count();
-        match inner.ready.get(at) {
-            Some(Entry::Frame(_)) => match inner.ready.remove(at) {
-                Some(Entry::Frame(item)) => Some(item),
-                _ => None,
-            },
-            // What has landed is for who has posted, and rings on.
-            Some(Entry::Landed(_)) => None,
-            None => {
-                inner.hush(&self.bell);
-                None
-            }
+        if let Some(Entry::Frame(_)) = inner.ready.front() {
+            return inner.ready.pop_front().and_then(Entry::into_item);
+        }
+        inner.pop_behind(&self.bell)
+    }
+}
+
+impl Entry {
+    fn into_item(self) -> Option<Item> {
+        match self {
+            Self::Frame(item) => Some(item),
+            Self::Landed(_) => None,
         }
     }
 }
@@ -205,6 +203,22 @@ impl Inner {
         }
         self.made[size] += 1;
         Some(Found::New(room))
+    }
+
+    /// The next frame, behind those that are still being copied, which are others'.
+    #[inline(never)]
+    fn pop_behind(&mut self, bell: &Bell) -> Option<Item> {
+        let being_copied = |entry: &Entry| matches!(entry, Entry::Landed(place) if !place.is_there());
+        let at = self.ready.iter().take_while(|entry| being_copied(entry)).count();
+        match self.ready.get(at) {
+            Some(Entry::Frame(_)) => self.ready.remove(at).and_then(Entry::into_item),
+            // What has landed is for who has posted, and rings on.
+            Some(Entry::Landed(_)) => None,
+            None => {
+                self.hush(bell);
+                None
+            }
+        }
     }
 
     /// The bell rings for nothing any more. It is read under the lock, so that no ring for something is lost.
