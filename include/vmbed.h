@@ -1232,7 +1232,8 @@ typedef struct {
     uint32_t reserved;
     /**
      * Says what of it the guest's driver takes: a frame for it that leaves anything else to do is dropped. Called when a driver begins,
-     * before anything else. May be NULL.
+     * before anything else, on the thread that has the device serve it: a vCPU's, or yours within vmbed_vm_resume() and
+     * vmbed_vm_change_net(). It must not call into the VM. May be NULL.
      */
     void (*set_offloads)(void *user, uint32_t taken);
 } vmbed_net_ops;
@@ -1811,7 +1812,7 @@ int32_t vmbed_wiring_set_vlans(vmbed_wiring *wiring,
 /**
  * Sets an interface up or down. One that is set down loses its routes and IPv6 addresses. When that is undone, it has again what
  * somebody gave it of them; what routers advertise they say again. What does not come back: next hop objects and the routes
- * through them, permanent neighbours, and the routes and IPv6 addresses of VLAN interfaces on it.
+ * through them, addresses with a lifetime, permanent neighbours, and the routes and IPv6 addresses of VLAN interfaces on it.
  */
 int32_t vmbed_wiring_set_up(vmbed_wiring *wiring,
                             const char *name,

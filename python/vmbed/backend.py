@@ -139,7 +139,7 @@ class NetBackend:
 
     def set_offloads(self, taken: Offloads) -> None:
         """What of it the guest's driver takes: a frame for it that leaves anything else to do is dropped. Called when a driver
-        begins, before anything else."""
+        begins, before anything else, on the thread that has the device serve it. It must not call into the VM."""
 
     def fileno(self) -> int:
         """Polls readable while a frame waits, and writable while there is room: an eventfd will do. It is duplicated."""

@@ -236,7 +236,7 @@ pub unsafe extern "C" fn vmbed_wiring_set_vlans(
 
 /// Sets an interface up or down. One that is set down loses its routes and IPv6 addresses. When that is undone, it has again what
 /// somebody gave it of them; what routers advertise they say again. What does not come back: next hop objects and the routes
-/// through them, permanent neighbours, and the routes and IPv6 addresses of VLAN interfaces on it.
+/// through them, addresses with a lifetime, permanent neighbours, and the routes and IPv6 addresses of VLAN interfaces on it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_wiring_set_up(
     wiring: *mut vmbed_wiring,

@@ -87,7 +87,8 @@ pub trait NetBackend: Send + 'static {
     }
 
     /// What of it the guest's driver takes: a frame for it that leaves anything else to do is dropped. Called when a driver begins, before
-    /// anything else.
+    /// anything else, on the thread that has the device serve it: a vCPU's, or yours within [`Vm::resume`](crate::Vm::resume) and
+    /// [`Vm::change_net`](crate::Vm::change_net). It must not call into the VM.
     fn set_offloads(&mut self, _taken: Offloads) {}
 
     /// Whether frames for the guest are to come through here from now on: of a TAP interface with several queues, of which the guest
