@@ -78,8 +78,7 @@ class Wiring:
     def set_up(self, name: str, up: bool = True) -> None:
         """Sets an interface up or down. One that is set down loses its routes and IPv6 addresses. When that is undone, it has again
         what somebody gave it of them; not next hop objects and the routes through them, addresses with a lifetime, permanent
-        neighbours, and the routes and IPv6
-        addresses of VLAN interfaces on it."""
+        neighbours, and the routes and IPv6 addresses of VLAN interfaces on it."""
         call(lib.vmbed_wiring_set_up, self._pointer, name.encode(), up)
 
     def set_mtu(self, name: str, mtu: int) -> None:

@@ -215,6 +215,12 @@ fn paths_that_were_there() {
         let now = paths("eth0");
         now.iter().filter(|line| !theirs(line)).eq(&before)
     });
+    // Others have set it up themselves, and give it what they want.
+    let wiring = Wiring::new().unwrap();
+    wiring.set_up("eth0", false).unwrap();
+    run("ip link set eth0 up");
+    wiring.release().unwrap();
+    assert!(!has("fd07::2") && !has("10.8.0.0"), "{:?}", paths("eth0"));
     run("ip link del eth0");
 }
 

@@ -60,6 +60,12 @@ impl Step {
         }
     }
 
+    /// Whether others have set it otherwise since.
+    fn is_left_to_others(&self, links: &mut Links) -> bool {
+        let Self::Set { index, after, .. } = self else { return false };
+        matches!(there(links, *index), Ok(Some(link)) if after.now(&link) != Some(*after))
+    }
+
     /// What is to be given back when all else is undone goes to `last`.
     fn undo(&self, links: &mut Links, last: &mut Vec<Self>) -> std::result::Result<(), Refusal> {
         let Some(link) = there(links, self.index())? else { return Ok(()) };
@@ -116,19 +122,29 @@ fn there(links: &mut Links, index: u32) -> std::result::Result<Option<Link>, Ref
 /// Undoes all steps but the first `keep`, the last first; of what fails, says what failed first. Where an interface is down only between
 /// two of them, what others have given it meanwhile comes back as well.
 pub(super) fn undo(links: &mut Links, done: &mut Vec<Step>, keep: usize) -> Result<()> {
-    let (mut result, mut last) = (Ok(()), Vec::new());
-    let mut attempt = |step: Step, last: &mut Vec<Step>| {
-        if let Err(refusal) = step.undo(links, last) {
-            let name = links.numbered(step.index()).map_or_else(|_| String::new(), |link| link.name);
-            let error: Error = Refused::of(&refusal.error).because(
-                &format!("interface '{name}'"),
-                "undoing what was done to it",
-                refusal,
-            );
-            result = std::mem::replace(&mut result, Ok(())).and(Err(error));
+    let (mut result, mut last, mut left) = (Ok(()), Vec::new(), None);
+    for step in done.drain(keep..).rev() {
+        // Where others have set an interface otherwise, what it has is as they want it, too.
+        if left == Some(step.index()) && matches!(step, Step::Paths { .. }) {
+            continue;
         }
-    };
-    done.drain(keep..).rev().for_each(|step| attempt(step, &mut last));
-    std::mem::take(&mut last).into_iter().for_each(|step| attempt(step, &mut last));
+        left = step.is_left_to_others(links).then(|| step.index());
+        attempt(links, &step, &mut last, &mut result);
+    }
+    for step in std::mem::take(&mut last) {
+        attempt(links, &step, &mut last, &mut result);
+    }
     result
+}
+
+fn attempt(links: &mut Links, step: &Step, last: &mut Vec<Step>, result: &mut Result<()>) {
+    if let Err(refusal) = step.undo(links, last) {
+        let name = links.numbered(step.index()).map_or_else(|_| String::new(), |link| link.name);
+        let error: Error = Refused::of(&refusal.error).because(
+            &format!("interface '{name}'"),
+            "undoing what was done to it",
+            refusal,
+        );
+        *result = std::mem::replace(result, Ok(())).and(Err(error));
+    }
 }
