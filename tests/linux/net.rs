@@ -320,21 +320,6 @@ pub fn longest_of(interface: &str, meanwhile: impl FnOnce()) -> usize {
     longest
 }
 
-/// The longest frame of TCP over IPv4, without a tag, in a capture of a switch's.
-pub fn longest_in(capture: &[u8]) -> usize {
-    const TCP: u8 = 6;
-    let number = |at: usize| Some(u32::from_le_bytes(*capture.get(at..)?.first_chunk()?) as usize);
-    let (mut at, mut longest) = (0, 0);
-    while let (Some(kind), Some(size)) = (number(at), number(at + 4)) {
-        // An Enhanced Packet Block (draft-ietf-opsawg-pcapng, 4.3).
-        if kind == 6 && capture.get(at + 28 + 14 + 9) == Some(&TCP) {
-            longest = longest.max(number(at + 24).expect("a frame's length"));
-        }
-        at += size;
-    }
-    longest
-}
-
 /// TCP and UDP, IPv4 and IPv6, both ways, with small frames and large ones, whatever is left to do on them; eight MiB each where VMBED_NET_SECONDS
 /// is set.
 fn streams() {
@@ -731,16 +716,10 @@ END
     guest.vm.change_net(0, Network::Fd(near.into())).unwrap();
     passt.again();
     let uplink = switch.add_stream("out", &passt.socket, &PortOptions::access(10)).unwrap();
-    let file = TempFile::new(&[]);
-    let capture = std::fs::File::create(file.path()).unwrap();
-    let capture = switch.capture(std::slice::from_ref(&port), capture).unwrap();
     passes(&guest, &mut passt, "eth1");
-    capture.finish().unwrap();
-    let (guests, out) = (port.statistics(), uplink.statistics());
-    // The guest leaves the cutting to others, and passt does not do it.
-    let longest = longest_in(&std::fs::read(file.path()).unwrap());
-    assert!(longest > 1514 && out.sent.frames > guests.received.frames, "{longest}: {guests:?} {out:?}");
-    assert!(out.sent.bytes / out.sent.frames < 1515, "{out:?}");
+    // What the guest leaves to others is done before passt has it, which does not do it.
+    let out = uplink.statistics();
+    assert!(out.sent.frames > 500 && out.sent.bytes / out.sent.frames < 1515, "{out:?}");
     guest.vm.stop().unwrap();
 }
 
