@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 use libtest_mimic::{Arguments, Trial};
 
 mod driven;
+#[path = "../guests/elf.rs"]
+mod elf;
 #[path = "../guests/mod.rs"]
 mod guests;
 #[path = "../holdings/mod.rs"]

@@ -20,32 +20,8 @@ type Step = (Op, u32, u32, u32);
 
 /// What some of them begin with.
 pub fn prepare(stage: &Stage) {
-    std::fs::write(stage.file("kernel"), kernel()).unwrap();
+    std::fs::write(stage.file("kernel"), crate::elf::kernel(&ECHO)).unwrap();
     std::fs::write(stage.file("initrd"), [7; 5000]).unwrap();
-}
-
-/// An ELF kernel with a PVH entry: a segment of 4 KiB at 16 MiB.
-fn kernel() -> Vec<u8> {
-    let mut image = vec![0; 0x240];
-    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
-    put(0, b"\x7fELF\x02\x01\x01");
-    put(18, &62u16.to_le_bytes());
-    put(32, &64u64.to_le_bytes());
-    put(54, &56u16.to_le_bytes());
-    put(56, &2u16.to_le_bytes());
-    for (at, kind, fields) in
-        [(64, 1u32, [0x200u64, 0, 0x100_0000, 0x40, 0x1000]), (120, 4, [0x100, 0, 0, 20, 20])]
-    {
-        put(at, &kind.to_le_bytes());
-        (0..).zip(fields).for_each(|(i, field)| put(at + 8 + 8 * i, &field.to_le_bytes()));
-    }
-    for (i, word) in [4u32, 4, 18].into_iter().enumerate() {
-        put(0x100 + 4 * i, &word.to_le_bytes());
-    }
-    put(0x10c, b"Xen\0");
-    put(0x110, &0x100_0000u32.to_le_bytes());
-    put(0x200, &ECHO);
-    image
 }
 
 /// Looks 30,000 times whether something was typed, sends that back, and resets the machine.

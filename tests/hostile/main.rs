@@ -17,6 +17,8 @@ use vmbed::internals::{Board, Part, memory_file};
 #[path = "../api/callbacks.rs"]
 mod callbacks;
 mod driven;
+#[path = "../guests/elf.rs"]
+mod elf;
 mod ends;
 mod files;
 mod frames;
