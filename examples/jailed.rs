@@ -8,13 +8,14 @@
 //! As root it becomes `--user`; anybody else needs user namespaces. SIGTERM presses the guest's power button, the second one ends
 //! it. Exit status: 0 the guest powered off, 2 it asked for a reboot, 3 it crashed, 1 anything else.
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, stdout};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 
 use landlock::{
     ABI, Access, AccessFs, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus, path_beneath_rules,
@@ -27,7 +28,10 @@ use rustix::mount::{
 };
 use rustix::process::{Pid, Resource, Rlimit, Signal};
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch, sock_filter,
+};
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
 use vmbed::{
     BareBoot, Bytes, CpuMode, DiskConfig, EventKind, Host, LinuxBoot, NetConfig, Platform, SandboxConfig,
@@ -142,6 +146,7 @@ fn arguments() -> Done<Option<Options>> {
 
 /// Opens what the guest is given, and starts this program once more in namespaces of its own. Answers that one's exit status.
 fn outside(options: &Options) -> Done<u8> {
+    keep_what_was_inherited()?;
     let mut given = Vec::new();
     let mut numbers = Vec::new();
     let mut give = |fd: OwnedFd| -> Done<()> {
@@ -171,7 +176,7 @@ fn outside(options: &Options) -> Done<u8> {
     signal_hook::low_level::pipe::register(SIGCHLD, raised)?;
     let signals = signals()?;
     let mut command = Command::new("/proc/self/exe");
-    command.args(std::env::args_os().skip(1)).env(INSIDE, numbers.join(" "));
+    command.args(std::env::args_os().skip(1)).env(INSIDE, numbers.join(" ")).stdin(Stdio::null());
     if !privileged {
         command.env(MAPPED, "1");
     }
@@ -191,6 +196,16 @@ fn outside(options: &Options) -> Done<u8> {
             let _ = rustix::process::kill_process(Pid::from_child(&child), Signal::TERM);
         }
     }
+}
+
+/// From the next program: whoever started this one may have left it descriptors that it knows nothing of.
+#[expect(unsafe_code, reason = "close_range has no safe wrapper")]
+fn keep_what_was_inherited() -> Done<()> {
+    // SAFETY: integers go in, and nothing is closed before exec(2).
+    if unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as _) } < 0 {
+        return Err(format!("close_range (since Linux 5.11): {}", std::io::Error::last_os_error()).into());
+    }
+    Ok(())
 }
 
 /// Readable when somebody wants an end.
@@ -271,6 +286,8 @@ fn become_root_of_a_user_namespace() -> Done<()> {
 fn inside(options: &Options, given: &str) -> Done<StopCause> {
     // First: what the first process of a namespace has no handler for is lost.
     let signals = signals()?;
+    // A terminal is the other process's, which tells of its ^C; nobody types into it from here (TIOCSTI).
+    rustix::process::setsid()?;
     let given = given.split_whitespace().map(|number| {
         // SAFETY: the process that started this one has left it these descriptors, and nobody else uses them here.
         Ok(unsafe { OwnedFd::from_raw_fd(number.parse()?) })
@@ -290,7 +307,7 @@ fn inside(options: &Options, given: &str) -> Done<StopCause> {
     // What a program that is taken over might have left open.
     let before = options.check.then(|| open(Path::new("/etc"), false)).transpose()?;
     empty_root(&images)?;
-    limits()?;
+    limits(options)?;
     give_up_rights(options.user)?;
     // Another user's process would have forgotten it.
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
@@ -332,9 +349,14 @@ fn empty_root(images: &[(&str, File)]) -> Done<()> {
     Ok(mount_remount("/", MountFlags::BIND | MountFlags::RDONLY | strict, c"")?)
 }
 
-fn limits() -> Done<()> {
-    let most = [(Resource::Core, 0), (Resource::Nofile, 512), (Resource::Msgqueue, 0), (Resource::Rtprio, 0)];
+fn limits(options: &Options) -> Done<()> {
+    // A queue for each vCPU is the most that a device has.
+    let devices = 1 + options.disks.len() as u64 + options.taps.len() as u64;
+    let files = 512 + 8 * u64::from(options.vcpus) * devices;
+    let most =
+        [(Resource::Core, 0), (Resource::Nofile, files), (Resource::Msgqueue, 0), (Resource::Rtprio, 0)];
     for (resource, most) in most {
+        let most = rustix::process::getrlimit(resource).maximum.map_or(most, |allowed| allowed.min(most));
         rustix::process::setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) })?;
     }
     Ok(())
@@ -371,14 +393,56 @@ fn restrict(best_effort: bool) -> Done<()> {
     if status.ruleset == RulesetStatus::NotEnforced && !best_effort {
         return Err("this kernel has no Landlock; --best-effort goes on without".into());
     }
-    let refused = REFUSED.into_iter().map(|call| (call, Vec::new())).collect();
+    let mut refused: BTreeMap<_, _> = REFUSED.into_iter().map(|call| (call, Vec::new())).collect();
+    // A new process, or a thread elsewhere than this one.
+    let mut made = vec![clones(libc::CLONE_THREAD, 0)?];
+    for elsewhere in ELSEWHERE {
+        made.push(clones(elsewhere, elsewhere)?);
+    }
+    refused.insert(libc::SYS_clone, made);
     let (rest, those) = (SeccompAction::Allow, SeccompAction::Errno(libc::EPERM as u32));
     let filter = SeccompFilter::new(refused, rest, those, TargetArch::x86_64)?;
-    Ok(seccompiler::apply_filter(&BpfProgram::try_from(filter)?)?)
+    seccompiler::apply_filter(&BpfProgram::try_from(filter)?)?;
+    Ok(seccompiler::apply_filter(&unseen())?)
 }
 
-/// What a program does that is on its way to other things.
-const REFUSED: [libc::c_long; 24] = [
+/// clone(2) whose flags read `value` where `mask` is.
+fn clones(mask: i32, value: i32) -> Done<SeccompRule> {
+    let (mask, value) = (SeccompCmpOp::MaskedEq(mask as u32 as u64), value as u32 as u64);
+    Ok(SeccompRule::new(vec![SeccompCondition::new(0, SeccompCmpArgLen::Qword, mask, value)?])?)
+}
+
+/// The kernel's numbers of calls of the x32 interface, on the same architecture, begin here: those of a list of others would pass.
+const X32: u32 = 0x4000_0000;
+
+/// x32 calls fail, and clone3 is not there, whose flags a filter cannot see: the C library uses clone then.
+fn unseen() -> BpfProgram {
+    let step = |code: u32, jt, k| sock_filter { code: code as u16, jt, jf: 0, k };
+    let answer = |errno: i32| libc::SECCOMP_RET_ERRNO | errno as u32;
+    vec![
+        // The number: the first field of seccomp_data.
+        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        step(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, 2, X32),
+        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 2, libc::SYS_clone3 as u32),
+        step(libc::BPF_RET, 0, libc::SECCOMP_RET_ALLOW),
+        step(libc::BPF_RET, 0, answer(libc::EPERM)),
+        step(libc::BPF_RET, 0, answer(libc::ENOSYS)),
+    ]
+}
+
+const ELSEWHERE: [i32; 8] = [
+    libc::CLONE_NEWNS,
+    libc::CLONE_NEWCGROUP,
+    libc::CLONE_NEWUTS,
+    libc::CLONE_NEWIPC,
+    libc::CLONE_NEWUSER,
+    libc::CLONE_NEWPID,
+    libc::CLONE_NEWNET,
+    libc::CLONE_PTRACE,
+];
+
+/// What a program does that is on its way to other things. No io_uring, whose requests no filter sees: disks are served by calls.
+const REFUSED: [libc::c_long; 28] = [
     libc::SYS_execve,
     libc::SYS_execveat,
     libc::SYS_fork,
@@ -403,22 +467,48 @@ const REFUSED: [libc::c_long; 24] = [
     libc::SYS_request_key,
     libc::SYS_kexec_load,
     libc::SYS_init_module,
+    libc::SYS_finit_module,
+    libc::SYS_io_uring_setup,
+    libc::SYS_pidfd_getfd,
+    libc::SYS_open_by_handle_at,
 ];
 
 /// Makes each of those calls, and opens files through a directory that was open before; says what came of it.
 #[expect(unsafe_code, reason = "calls by their numbers")]
 fn check(directory: &File) {
-    for call in REFUSED {
+    let make = |call: libc::c_long, first: i64| {
         // SAFETY: no argument points to anything; a process that is made all the same ends here.
-        let answer = unsafe { libc::syscall(call, -1i64, -1i64, -1i64, -1i64, -1i64, -1i64) };
+        let answer = unsafe { libc::syscall(call, first, 0i64, 0i64, 0i64, 0i64, 0i64) };
         let error = std::io::Error::last_os_error();
         match answer {
             // SAFETY: it ends the calling process, and does nothing else.
-            0 if matches!(call, libc::SYS_fork | libc::SYS_vfork) => unsafe { libc::_exit(0) },
-            0.. => println!("call {call}: done"),
-            _ => println!("call {call}: {error}"),
+            0 if matches!(call, libc::SYS_fork | libc::SYS_vfork | libc::SYS_clone) => unsafe {
+                libc::_exit(0)
+            },
+            0.. => "done".into(),
+            _ => error.to_string(),
         }
+    };
+    for call in REFUSED {
+        println!("call {call}: {}", make(call, -1));
     }
+    for flags in [0].into_iter().chain(ELSEWHERE) {
+        println!("clone with {flags:#x}: {}", make(libc::SYS_clone, i64::from(flags | libc::SIGCHLD)));
+    }
+    println!("clone3: {}", make(libc::SYS_clone3, 0));
+    println!("x32: {}", make(i64::from(X32) + libc::SYS_getpid, 0));
+    // SAFETY: it asks about a number.
+    let open = (0..1024).filter(|fd| unsafe { libc::fcntl(*fd, libc::F_GETFD) } >= 0);
+    println!("descriptors: {:?}", open.collect::<Vec<_>>());
+    println!("input: {:?}", std::io::stdin().read(&mut [0; 16]));
+    println!(
+        "leads its session: {}",
+        rustix::process::getsid(None).is_ok_and(|id| id == rustix::process::getpid())
+    );
+    println!(
+        "a thread: {}",
+        if std::thread::Builder::new().spawn(|| ()).is_ok() { "runs" } else { "does not" }
+    );
     let opened =
         |result: rustix::io::Result<OwnedFd>| result.map_or_else(|e| e.to_string(), |_| "open".into());
     let flags = rustix::fs::OFlags::RDONLY;

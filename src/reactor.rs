@@ -93,10 +93,20 @@ pub(crate) struct LoopThread {
 
 type Manager = EventManager<Guarded>;
 type Call = Box<dyn FnOnce(&mut Manager) + Send>;
+/// What a call returned, or its panic, which ends nothing but the call.
+type Answer<R> = Receiver<std::thread::Result<R>>;
 
 impl LoopThread {
-    fn gone(&self) -> Error {
-        Error::new(ErrorKind::Internal, format!("event loop '{}' has ended", self.name))
+    /// Waits for what a call came to.
+    fn answer<R>(&self, begun: Option<Answer<R>>) -> Result<R> {
+        let failed =
+            |what: &str| Error::new(ErrorKind::Internal, format!("event loop '{}' {what}", self.name));
+        // None comes where the call was dropped with the queue.
+        match begun.and_then(|answered| answered.recv().ok()) {
+            Some(Ok(done)) => Ok(done),
+            Some(Err(panic)) => Err(failed(&format!("panicked: {}", panic_text(&*panic)))),
+            None => Err(failed("has ended")),
+        }
     }
 }
 
@@ -109,19 +119,15 @@ struct Calls {
 }
 
 impl Calls {
-    /// Does `f` on the loop's thread and waits for what it returns; `None` when the loop has ended.
-    fn call<R: Send + 'static>(&self, f: impl FnOnce(&mut Manager) -> R + Send + 'static) -> Option<R> {
-        // An error means that the call was dropped with the queue.
-        self.begin(f)?.recv().ok()
-    }
-
-    /// The same without waiting: what `f` returns comes later.
+    /// Does `f` on the loop's thread, some time: what it returns comes later. `None` when the loop has ended.
     fn begin<R: Send + 'static>(
         &self,
         f: impl FnOnce(&mut Manager) -> R + Send + 'static,
-    ) -> Option<Receiver<R>> {
+    ) -> Option<Answer<R>> {
         let (answer, answered) = channel();
-        let call: Call = Box::new(move |manager| drop(answer.send(f(manager))));
+        let call: Call = Box::new(move |manager| {
+            let _ = answer.send(catch_unwind(AssertUnwindSafe(|| f(manager))));
+        });
         lock(&self.queue).as_mut()?.push(call);
         // Full only when it rings anyway.
         fd::ring(&self.bell);
@@ -232,7 +238,7 @@ impl EventLoop {
     /// Does `f` between two turns and waits for what it returns.
     fn call<R: Send + 'static>(&self, f: impl FnOnce(&mut Manager) -> R + Send + 'static) -> Result<R> {
         match self {
-            Self::Thread(own) => own.calls.call(f).ok_or_else(|| own.gone()),
+            Self::Thread(own) => own.answer(own.calls.begin(f)),
             Self::Caller(dispatcher) => Ok(dispatcher.0.call(f)),
         }
     }
@@ -247,7 +253,7 @@ impl EventLoop {
         match self {
             Self::Thread(own) => {
                 let begun = own.calls.begin(move |_| f());
-                Box::new(move || begun.and_then(|answered| answered.recv().ok()).ok_or_else(|| own.gone()))
+                Box::new(move || own.answer(begun))
             }
             Self::Caller(_) => Box::new(move || Ok(f())),
         }
@@ -453,6 +459,18 @@ mod tests {
         assert_eq!(finish().unwrap(), (true, true), "(told by its caller, on another thread)");
         event_loop.stop();
         assert!(event_loop.meanwhile(|| ())().is_err(), "the loop has ended");
+    }
+
+    #[test]
+    fn a_call_that_panics_fails_and_the_loop_goes_on() {
+        let event_loop = start();
+        let failed = event_loop.meanwhile(|| panic!("as the test wants"))().unwrap_err();
+        assert_eq!(failed.to_string(), "event loop 'test' panicked: as the test wants");
+        event_loop.tell(|| panic!("nobody hears"));
+        assert_eq!(event_loop.meanwhile(|| 3)().unwrap(), 3, "the next one is served");
+        event_loop.stop();
+        let gone = event_loop.meanwhile(|| ())().unwrap_err();
+        assert_eq!(gone.to_string(), "event loop 'test' has ended");
     }
 
     #[test]

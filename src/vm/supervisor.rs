@@ -7,8 +7,7 @@
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 
 use event_manager::{EventSet, Events};
 
@@ -104,10 +103,9 @@ impl Supervisor {
         if !duty.is_confined_by(&self.config) {
             return None;
         }
-        // Sending allocates nothing, so that the thread makes no call before somebody listens, save for waking who waits.
-        let (told, answer) = sync_channel(1);
-        let door = Door { supervisor: self.clone(), duty, told };
-        Some((door, Waiting { supervisor: self.clone(), duty, name, answer }))
+        let meeting: Arc<Meeting> = Arc::default();
+        let door = Door { supervisor: self.clone(), duty, meeting: meeting.clone() };
+        Some((door, Waiting { supervisor: self.clone(), duty, name, meeting }))
     }
 
     pub fn config(&self) -> &SandboxConfig {
@@ -146,22 +144,85 @@ impl Supervisor {
     }
 }
 
+/// Where a thread that is to be confined and who made it meet.
+#[derive(Default)]
+struct Meeting {
+    step: Mutex<Step>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+enum Step {
+    #[default]
+    Outside,
+    /// The thread is in, or why not: it waits until somebody hears what is refused to it.
+    Entered(Result<Entered>),
+    /// Whoever made it has that result.
+    Known,
+    /// It may go on, or it is to end.
+    Done(bool),
+}
+
+impl Meeting {
+    /// The thread has entered, or could not: whether it may go on.
+    ///
+    /// Takes no memory and frees none: what the allocator asks the kernel then would wait for who listens, who may be waiting for
+    /// the allocator's lock.
+    fn enter(&self, entered: Result<Entered>) -> bool {
+        let mut step = lock(&self.step);
+        if matches!(*step, Step::Outside) {
+            *step = Step::Entered(entered);
+            self.changed.notify_all();
+        }
+        loop {
+            match *step {
+                Step::Done(goes_on) => return goes_on,
+                _ => step = self.changed.wait(step).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+
+    /// Waits for that.
+    fn entered(&self) -> Result<Entered> {
+        let step = self.changed.wait_while(lock(&self.step), |step| matches!(step, Step::Outside));
+        match std::mem::replace(&mut *step.unwrap_or_else(PoisonError::into_inner), Step::Known) {
+            Step::Entered(entered) => entered,
+            _ => Err(Error::new(ErrorKind::Internal, "it ended before")),
+        }
+    }
+
+    /// Nothing is waited for any more, unless it was before.
+    fn end(&self, goes_on: bool) {
+        let mut step = lock(&self.step);
+        if !matches!(*step, Step::Done(_)) {
+            *step = Step::Done(goes_on);
+            self.changed.notify_all();
+        }
+    }
+}
+
 /// For the thread that is to be confined.
 pub(super) struct Door {
     supervisor: Arc<Supervisor>,
     duty: Duty,
-    told: SyncSender<Result<Entered>>,
+    meeting: Arc<Meeting>,
 }
 
 impl Door {
-    /// Confines the calling thread; whether it is. Where it is not, who made it hears why, and the thread goes no further.
+    /// Confines the calling thread, and returns when what it is refused is heard; whether it is confined. Where it is not, who made it
+    /// hears why, and the thread goes no further.
     pub fn enter(self) -> bool {
         let (event_loop, records) = (Arc::downgrade(&self.supervisor.logs), self.supervisor.records.clone());
         log::divert(move |entry| Supervisor::carry(&event_loop, &records, entry));
         let entered = (self.supervisor.confinement.enter)(self.duty);
-        let is_in = entered.is_ok();
-        let _ = self.told.send(entered);
-        is_in
+        self.meeting.enter(entered)
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        // Nothing, where it has been entered.
+        self.meeting.end(false);
     }
 }
 
@@ -170,38 +231,50 @@ pub(super) struct Waiting {
     supervisor: Arc<Supervisor>,
     duty: Duty,
     name: String,
-    answer: Receiver<Result<Entered>>,
+    meeting: Arc<Meeting>,
 }
 
 impl Waiting {
     /// Waits until the thread is confined, and has its notices heard.
     pub fn finish(self) -> Result<()> {
-        let Self { supervisor, duty, name, answer } = self;
-        let lost = || Error::new(ErrorKind::Internal, "it ended before");
-        let entered = answer.recv().unwrap_or_else(|_| Err(lost()));
-        let entered = entered.map_err(|e| e.context(format!("sandbox: confining the thread {name}")))?;
+        let entered = self.meeting.entered();
+        let entered =
+            entered.map_err(|e| e.context(format!("sandbox: confining the thread {}", self.name)))?;
         let filtered = entered.notices.is_some();
         if let Some(notices) = entered.notices {
-            let (thread, stop) = (name.clone(), supervisor.stop.clone());
-            let describe = supervisor.confinement.describe;
-            let unheard: Arc<Unheard> = Arc::default();
-            let refused = Refused::new(supervisor.violation.clone());
-            let refused = Arc::new(refused.map_err(|e| Error::os("sandbox: creating an eventfd", e))?);
-            let teller =
-                Teller { refused: refused.clone(), thread, describe, stop, unheard: unheard.clone() };
-            let teller = supervisor.tells.attach(teller, "sandbox", &supervisor.stop)?;
-            if let Some(error) = lock(&unheard).take() {
-                return Err(Error::new(ErrorKind::Exhausted, format!("sandbox: hearing {name}: {error}")));
-            }
-            let heard = supervisor.answers.hear(Listener { notices, duty, refused });
-            heard.map_err(|e| Error::os(format!("sandbox: hearing {name}"), e))?;
-            lock(&supervisor.attached).push(teller);
+            self.hear(notices)?;
         }
-        let mut report = lock(&supervisor.report);
+        self.meeting.end(true);
+        let mut report = lock(&self.supervisor.report);
         report.seccomp = filtered && (report.seccomp || report.threads.is_empty());
         report.landlock = entered.landlock;
-        report.threads.push(name);
+        report.threads.push(self.name.clone());
         Ok(())
+    }
+
+    fn hear(&self, notices: OwnedFd) -> Result<()> {
+        let Self { supervisor, duty, name, .. } = self;
+        let (thread, stop) = (name.clone(), supervisor.stop.clone());
+        let describe = supervisor.confinement.describe;
+        let unheard: Arc<Unheard> = Arc::default();
+        let refused = Refused::new(supervisor.violation.clone());
+        let refused = Arc::new(refused.map_err(|e| Error::os("sandbox: creating an eventfd", e))?);
+        let teller = Teller { refused: refused.clone(), thread, describe, stop, unheard: unheard.clone() };
+        let teller = supervisor.tells.attach(teller, "sandbox", &supervisor.stop)?;
+        if let Some(error) = lock(&unheard).take() {
+            return Err(Error::new(ErrorKind::Exhausted, format!("sandbox: hearing {name}: {error}")));
+        }
+        let heard = supervisor.answers.hear(Listener { notices, duty: *duty, refused });
+        heard.map_err(|e| Error::os(format!("sandbox: hearing {name}"), e))?;
+        lock(&supervisor.attached).push(teller);
+        Ok(())
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        // Nothing, where it may go on.
+        self.meeting.end(false);
     }
 }
 
@@ -243,5 +316,58 @@ impl Threads {
         let entered = event_loop.meanwhile(move || door.enter());
         waiting.finish()?;
         entered().map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{RecvTimeoutError, channel};
+    use std::time::Duration;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(10);
+
+    fn enters(meeting: &Arc<Meeting>, entered: Result<Entered>) -> std::sync::mpsc::Receiver<bool> {
+        let (meeting, (told, answer)) = (meeting.clone(), channel());
+        std::thread::spawn(move || told.send(meeting.enter(entered)));
+        answer
+    }
+
+    fn free() -> Result<Entered> {
+        Ok(Entered { notices: None, landlock: None })
+    }
+
+    #[test]
+    fn a_thread_goes_on_when_it_is_heard_and_not_before() {
+        let meeting = Arc::default();
+        let goes_on = enters(&meeting, free());
+        assert_eq!(meeting.entered().unwrap().landlock, None);
+        assert_eq!(goes_on.recv_timeout(Duration::from_millis(50)), Err(RecvTimeoutError::Timeout));
+        meeting.end(true);
+        // Whoever made it leaves afterwards.
+        meeting.end(false);
+        assert_eq!(goes_on.recv_timeout(LONG), Ok(true));
+    }
+
+    #[test]
+    fn a_thread_that_nobody_hears_ends_and_so_does_the_wait_for_one_that_never_came() {
+        for known in [false, true] {
+            let meeting = Arc::default();
+            let goes_on = enters(&meeting, free());
+            if known {
+                meeting.entered().unwrap();
+            }
+            meeting.end(false);
+            assert_eq!(goes_on.recv_timeout(LONG), Ok(false), "{known}");
+        }
+        let meeting: Arc<Meeting> = Arc::default();
+        meeting.end(false);
+        assert_eq!(meeting.entered().err().unwrap().to_string(), "it ended before");
+        let meeting = Arc::default();
+        let refused = enters(&meeting, Err(Error::new(ErrorKind::Os, "as the test wants")));
+        assert_eq!(meeting.entered().err().unwrap().to_string(), "as the test wants");
+        meeting.end(false);
+        assert_eq!(refused.recv_timeout(LONG), Ok(false));
     }
 }

@@ -9,11 +9,12 @@ use vmbed::{BackingKind, BalloonConfig, Bytes, ErrorKind, Host};
 use crate::assets::KERNELS;
 use crate::balloon::{filled, wait_until};
 use crate::cage::Setting;
-use crate::guest::{Guest, config};
+use crate::guest::{Guest, LONG, config};
 use crate::trial;
 
 pub fn add(trials: &mut Vec<Trial>) {
     trials.push(trial("backing::huge_pages_of_the_pool", pool));
+    trials.push(trial("backing::a_huge_page_that_is_gone_ends_its_guest_and_nothing_else", gone));
     trials.push(trial("backing::anonymous_memory_given_back_is_free", anonymous));
 }
 
@@ -49,6 +50,54 @@ fn pool() {
     drop(guest);
     assert_eq!(read("free_hugepages"), 70, "all are back");
     drop(pool);
+}
+
+/// What a guest gave back has gone from the pool when it, or the program, touches it again.
+fn gone() {
+    vmbed::handle_sigbus().unwrap();
+    let host = Host::open().unwrap();
+    let other = Guest::start_on(&host, config(KERNELS[0], "echo other=runs; read go; echo other=went"));
+    for by_guest in [false, true] {
+        let pool = Setting::of(Path::new(POOL).join("nr_hugepages"), "70");
+        let script = "mkdir -p /mnt; mount -t tmpfs -o size=100m none /mnt
+            dd if=/dev/zero of=/mnt/fill bs=1M count=60 2>/dev/null; rm /mnt/fill; echo now=freed
+            read go; dd if=/dev/zero of=/mnt/fill bs=1M count=60 2>/dev/null; echo still=here; read go";
+        let mut config = config(KERNELS[0], script);
+        config.backing.kind = BackingKind::Huge2M;
+        config.balloon = Some(BalloonConfig::default());
+        let guest = Guest::start_on(&host, config);
+        guest.wait_for("now=freed");
+        wait_until(&guest, "20 huge pages to be reported", |g| {
+            g.vm.balloon_statistics().unwrap().reported.measured > Bytes::mib(40)
+        });
+        // Whoever looks after the machine takes those that are free for something else.
+        let taken = read("nr_hugepages") - read("free_hugepages");
+        fs::write(Path::new(POOL).join("nr_hugepages"), taken.to_string()).unwrap();
+        assert_eq!((read("nr_hugepages"), read("free_hugepages")), (taken, 0), "none is set aside for it");
+        if by_guest {
+            guest.vm.console_input(b"go\n");
+        } else {
+            let mut bytes = vec![0; 1 << 20];
+            let failed: Vec<_> =
+                (0..128).filter_map(|mib| guest.vm.read_memory(mib << 20, &mut bytes).err()).collect();
+            assert!(failed.len() > 40, "one of each MiB that was given back: {}", failed.len());
+            for error in failed {
+                let said = error.to_string();
+                assert!(error.kind() == ErrorKind::Exhausted && said.contains("(SIGBUS)"), "{error}");
+            }
+        }
+        let cause = guest.vm.wait_timeout(LONG).unwrap().expect("an end");
+        let said = cause.to_string();
+        // What KVM says depends on how it runs the guest.
+        assert!(said.contains("(SIGBUS)") || by_guest && said.contains("EFAULT"), "{said}");
+        assert!(!guest.console().contains("still=here"), "{}", guest.console());
+        drop(guest);
+        assert_eq!(read("free_hugepages"), read("nr_hugepages"), "all are back");
+        drop(pool);
+    }
+    other.vm.console_input(b"go\n");
+    other.wait_for("other=went");
+    other.power_off();
 }
 
 /// Without file or pool: only the machine's free memory tells. What the kernel would let go of at once is free: what it has read from
