@@ -166,7 +166,8 @@ pub struct BalloonConfig {
     /// The guest may take memory out of the balloon before it kills a process for want of memory. Default `true`.
     pub deflate_on_oom: bool,
     /// The guest gives large pieces of free memory back as it goes along, a few seconds after they became free, and
-    /// has them again when it touches them. Default `true`.
+    /// has them again when it touches them. Default `true`. Not offered to a guest on the pool of huge pages
+    /// ([`BackingKind::Huge2M`]), which might have none then.
     pub reporting: bool,
     /// [`Vm::discard_free_pages`](crate::Vm::discard_free_pages) works. Default `false`: a Linux guest that runs out of
     /// memory at that moment may use a page while it is being given back, and lose what it has written there.

@@ -259,7 +259,7 @@ impl EventLoop {
         }
     }
 
-    /// Does `f` on the loop's thread, some time. A loop without one does nothing.
+    /// Does `f` on the loop's thread, some time. A loop without one does nothing. Nobody hears of its panic.
     pub fn tell(&self, f: impl FnOnce() + Send + 'static) {
         if let Self::Thread(own) = self {
             drop(own.calls.begin(move |_| f()));

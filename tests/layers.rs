@@ -199,3 +199,35 @@ fn every_network_has_a_drawing_and_lines_in_three_languages() {
     }
     assert_eq!(complete, 15, "sections with all of it: a set-up that is gone, or new");
 }
+
+/// The embedder's logger never runs on a thread in the sandbox: by the name `log`, a file has `crate::sys::log`, which knows.
+#[test]
+fn records_go_by_the_way_that_knows_of_the_sandbox() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    rust_files(&root, &mut files);
+    let logs = |code: &str| {
+        ["error", "warn", "info", "debug", "trace"].iter().any(|level| {
+            code.match_indices(&format!("log::{level}!")).any(|(at, _)| !code[..at].ends_with("::"))
+        })
+    };
+    let knows = |text: &str| {
+        statements(text).iter().any(|(_, line)| {
+            let names = |list: &str| {
+                list.split([',', '{', '}', ';', ' ']).any(|word| matches!(word, "log" | "log::self"))
+            };
+            let from =
+                ["use crate::sys::", "use super::"].iter().find_map(|start| line.trim().strip_prefix(start));
+            from.is_some_and(names) || line.contains("use crate::sys::log::{self")
+        })
+    };
+    let wrong: Vec<_> = files
+        .iter()
+        .filter(|file| !file.ends_with("sys/log.rs"))
+        .filter(|file| {
+            let text = fs::read_to_string(file).unwrap();
+            logs(&text) && !knows(&text)
+        })
+        .collect();
+    assert!(files.len() > 100 && wrong.is_empty(), "these call the crate `log` itself: {wrong:?}");
+}

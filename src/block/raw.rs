@@ -17,6 +17,7 @@ use crate::config::DiskConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::fd;
 use crate::sys::file::lock_image;
+use crate::sys::log;
 use crate::units::Sectors;
 
 /// How long a lock is waited for: a child that was forked while an image was open holds it until it execs.

@@ -18,6 +18,7 @@ use crate::memory::Memory;
 use crate::sys::fd;
 use crate::sys::io::Pieces;
 use crate::sys::lock;
+use crate::sys::log;
 use crate::units::{Bytes, Sectors};
 
 /// What is copied at once.
@@ -25,7 +26,8 @@ const CHUNK: u64 = 256 << 10;
 /// How long a file of the host's is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A copy in the making. Its file is gone when it is dropped before [`finish`](Self::finish).
+/// A copy in the making. Who makes it calls [`finish`](Self::finish) or [`abandon`](Self::abandon): a thread of the disk's may be the
+/// last to have it, and may remove no file.
 pub(crate) struct Saving(Mutex<State>);
 
 struct State {
@@ -114,9 +116,24 @@ impl Saving {
         state.path = PathBuf::new();
         Ok(())
     }
+
+    /// It will not be complete: its file is gone afterwards, and nothing is copied any more. Nothing, where it has been finished.
+    pub fn abandon(&self) {
+        lock(&self.0).remove();
+    }
 }
 
 impl State {
+    fn remove(&mut self) {
+        self.target = None;
+        let path = std::mem::take(&mut self.path);
+        if !path.as_os_str().is_empty()
+            && let Err(error) = std::fs::remove_file(&path)
+        {
+            log::warn!("removing {}, which is not complete: {error}", path.display());
+        }
+    }
+
     fn copy(&mut self, chunk: usize) {
         if self.copied.get(chunk) != Some(&false) {
             return;
@@ -144,13 +161,7 @@ impl State {
 
 impl Drop for State {
     fn drop(&mut self) {
-        if self.path.as_os_str().is_empty() {
-            return;
-        }
-        self.target = None;
-        if let Err(error) = std::fs::remove_file(&self.path) {
-            log::warn!("removing {}, which is not complete: {error}", self.path.display());
-        }
+        self.remove();
     }
 }
 
@@ -195,4 +206,30 @@ fn perform(
 pub(crate) fn cannot(id: &str) -> Error {
     let why = format!("{id}: its bytes are behind code of yours: save them there");
     Error::new(ErrorKind::Unsupported, why)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_that_is_given_up_is_gone_though_somebody_has_it_in_hand() {
+        let directory = std::env::temp_dir();
+        let [from, to] =
+            ["from", "to"].map(|name| directory.join(format!("vmbed-save-{name}-{}", std::process::id())));
+        std::fs::write(&from, vec![7; 2 * CHUNK as usize]).unwrap();
+        let source = crate::block::open("disk0", &from, &DiskConfig::new(&from)).unwrap();
+        let copy = std::sync::Arc::new(Saving::new(source, 2 * CHUNK, &to, DiskFormat::Raw).unwrap());
+        let in_hand = copy.clone();
+        assert_eq!(copy.step().unwrap(), CHUNK);
+        copy.abandon();
+        assert!(!to.exists());
+        // Another file of that name is not its own any more.
+        std::fs::write(&to, b"other").unwrap();
+        in_hand.keep(0, 2 * CHUNK);
+        copy.abandon();
+        drop((copy, in_hand));
+        assert_eq!(std::fs::read(&to).unwrap(), b"other");
+        [from, to].iter().for_each(|file| std::fs::remove_file(file).unwrap());
+    }
 }

@@ -132,6 +132,9 @@ fn size_of_struct<T: Sized_>(pointer: *const T) -> Result<usize> {
     if pointer.is_null() {
         return Err(invalid(format!("{} is NULL", T::NAME)));
     }
+    if !pointer.cast::<usize>().is_aligned() {
+        return Err(invalid(format!("{} is at {pointer:p}, which is not aligned", T::NAME)));
+    }
     // SAFETY: not NULL, so at least its size is there: the header says so.
     let size = unsafe { pointer.cast::<usize>().read() };
     if size < T::FIRST || size > 1 << 16 {

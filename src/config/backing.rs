@@ -45,7 +45,8 @@ pub enum BackingKind {
     /// Accounts cost a walk over page tables.
     Anonymous,
     /// Pages of 2 MiB from the pool that the host's administrator set aside (`vm.nr_hugepages`). They are never swapped,
-    /// so the ledger counts the whole VM as pinned; `memory` is a multiple of 2 MiB. A balloon frees whole pages only.
+    /// so the ledger counts the whole VM as pinned; `memory` is a multiple of 2 MiB. A balloon frees whole pages only; when
+    /// the guest takes one back that the pool has no more, its VM ends with a `DeviceFault` of `memory`.
     #[cfg_attr(feature = "serde", serde(rename = "huge_2m"))]
     Huge2M,
     /// The same with pages of 1 GiB.

@@ -38,6 +38,10 @@ pub(super) fn problems(config: &VmConfig) -> Vec<FieldError> {
     found.affinity(&config.cpus);
     found.memory(config);
     found.backing(&config.backing, config.memory);
+    if config.backing.kind.pool_page().is_some() && config.balloon.as_ref().is_some_and(|b| b.hinting) {
+        let problem = "is set, of memory from the pool, which may have no page when the guest uses it again";
+        found.add("balloon.hinting", problem, "false, or another BackingKind");
+    }
     config.cgroup.iter().for_each(|cgroup| found.cgroup(cgroup));
     match &config.boot {
         Boot::Linux(linux) => found.linux(linux, config.platform),

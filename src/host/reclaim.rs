@@ -247,7 +247,7 @@ impl Worker {
         let there: BTreeSet<u64> = sample.vms.iter().map(|vm| vm.id).collect();
         self.paused.retain(|vm, _| there.contains(vm));
         let steps = plan(limits, &sample);
-        log::trace!("look: {}", Look { limits, sample: &sample, steps: &steps });
+        ::log::trace!("look: {}", Look { limits, sample: &sample, steps: &steps });
         let near = free < limits.balloon.saturating_mul(2);
         // What takes longest comes last, and a part at a time: somebody may need to be stopped meanwhile.
         let is_long = |step: &&Step| matches!(step, Step::PageOut { .. });
@@ -257,7 +257,7 @@ impl Worker {
             if let Step::PageOut { vm, bytes } = *step
                 && Instant::now() < deadline
             {
-                self.log(log::Level::Debug, *step);
+                self.log(::log::Level::Debug, *step);
                 herd.page_out(vm, bytes, deadline);
             }
         }
@@ -269,7 +269,7 @@ impl Worker {
     }
 
     fn carry_out(&mut self, step: Step, now: Duration) {
-        self.log(log::Level::Info, step);
+        self.log(::log::Level::Info, step);
         let herd = &self.shared.herd;
         match step {
             Step::Balloon { vm, target } => herd.set_balloon(vm, target),
@@ -293,9 +293,9 @@ impl Worker {
     }
 
     /// Says what is done, and how long ago it can have become necessary.
-    fn log(&self, level: log::Level, step: Step) {
+    fn log(&self, level: ::log::Level, step: Step) {
         let late = self.looks[1].elapsed().as_millis();
-        log::log!(level, "{step:?}, for what began at most {late} ms ago");
+        ::log::log!(level, "{step:?}, for what began at most {late} ms ago");
     }
 }
 

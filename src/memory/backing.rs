@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::config::{BackingConfig, BackingKind, HugePages};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::log;
 use crate::sys::memory::{Advice, Source, advise, bind, map_inside, reserve, sealed_memfd, sealed_pool};
 
 /// The size of a huge page, and so the alignment of guest memory in the process.

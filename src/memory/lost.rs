@@ -10,7 +10,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{Mapped, Memory};
 use crate::config::BackingConfig;
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::{lock, sigbus, thread};
+use crate::sys::memory::fill_hole;
+use crate::sys::{lock, log, sigbus, thread};
 
 /// Who is told, with the guest's address.
 pub(super) type Tell = Box<dyn FnOnce(u64) + Send>;
@@ -88,6 +89,32 @@ impl Memory {
     pub fn intact(&self) -> Result<()> {
         let Some(at) = self.lost() else { return Ok(()) };
         Err(Error::new(ErrorKind::Exhausted, lost(at)))
+    }
+
+    /// Of the pool: has pages there again of what was given back, before the guest uses it. Other memory comes with the first touch.
+    ///
+    /// Where the pool has none, its VM is told as of memory that is lost: nobody else would say so. A vCPU that touches what is not there
+    /// does not leave `KVM_RUN`: KVM has the page fetched asynchronously, drops the error, and has the vCPU try again, for ever.
+    pub fn restore(&self, start: u64, len: u64) {
+        if !self.is_pooled() {
+            return;
+        }
+        let end = start.saturating_add(len);
+        for region in self.iter() {
+            let (base, Some(file)) = (region.start_addr().raw_value(), region.file_offset()) else {
+                continue;
+            };
+            let (from, to) = (start.max(base), end.min(base + region.len()));
+            if from >= to {
+                continue;
+            }
+            if let Err(error) = fill_hole(file.file(), file.start() + (from - base), to - from) {
+                log::warn!("guest memory from {from:#x} to {to:#x} has no huge page any more: {error}");
+                if let Some(tell) = lock(&self.0.tell).take() {
+                    tell(from);
+                }
+            }
+        }
     }
 
     /// Who is told when some of it is lost, on the thread for that.

@@ -216,6 +216,11 @@ impl Memory {
         counted.or_else(|_| pages::count_entries(pagemap, region, offset, len, what)).unwrap_or(0)
     }
 
+    /// Whether it is of the administrator's pool of huge pages, of which another page may not be had.
+    pub fn is_pooled(&self) -> bool {
+        self.0.pooled
+    }
+
     /// Gives everything back to the host, of a guest that will not run any more: it reads zero from now on.
     pub fn discard_all(&self) {
         for region in self.iter() {

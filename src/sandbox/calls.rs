@@ -194,7 +194,15 @@ static VCPU: &[Rule] = &[
     // A disk that is stopped amid requests.
     any(Sysno::poll).unseen("a driver resets a disk amid requests, which takes luck"),
     any(Sysno::io_uring_enter).unseen("the same"),
+    // What a ring has done in part, and what qcow2 has put off.
+    any(Sysno::preadv).unseen("the same, of requests that the kernel did a part of"),
+    any(Sysno::pwritev2).unseen("the same"),
+    any(Sysno::pwrite64).unseen("the same, of an image that waits with its tables"),
+    any(Sysno::fdatasync).unseen("the same"),
+    any(Sysno::ftruncate).unseen("the same"),
+    with(Sysno::fallocate, &[(1, Is::Number(ZEROES))]).unseen("the same"),
     // A balloon that is stopped with pages that wait for their neighbours.
+    with(Sysno::fallocate, &[(1, Is::Number(0))]).unseen("the same, of the pool of huge pages"),
     with(Sysno::fallocate, &[(1, Is::Number(HOLE))])
         .unseen("a driver resets a balloon amid pages, which takes luck"),
     with(Sysno::madvise, &[(2, Is::Number(libc::MADV_FREE as u32))]).unseen("the same"),
@@ -247,6 +255,7 @@ static BALLOON: &[Rule] = &[
     any(Sysno::epoll_wait),
     any(Sysno::epoll_ctl),
     any(Sysno::timerfd_settime),
+    with(Sysno::fallocate, &[(1, Is::Number(0))]).unseen("memory of the pool of huge pages: tests/linux"),
     with(Sysno::fallocate, &[(1, Is::Number(HOLE))]),
     with(Sysno::madvise, &[(2, Is::Number(libc::MADV_FREE as u32))]),
     ioctl(&[(1, Is::Number(PAGEMAP_SCAN))]),

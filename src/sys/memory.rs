@@ -130,9 +130,20 @@ pub(crate) fn bind(region: &MmapRegion, nodes: &[u32]) -> io::Result<()> {
 
 /// Gives `len` bytes at `offset` of a file back to its file system: they read zero from now on. Its size stays.
 pub(crate) fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    fallocate(file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, len)
+}
+
+/// Has `len` bytes at `offset` of a file be there: of zeroes, where they were not.
+///
+/// # Errors
+/// ENOSPC where there is no room, or no page in the pool.
+pub(crate) fn fill_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    fallocate(file, 0, offset, len)
+}
+
+fn fallocate(file: &File, mode: i32, offset: u64, len: u64) -> io::Result<()> {
     let wraps = |_| io::Error::from_raw_os_error(libc::EINVAL);
     let (offset, len) = (offset.try_into().map_err(wraps)?, len.try_into().map_err(wraps)?);
-    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
     loop {
         // SAFETY: takes integers and touches no memory of ours.
         if unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) } == 0 {

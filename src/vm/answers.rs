@@ -81,7 +81,11 @@ impl Answers {
         std::mem::swap(&mut *known, &mut more);
         drop(known);
         let event = EpollEvent::new(EventSet::IN, place as u64);
-        self.shared.epoll.ctl(ControlOperation::Add, fd, event)
+        self.shared.epoll.ctl(ControlOperation::Add, fd, event).inspect_err(|_| {
+            // Closed: where nobody can hear them, the calls fail by themselves.
+            let unheard = lock(&self.shared.listeners).pop();
+            drop(unheard);
+        })
     }
 
     /// Ends the thread and waits for it.

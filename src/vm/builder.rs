@@ -28,6 +28,7 @@ use crate::events::{EventStream, Reporter, StopCause, VmId};
 use crate::memory::{Memory, Roll, layout, lost, slots};
 use crate::reactor::{Dispatcher, EventLoop};
 use crate::sys;
+use crate::sys::log;
 use crate::sys::signal::Shield;
 use crate::sys::uring;
 use crate::units::Bytes;

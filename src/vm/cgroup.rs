@@ -10,6 +10,7 @@ use crate::config::CgroupConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::VmId;
 use crate::sys::fork;
+use crate::sys::log;
 
 /// How long the kernel may take to see that the last thread is gone.
 const LAST_THREAD: Duration = Duration::from_millis(500);

@@ -8,7 +8,7 @@ use super::board::Plan;
 use super::sources::Sources;
 use super::threads::Duty;
 use crate::block::Backend;
-use crate::config::{ConsoleKind, DiskConfig, MacAddress, PciAddress, Uuid};
+use crate::config::{BalloonConfig, ConsoleKind, DiskConfig, MacAddress, PciAddress, Uuid};
 use crate::console::Console;
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::layout;
@@ -125,7 +125,10 @@ pub(super) fn make(
         loops.push(own.clone());
         let signals = signals(id);
         let control = Arc::new(balloon::Control::new(id, plan.memory.size(), signals.clone())?);
-        let device = Balloon::new(id, wanted, control.clone(), place(&own));
+        // What a guest names so it uses again without a word, when the pool may have no page for it.
+        let reporting = wanted.reporting && !plan.memory.is_pooled();
+        let offered = BalloonConfig { reporting, ..wanted.clone() };
+        let device = Balloon::new(id, &offered, control.clone(), place(&own));
         balloon = Some(control);
         add(places.take(wanted.pci), Box::new(device), signals);
     }

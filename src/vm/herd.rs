@@ -10,6 +10,7 @@ use super::machine::{Machine, VmState};
 use crate::budget::reclaim::{Standing, VmSample};
 use crate::events::{EventKind, ReclaimStage, StopCause};
 use crate::sys::lock;
+use crate::sys::log;
 use crate::units::Bytes;
 use crate::virtio::balloon::Control;
 
@@ -102,9 +103,17 @@ impl Herd {
             let there = Bytes(machine.meter.backing());
             let zero = Bytes(0);
             machine.tell_pressure(ReclaimStage::Pause, there, zero, zero, Some(at_most));
-            machine.pause().inspect_err(|e| log::warn!("{}: for want of memory: {e}", machine.id)).is_ok()
+            machine.pause().map_err(|error| (machine.id, error))
         });
-        paused.unwrap_or(false)
+        // Outside: a logger may drop the VM.
+        match paused {
+            Some(Ok(())) => true,
+            Some(Err((vm, error))) => {
+                log::warn!("{vm}: for want of memory: {error}");
+                false
+            }
+            None => false,
+        }
     }
 
     /// Lets a VM go on that was paused so.
@@ -118,11 +127,15 @@ impl Herd {
 
     /// Stops a victim. Never blocks; its memory is given back with [`clear`](Self::clear), once it has ended.
     pub fn stop(&self, id: u64) {
-        self.with(id, |machine, _| {
+        let line = self.with(id, |machine, _| {
             let there = Bytes(machine.meter.backing());
             machine.tell_pressure(ReclaimStage::Stop, there, Bytes(0), Bytes(0), None);
-            machine.end.line(machine.id).pull(StopCause::MemoryPressure);
+            machine.end.line(machine.id)
         });
+        // Outside: it is logged, and a logger may drop the VM.
+        if let Some(line) = line {
+            line.pull(StopCause::MemoryPressure);
+        }
     }
 
     /// Gives the memory of a VM back that was stopped for want of it. `false` while its vCPUs have not left.

@@ -43,6 +43,7 @@ use crate::config::{DiskFormat, RateLimit};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, StopCause, VmId};
 use crate::reactor::Place;
+use crate::sys::log;
 use crate::sys::signal::Shield;
 use crate::units::Bytes;
 pub use crate::virtio::balloon::{BalloonStatistics, GivenBack, GuestMemory};
@@ -311,6 +312,19 @@ impl Vm {
         let _shield = Shield::raise();
         let disk = self.disk(index)?;
         let (copy, size) = (disk.copy_to(path.as_ref(), format)?, disk.size());
+        let saved = self.save(disk, &copy, size, &mut progress);
+        // On this thread, and before it returns: the disk's may have the copy in its hands still.
+        copy.abandon();
+        saved
+    }
+
+    fn save(
+        &self,
+        disk: &Arc<Control>,
+        copy: &Arc<crate::block::Saving>,
+        size: u64,
+        progress: &mut dyn FnMut(Bytes, Bytes) -> bool,
+    ) -> Result<bool> {
         let mut paused = false;
         if self.state() == VmState::Running {
             match self.pause() {
@@ -320,7 +334,7 @@ impl Vm {
                 Err(error) => return Err(error),
             }
         }
-        let begun = disk.begin_saving(&copy);
+        let begun = disk.begin_saving(copy);
         if paused && let Err(error) = self.resume() {
             // Somebody else has resumed or ended it.
             log::debug!("resuming a VM whose disk is saved: {error}");

@@ -204,7 +204,7 @@ fn refuses() {
     ] {
         assert!(tried.iter().any(|line| line.starts_with(&format!("call {call}:"))), "{call} in {said}");
     }
-    let clones: Vec<_> = said.lines().filter(|line| line.starts_with("clone with ")).collect();
+    let clones: Vec<_> = said.lines().filter(|line| line.starts_with("clone ")).collect();
     assert!(clones.len() == 9 && clones.iter().all(|line| line.ends_with("(os error 1)")), "{said}");
     // Where a kernel has no x32 calls, it says that they are not there: here it is not asked.
     assert!(said.contains("\nx32: Operation not permitted (os error 1)\n"), "{said}");

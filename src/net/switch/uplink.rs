@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::net::{HEADER_LEN, MAX_FRAME, NetBackend};
 use crate::reactor::{self, Watch};
 use crate::sys::io::Pieces;
+use crate::sys::log;
 
 /// Frames each way in one turn: the loop's other workers wait meanwhile.
 const SHARE: usize = 128;

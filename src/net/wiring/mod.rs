@@ -13,6 +13,7 @@ use crate::config::MacAddress;
 use crate::config::validate::is_interface_name;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::lock;
+use crate::sys::log;
 use crate::sys::tap;
 
 mod kept;

@@ -114,6 +114,10 @@ impl Discarder {
     }
 
     fn punch(&mut self, range: Range<u64>) {
+        // Who does not say before it uses it again would find that there is none.
+        if self.memory.is_pooled() && !self.may_hold {
+            return;
+        }
         self.calls += 1;
         match self.memory.discard(range.start, range.end - range.start) {
             Ok(measured) => self.outcome.measured += measured,

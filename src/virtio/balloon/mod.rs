@@ -181,7 +181,11 @@ impl VirtioDevice for Balloon {
 
     fn reset(&mut self) {
         if let State::Idle(kept) = &mut self.state {
-            *kept = Kept::default();
+            // The next driver knows nothing of what this one gave back.
+            let Kept { memory, .. } = std::mem::take(kept);
+            if let Some(memory) = memory {
+                memory.restore(0, u64::MAX);
+            }
         }
         self.control.reset();
     }

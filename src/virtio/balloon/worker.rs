@@ -12,7 +12,7 @@ use super::PAGE;
 use super::control::Control;
 use super::discard::{Discarder, Outcome};
 use super::statistics::{Given, GuestMemory};
-use crate::memory::Memory;
+use crate::memory::{HUGE, Memory};
 use crate::reactor::{self, Watch};
 use crate::virtio::queue::{Chain, Next, QueueFault};
 use crate::virtio::{Queue, Signals};
@@ -79,6 +79,8 @@ pub(super) struct Kept {
     pub account: Option<u16>,
     pub requested: Option<u64>,
     pub hinting: u32,
+    /// Of which the driver may have given something back.
+    pub memory: Option<Memory>,
 }
 
 impl Worker {
@@ -112,8 +114,8 @@ impl Worker {
     pub fn finish(mut self) -> (Queues, Kept) {
         self.discarder.flush();
         self.count_inflated();
-        let Self { queues, account, requested, hinting, .. } = self;
-        (queues, Kept { account, requested, hinting })
+        let Self { queues, account, requested, hinting, memory, .. } = self;
+        (queues, Kept { account, requested, hinting, memory: Some(memory) })
     }
 
     /// Serves every queue.
@@ -173,6 +175,7 @@ impl Worker {
                 let good = pfns.iter().filter(ram).count() as u64;
                 pages += good;
                 ignored += pfns.len() as u64 - good;
+                restore(memory, pfns);
             });
             control.counters.deflated.add(pages * PAGE);
             control.counters.ignored.add(ignored);
@@ -262,6 +265,21 @@ impl Worker {
 
     fn count_inflated(&mut self) {
         count(&self.control.counters.inflated, &self.control, &mut self.discarder);
+    }
+}
+
+/// Has the pages there again that the driver is about to use.
+fn restore(memory: &Memory, pfns: &[u32]) {
+    if !memory.is_pooled() {
+        return;
+    }
+    let mut last = None;
+    for pfn in pfns {
+        let page = u64::from(*pfn) * PAGE;
+        // Neighbours are in the same one.
+        if last.replace(page / HUGE) != Some(page / HUGE) {
+            memory.restore(page, PAGE);
+        }
     }
 }
 

@@ -25,6 +25,7 @@ use crate::memory::Memory;
 use crate::net::NetBackend;
 use crate::reactor::Place;
 use crate::sys::fd;
+use crate::sys::log;
 use crate::sys::vhost::{Device, Event, PATH, Ring};
 use crate::virtio::Queue;
 
