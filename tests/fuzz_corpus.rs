@@ -112,7 +112,7 @@ fn what_is_kept_is_replayed() {
 
 #[test]
 fn blk_completes_requests() {
-    let floors = [("completed", 50), ("read", 5), ("written", 5)];
+    let floors = [("completed", 50), ("read", 5), ("written", 5), ("bytes", 10_000)];
     reached("blk", |input| blk::run(input).counters().to_vec(), &floors);
 }
 

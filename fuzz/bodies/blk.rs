@@ -1,6 +1,7 @@
 //! A disk and its driver: good requests, of which some are bent before the device sees them.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 
 use arbitrary::{Result, Unstructured};
 use vmbed::internals::driver::status::NEEDS_RESET;
@@ -51,6 +52,8 @@ pub struct Depth {
     pub completed: u32,
     /// Those of which it is known what was to become of them, as [`ANSWERS`].
     pub answers: [u32; ANSWERS.len()],
+    /// Bytes of these that were compared: what the disk has with what the guest sent, and the other way.
+    pub bytes: u64,
     /// Those that have no place for a status.
     pub mute: u32,
     /// How often it gave up until the reset, and what it said then.
@@ -60,6 +63,8 @@ pub struct Depth {
 
 struct Guest {
     board: Board,
+    /// What the disk is.
+    file: File,
     regs: Registers,
     rings: Rings,
     readonly: bool,
@@ -76,6 +81,7 @@ impl Depth {
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
         let mut all = vec![
             ("completed", self.completed.into()),
+            ("bytes", self.bytes),
             ("mute", self.mute.into()),
             ("resets", self.resets.into()),
         ];
@@ -103,12 +109,13 @@ pub fn run(data: &[u8]) -> Depth {
 
 impl Guest {
     fn new(disk: File, readonly: bool, u: &mut Unstructured<'_>) -> Self {
+        let file = disk.try_clone().unwrap();
         let board = Board::new(MEMORY, vec![Part::Disk { file: disk, readonly }]).unwrap();
         let regs = Registers::find(&board, 1).unwrap();
         let rings = Rings::new(&board, RINGS, 16);
         let depth = Depth::default();
         let mut guest =
-            Self { board, regs, rings, readonly, discards: false, waiting: 0, sound: true, depth };
+            Self { board, file, regs, rings, readonly, discards: false, waiting: 0, sound: true, depth };
         let choice = u.arbitrary::<u8>().unwrap_or(0);
         let extra = [0, EVENT_IDX, INDIRECT_DESC, EVENT_IDX | INDIRECT_DESC][usize::from(choice % 4)];
         let flush = if choice & 4 == 0 { 1 << 9 } else { 0 };
@@ -154,13 +161,14 @@ impl Guest {
         }
         let known = self.sound && !table && self.waiting == 0 && is_plain(&chain);
         let answer = if known { self.expected(&chain) } else { None };
+        let sent = self.sent(answer, &chain);
         self.sound &= !reaches(&side(&chain, true), RINGS, 0x4000);
         self.waiting += 1;
         // Several requests may wait for one doorbell.
         if u.ratio(3u8, 4u8)? {
             self.regs.ring(&self.board, 0);
             self.board.process();
-            self.collect(answer, &chain);
+            self.collect(answer, &chain, sent);
         }
         match u.arbitrary::<u8>()? {
             0..8 => {
@@ -264,8 +272,55 @@ impl Guest {
         })
     }
 
+    /// Where on the disk a good request's bytes go, or come from; and those that are to be there.
+    fn sent(&self, answer: Option<(u8, &'static str)>, chain: &[Buffer]) -> Option<(u64, Vec<u8>)> {
+        let readable = side(chain, false);
+        let header = content(&self.board, &readable, 0, 16)?;
+        let sector = u64::from_le_bytes(header[8..].try_into().unwrap());
+        let bytes = match answer? {
+            (0, "written") => content(&self.board, &readable, 16, total(&readable) - 16)?,
+            (0, "zeroed") => {
+                let segment = content(&self.board, &readable, 16, 16)?;
+                let begin = u64::from_le_bytes(segment[..8].try_into().unwrap());
+                let count = u32::from_le_bytes(segment[8..12].try_into().unwrap());
+                return Some((512 * begin, vec![0; 512 * count as usize]));
+            }
+            (0, "read") => self.on_disk(512 * sector, total(&side(chain, true)) - 1),
+            _ => return None,
+        };
+        Some((512 * sector, bytes))
+    }
+
+    fn on_disk(&self, at: u64, length: u64) -> Vec<u8> {
+        let mut bytes = vec![0; length as usize];
+        self.file.read_exact_at(&mut bytes, at).unwrap();
+        bytes
+    }
+
+    /// Those bytes are where they are to be: on the disk, and what was read, in memory.
+    fn compare(&mut self, why: &str, chain: &[Buffer], (at, bytes): (u64, Vec<u8>)) {
+        assert!(self.on_disk(at, bytes.len() as u64) == bytes, "{why} at {at:#x}: {chain:x?}");
+        if why == "read" {
+            let mut writable = side(chain, true);
+            let found = content(&self.board, &writable, 0, bytes.len() as u64);
+            writable.sort_unstable();
+            let overlap = writable.windows(2).any(|pair| pair[0].0 + pair[0].1 > pair[1].0);
+            // The last of two that lie over each other is seen, and so is what the rings have there.
+            if overlap || reaches(&writable, RINGS, 0x4000) {
+                return;
+            }
+            assert!(found.is_some_and(|found| found == bytes), "read at {at:#x}: {chain:x?}");
+        }
+        self.depth.bytes += bytes.len() as u64;
+    }
+
     /// Looks at what was answered; of a single request, at the answer.
-    fn collect(&mut self, answer: Option<(u8, &'static str)>, chain: &[Buffer]) {
+    fn collect(
+        &mut self,
+        answer: Option<(u8, &'static str)>,
+        chain: &[Buffer],
+        sent: Option<(u64, Vec<u8>)>,
+    ) {
         let completed = collect(&self.board, &mut self.rings);
         self.depth.completed += completed;
         let single = (self.waiting, completed) == (1, 1);
@@ -280,6 +335,9 @@ impl Guest {
         if self.board.read_memory(at + length - 1, &mut found).is_ok() {
             assert_eq!(found[0], status, "{why}: {chain:x?}");
             self.depth.answers[ANSWERS.iter().position(|known| *known == why).unwrap()] += 1;
+            if let Some(sent) = sent {
+                self.compare(why, chain, sent);
+            }
         }
     }
 }

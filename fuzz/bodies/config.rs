@@ -23,7 +23,7 @@ const PARTS: [&str; 10] = [
     "affinity_taken",
 ];
 /// Fields that were refused, without their indices.
-const FIELDS: [&str; 40] = [
+const FIELDS: [&str; 41] = [
     "name",
     "cpus.count",
     "cpus.threads_per_core",
@@ -60,6 +60,7 @@ const FIELDS: [&str; 40] = [
     "nets.vhost",
     "nets.pci",
     "balloon",
+    "balloon.hinting",
     "balloon.pci",
     "rng",
     "console",
