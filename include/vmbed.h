@@ -753,7 +753,8 @@ void vmbed_builder_free(vmbed_builder *builder);
 
 /**
  * Pages of 2 MiB from the pool that the host's administrator set aside (vm.nr_hugepages). They are never swapped, so the
- * ledger counts the whole VM as pinned; its memory is a multiple of 2 MiB. A balloon frees whole pages only.
+ * ledger counts the whole VM as pinned; its memory is a multiple of 2 MiB. A balloon frees whole pages only; when the
+ * guest takes one back that the pool has no more, its VM ends with VMBED_CAUSE_DEVICE_FAULT of `memory`.
  */
 #define VMBED_BACKING_HUGE_2M 2
 
@@ -2284,11 +2285,14 @@ typedef struct {
     const char *pci;
     /** Other than 0: the guest may not take memory out of the balloon before it kills a process for want of memory. */
     uint32_t keep_on_oom;
-    /** Other than 0: the guest does not give large pieces of free memory back as it goes along. */
+    /**
+     * Other than 0: the guest does not give large pieces of free memory back as it goes along. One on the pool of huge pages
+     * never does: the pool might have none when the guest uses them again.
+     */
     uint32_t no_reporting;
     /**
      * Other than 0: vmbed_vm_discard_free_pages() works. A Linux guest that runs out of memory at that moment may use a
-     * page while it is being given back, and lose what it has written there.
+     * page while it is being given back, and lose what it has written there. 0 on the pool of huge pages.
      */
     uint32_t hinting;
     /** Zero. */

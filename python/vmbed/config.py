@@ -160,7 +160,7 @@ class Balloon:
 
     #: The guest may take memory out of it before it kills a process for want of memory.
     deflate_on_oom: bool = True
-    #: The guest gives large pieces of free memory back as it goes along.
+    #: The guest gives large pieces of free memory back as it goes along; never on the pool of huge pages.
     reporting: bool = True
     #: :meth:`Vm.discard_free_pages` works. A Linux guest that runs out of memory at that moment may use a page while it
     #: is being given back, and lose what it has written there.

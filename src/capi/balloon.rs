@@ -22,10 +22,11 @@ pub struct vmbed_balloon {
     pub pci: *const c_char,
     /// Other than 0: the guest may not take memory out of the balloon before it kills a process for want of memory.
     pub keep_on_oom: u32,
-    /// Other than 0: the guest does not give large pieces of free memory back as it goes along.
+    /// Other than 0: the guest does not give large pieces of free memory back as it goes along. One on the pool of huge pages
+    /// never does: the pool might have none when the guest uses them again.
     pub no_reporting: u32,
     /// Other than 0: vmbed_vm_discard_free_pages() works. A Linux guest that runs out of memory at that moment may use a
-    /// page while it is being given back, and lose what it has written there.
+    /// page while it is being given back, and lose what it has written there. 0 on the pool of huge pages.
     pub hinting: u32,
     /// Zero.
     pub reserved: u32,

@@ -11,7 +11,8 @@ pub const VMBED_BACKING_MEMFD: i32 = 0;
 /// Accounts cost a walk over page tables.
 pub const VMBED_BACKING_ANONYMOUS: i32 = 1;
 /// Pages of 2 MiB from the pool that the host's administrator set aside (vm.nr_hugepages). They are never swapped, so the
-/// ledger counts the whole VM as pinned; its memory is a multiple of 2 MiB. A balloon frees whole pages only.
+/// ledger counts the whole VM as pinned; its memory is a multiple of 2 MiB. A balloon frees whole pages only; when the
+/// guest takes one back that the pool has no more, its VM ends with VMBED_CAUSE_DEVICE_FAULT of `memory`.
 pub const VMBED_BACKING_HUGE_2M: i32 = 2;
 /// The same with pages of 1 GiB.
 pub const VMBED_BACKING_HUGE_1G: i32 = 3;

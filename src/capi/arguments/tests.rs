@@ -53,6 +53,17 @@ fn a_structure_may_be_older_or_newer_than_the_library() {
 }
 
 #[test]
+fn a_structure_is_where_structures_may_be() {
+    let whole = caller(40, &[7]);
+    let odd = whole.as_ptr().cast::<u8>().wrapping_add(4).cast::<Options>();
+    let error = structure(odd).err().expect("it must be refused");
+    assert!(
+        error.kind() == ErrorKind::InvalidArgument && error.to_string().contains("not aligned"),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_size_that_cannot_be_is_refused_before_anything_else_is_read() {
     for size in [0, 8, 15, (1 << 16) + 1, usize::MAX] {
         let only = size as u64;
