@@ -56,7 +56,7 @@ fn a_structure_may_be_older_or_newer_than_the_library() {
 fn a_structure_is_where_structures_may_be() {
     let whole = caller(40, &[7]);
     let odd = whole.as_ptr().cast::<u8>().wrapping_add(4).cast::<Options>();
-    let error = structure(odd).err().expect("it must be refused");
+    let error = structure(odd).expect_err("it must be refused");
     assert!(
         error.kind() == ErrorKind::InvalidArgument && error.to_string().contains("not aligned"),
         "{error}"
