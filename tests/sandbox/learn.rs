@@ -11,7 +11,7 @@ use libtest_mimic::Trial;
 use vmbed::internals::sandbox;
 use vmbed::{
     BackingKind, BareBoot, Boot, Bytes, CacheMode, CpuMode, DiskConfig, DiskEngine, DiskFormat, Event,
-    EventKind, NetConfig, Network, Platform, RateLimit, StopCause, Switch, create_disk,
+    EventKind, NetConfig, Network, Platform, RateLimit, StopCause, Switch, VmState, create_disk,
 };
 
 use crate::guests::Op;
@@ -38,7 +38,8 @@ fn lists() {
 /// In a process of its own, where every VM learns.
 pub fn inside() {
     sandbox::learn();
-    for run in [spinning, halting, console, disks, limits, cards, taps, streams, balloon, allocations] {
+    for run in [spinning, halting, console, disks, saves, limits, cards, taps, streams, balloon, allocations]
+    {
         // What the others show is told all the same.
         if std::panic::catch_unwind(run).is_err() {
             println!("WRONG: one of the runs failed");
@@ -65,6 +66,32 @@ fn spinning() {
     }
     assert!(vm.vcpu_statistics(0).is_ok());
     assert_eq!(vm.stop().unwrap(), StopCause::HostStop);
+}
+
+/// Copies of a disk that are ended while the guest's changes have more copied.
+fn saves() {
+    const LARGE: u32 = 64 << 20;
+    let image = Scratch::new("large");
+    std::fs::File::create(&image.0).unwrap().set_len(LARGE.into()).unwrap();
+    let copy = image.0.with_extension("copy");
+    let mut config = pc();
+    config.disks = vec![DiskConfig::new(&image.0)];
+    let mut steps = vec![(Op::Discard, 0, LARGE / 512, 0); 60];
+    steps.extend([(Op::Flush, 0, 0, 0), (Op::Tell, 0, 0, 1)]);
+    let vm = start(host().builder(config), &steps);
+    let mut saved = 0;
+    while vm.disk_statistics(0).unwrap().flushes == 0 {
+        if !matches!(vm.state(), VmState::Running) {
+            break;
+        }
+        // It may have ended meanwhile.
+        if let Ok(complete) = vm.save_disk(0, &copy, DiskFormat::Raw, |_, _| false) {
+            assert!(!complete && !copy.exists(), "it is gone at once");
+            saved += 1;
+        }
+    }
+    assert!(saved > 0);
+    assert_eq!(ends(&vm), StopCause::GuestReset);
 }
 
 /// The last vCPU ends the VM, while another spins: it kicks that.
