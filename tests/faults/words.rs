@@ -9,7 +9,7 @@ const CALLS: [(libc::c_long, &[&str]); 35] = [
     (libc::SYS_fstat, &["reading", "opening"]),
     (libc::SYS_statx, &["reading", "opening", "the kernel '", "the initrd '"]),
     (libc::SYS_lseek, &["reading", "opening"]),
-    (libc::SYS_openat, &["opening", "reading", "making", "the kernel '", "the initrd '"]),
+    (libc::SYS_openat, &["opening", "cannot be opened", "reading", "making", "the kernel '", "the initrd '"]),
     (libc::SYS_pwrite64, &["writing", "making"]),
     (libc::SYS_write, &["writing", "making"]),
     (libc::SYS_fallocate, &["allocating", "making", "size"]),

@@ -1,9 +1,10 @@
 //! examples/jailed.rs: what the process that it leaves can still do, as the kernel tells.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Trial;
@@ -49,20 +50,24 @@ fn example() -> &'static Path {
 /// The jail, ended when it is dropped.
 struct Jail {
     outside: Child,
-    errors: BufReader<std::process::ChildStderr>,
+    /// What it says.
+    lines: Receiver<String>,
 }
 
 impl Jail {
     fn start(mut command: Command) -> Self {
         let mut outside = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let errors = BufReader::new(outside.stderr.take().unwrap());
-        Self { outside, errors }
+        let (say, lines) = channel();
+        // Ends with the processes.
+        std::thread::spawn(move || errors.lines().map_while(Result::ok).try_for_each(|line| say.send(line)));
+        Self { outside, lines }
     }
 
     /// The process inside, as this namespace counts, when its guest is about to run.
     fn inside(&mut self) -> i32 {
-        let mut line = String::new();
-        self.errors.read_line(&mut line).unwrap();
+        let line =
+            self.lines.recv_timeout(LONG).unwrap_or_else(|e| panic!("waited for what is in force: {e}"));
         assert!(line.contains("in force") && line.contains("seccomp: true"), "{line}{}", self.rest());
         let parent = |process: &Path| {
             let status = std::fs::read_to_string(process.join("status")).ok()?;
@@ -74,11 +79,11 @@ impl Jail {
         child.file_name().and_then(|name| name.to_str()).unwrap().parse().unwrap()
     }
 
+    /// What else it said, as far as it comes soon.
     fn rest(&mut self) -> String {
-        // The end comes with the processes'.
-        let mut text = String::new();
-        let _ = self.errors.read_to_string(&mut text);
-        text
+        let end = Instant::now() + Duration::from_secs(5);
+        let next = || self.lines.recv_timeout(end.saturating_duration_since(Instant::now())).ok();
+        std::iter::from_fn(next).collect::<Vec<_>>().join("\n")
     }
 
     fn ends(&mut self) -> Option<i32> {
@@ -99,6 +104,13 @@ impl Drop for Jail {
         let _ = self.outside.kill();
         let _ = self.outside.wait();
     }
+}
+
+/// That program, which is ended after a minute and then answers 124.
+fn limited(program: impl AsRef<std::ffi::OsStr>) -> Command {
+    let mut command = Command::new("timeout");
+    command.args(["--kill-after=5", "60"]).arg(program);
+    command
 }
 
 fn file(bytes: &[u8]) -> Scratch {
@@ -179,7 +191,7 @@ fn refuses() {
     let code = file(&SPINS);
     std::fs::set_permissions(&code.0, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
     // A descriptor that whoever starts it forgot, and something to read.
-    let mut command = Command::new("bash");
+    let mut command = limited("bash");
     command.args(["-c", "exec 200</etc/passwd; exec \"$0\" \"$@\" <<<'a word'"]).arg(example());
     let output = command.arg("--bare").arg(&code.0).arg("--check").output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -219,7 +231,7 @@ fn refuses() {
 
 fn says() {
     let run = |arguments: &[&str]| {
-        let output = Command::new(example()).args(arguments).stdin(Stdio::null()).output().unwrap();
+        let output = limited(example()).args(arguments).stdin(Stdio::null()).output().unwrap();
         (output.status.code(), String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
     };
     let (status, said) = run(&["--help"]);
