@@ -53,24 +53,38 @@ impl Saving {
     /// # Errors
     /// The image cannot be made.
     pub fn new(source: Box<dyn Backend>, size: u64, path: &Path, format: DiskFormat) -> Result<Self> {
-        create_disk(path, format, Bytes(size), None)?;
-        let config = DiskConfig { format, engine: DiskEngine::Sync, ..DiskConfig::new(path) };
-        let state = State {
+        // An image may say that it is as large as it likes.
+        let (mut copied, chunks) = (Vec::new(), size.div_ceil(CHUNK) as usize);
+        if copied.try_reserve_exact(chunks).is_err() {
+            let why = format!("saving a disk to {}: no memory for {size} bytes of it", path.display());
+            return Err(Error::new(ErrorKind::Exhausted, why));
+        }
+        copied.resize(chunks, false);
+        let mut state = State {
             source,
             target: None,
-            path: path.to_owned(),
+            path: PathBuf::new(),
             size,
-            copied: vec![false; size.div_ceil(CHUNK) as usize],
+            copied,
             next: 0,
             memory: Memory::on(CHUNK, &BackingConfig::default())?,
             bytes: vec![0; CHUNK as usize],
             pieces: Pieces::default(),
             failed: None,
         };
+        create_disk(path, format, Bytes(size), None)?;
+        // From here on it is removed with the state.
+        state.path = path.to_owned();
         let saving = Self(Mutex::new(state));
+        let config = DiskConfig { format, engine: DiskEngine::Sync, ..DiskConfig::new(path) };
         let target = super::open("saved", path, &config)?;
         lock(&saving.0).target = Some(target);
         Ok(saving)
+    }
+
+    /// How many bytes there are to copy.
+    pub fn size(&self) -> u64 {
+        lock(&self.0).size
     }
 
     /// That range is about to change: what it was is copied first. A copy that fails is the saver's business, not the guest's.

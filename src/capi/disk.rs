@@ -37,8 +37,8 @@ impl vmbed_rate {
 
     /// What is there, or no limit.
     pub(super) fn or_none(rate: *const Self) -> RateLimit {
-        // SAFETY: not NULL, so it is valid for a read: the header says so.
-        if rate.is_null() { RateLimit::NONE } else { unsafe { rate.read() }.limit() }
+        // SAFETY: not NULL, so its bytes are there: the header says so.
+        if rate.is_null() { RateLimit::NONE } else { unsafe { rate.read_unaligned() }.limit() }
     }
 }
 

@@ -156,7 +156,8 @@ impl Drop for Running {
         self.shared.ending.store(true, Ordering::Release);
         fd::ring(&self.shared.bell);
         // A callback that it may be waiting for must not wait for it.
-        if let Some(thread) = self.thread.take().filter(|_| !own::is_inside_any()) {
+        let own = |thread: &JoinHandle<()>| thread.thread().id() == std::thread::current().id();
+        if let Some(thread) = self.thread.take().filter(|thread| !own::is_inside_any() && !own(thread)) {
             let _ = thread.join();
         }
     }
@@ -166,23 +167,34 @@ impl Drop for Running {
 struct Watch {
     epoll: Epoll,
     /// The trigger lives as long as its file is open.
-    _pressure: Option<File>,
+    pressure: Option<File>,
 }
+
+const BELL: u64 = 0;
+const PRESSURE: u64 = 1;
 
 impl Watch {
     fn open(bell: &EventFd) -> std::io::Result<Self> {
         let epoll = Epoll::new()?;
-        let add = |fd: i32, events| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, 0));
-        add(bell.as_raw_fd(), EventSet::IN)?;
-        let pressure = trigger().filter(|file| add(file.as_raw_fd(), EventSet::PRIORITY).is_ok());
-        Ok(Self { epoll, _pressure: pressure })
+        let add = |fd: i32, events, what| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, what));
+        add(bell.as_raw_fd(), EventSet::IN, BELL)?;
+        let pressure = trigger().filter(|file| add(file.as_raw_fd(), EventSet::PRIORITY, PRESSURE).is_ok());
+        Ok(Self { epoll, pressure })
     }
 
-    fn wait(&self, time: Duration) {
+    fn wait(&mut self, time: Duration) {
         let mut events = [EpollEvent::default(); 2];
         let milliseconds = i32::try_from(time.as_millis()).unwrap_or(i32::MAX).max(1);
         // An interruption is a wake-up like any other.
-        let _ = self.epoll.wait(milliseconds, &mut events);
+        let count = self.epoll.wait(milliseconds, &mut events).unwrap_or(0);
+        let gone = |event: &EpollEvent| {
+            event.data() == PRESSURE && event.event_set().intersects(EventSet::ERROR | EventSet::HANG_UP)
+        };
+        if events.iter().take(count).any(gone) {
+            // Its cgroup was removed: it would be ready for ever. Closed, it leaves the set; the interval goes on.
+            self.pressure = None;
+            ::log::debug!("the cgroup whose pressure was watched is gone");
+        }
     }
 }
 

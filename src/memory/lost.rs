@@ -4,7 +4,7 @@
 
 use std::sync::{Mutex, Weak};
 
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Mapped, Memory};
@@ -91,30 +91,37 @@ impl Memory {
         Err(Error::new(ErrorKind::Exhausted, lost(at)))
     }
 
-    /// Of the pool: has pages there again of what was given back, before the guest uses it. Other memory comes with the first touch.
+    /// Of the pool: has pages there again that were given back, before the guest uses them, as long as it may. Other memory comes with the
+    /// first touch. How many it has fetched.
     ///
     /// Where the pool has none, its VM is told as of memory that is lost: nobody else would say so. A vCPU that touches what is not there
     /// does not leave `KVM_RUN`: KVM has the page fetched asynchronously, drops the error, and has the vCPU try again, for ever.
-    pub fn restore(&self, start: u64, len: u64) {
-        if !self.is_pooled() {
-            return;
-        }
-        let end = start.saturating_add(len);
-        for region in self.iter() {
-            let (base, Some(file)) = (region.start_addr().raw_value(), region.file_offset()) else {
-                continue;
-            };
-            let (from, to) = (start.max(base), end.min(base + region.len()));
-            if from >= to {
-                continue;
-            }
-            if let Err(error) = fill_hole(file.file(), file.start() + (from - base), to - from) {
-                log::warn!("guest memory from {from:#x} to {to:#x} has no huge page any more: {error}");
+    pub fn restore(&self, start: u64, len: u64, may: impl Fn() -> bool) -> u32 {
+        let (Some(page), Some(last)) = (self.0.pool_page, len.checked_sub(1)) else { return 0 };
+        let (mut next, last) = (start / page, start.saturating_add(last) / page);
+        let mut fetched = 0;
+        while may() {
+            let Some(number) = lock(&self.0.holes).range(next..=last).next().copied() else { break };
+            let at = number * page;
+            let region = self.find_region(GuestAddress(at));
+            let place =
+                region.and_then(|region| Some((region.start_addr().raw_value(), region.file_offset()?)));
+            if let Some((base, file)) = place
+                && let Err(error) = fill_hole(file.file(), file.start() + (at - base), page)
+            {
+                log::warn!("guest memory at {at:#x} has no huge page any more: {error}");
                 if let Some(tell) = lock(&self.0.tell).take() {
-                    tell(from);
+                    tell(at);
                 }
+                break;
+            }
+            lock(&self.0.holes).remove(&number);
+            (next, fetched) = (number + 1, fetched + 1);
+            if number == last {
+                break;
             }
         }
+        fetched
     }
 
     /// Who is told when some of it is lost, on the thread for that.

@@ -4,6 +4,7 @@
 //! Everyone reaches it through volatile accesses only (`vm_memory::Bytes`): it is never a Rust
 //! reference, since the guest writes to it at any moment.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -17,6 +18,7 @@ use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, Gues
 
 use crate::config::{BackingConfig, HugePages};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::lock;
 use crate::sys::log;
 use crate::sys::memory::{Advice, advise, discard_anonymous, punch_hole};
 use crate::sys::residency::{self as pages, Pages};
@@ -61,8 +63,10 @@ struct Mapped {
     _space: Vec<MmapRegion>,
     /// Where only page tables know what is there: of anonymous memory.
     pagemap: Option<File>,
-    /// From the administrator's pool of huge pages.
-    pooled: bool,
+    /// How large its pages are, of the administrator's pool of huge pages.
+    pool_page: Option<u64>,
+    /// Of these, the numbers of those that were given back.
+    holes: Mutex<BTreeSet<u64>>,
     /// No huge pages are wanted, or all are huge.
     leave_pages: bool,
 }
@@ -84,12 +88,12 @@ impl Memory {
             Error::new(ErrorKind::InvalidArgument, format!("laying out {size} bytes of guest memory"))
                 .with_source(e)
         })?;
-        let pooled = config.kind.pool_page().is_some();
-        let leave_pages = pooled || config.huge == HugePages::Never;
+        let pool_page = config.kind.pool_page();
+        let leave_pages = pool_page.is_some() || config.huge == HugePages::Never;
         let watched = lost::watch(&guest, config);
-        let tell = Mutex::default();
-        let memory =
-            Self(Arc::new(Mapped { watched, tell, guest, _space: space, pagemap, pooled, leave_pages }));
+        let (tell, holes) = (Mutex::default(), Mutex::default());
+        let made = Mapped { watched, tell, guest, _space: space, pagemap, pool_page, holes, leave_pages };
+        let memory = Self(Arc::new(made));
         memory.enter();
         if config.prefault {
             memory.prefault(config.huge == HugePages::Always)?;
@@ -175,6 +179,10 @@ impl Memory {
             discard_anonymous(region, offset as usize, len as usize)?;
             return Ok(before.saturating_sub(there()));
         };
+        if let Some(page) = self.0.pool_page {
+            // Whole ones go, and before they do, so that whatever comes of it they are looked for.
+            lock(&self.0.holes).extend(start.div_ceil(page)..(start + len) / page);
+        }
         let before = pages::occupied(file.file())?;
         punch_hole(file.file(), file.start() + offset, len)?;
         Ok(before.saturating_sub(pages::occupied(file.file())?).min(len))
@@ -193,7 +201,7 @@ impl Memory {
     /// What of it is in memory; of a `backing` that was read just before.
     pub fn resident(&self, backing: u64) -> u64 {
         // The pool's pages stay, whatever happens.
-        if self.0.pooled || !pages::swap_is_used() {
+        if self.is_pooled() || !pages::swap_is_used() {
             return backing;
         }
         let of = |region: &GuestRegionMmap| match region.file_offset() {
@@ -206,7 +214,7 @@ impl Memory {
 
     /// What of it this process maps with huge pages; of a `backing` that was read just before.
     pub fn huge(&self, backing: u64) -> u64 {
-        if self.0.pooled { backing } else { residency::huge(self) }
+        if self.is_pooled() { backing } else { residency::huge(self) }
     }
 
     /// What the page tables say of anonymous memory.
@@ -218,7 +226,7 @@ impl Memory {
 
     /// Whether it is of the administrator's pool of huge pages, of which another page may not be had.
     pub fn is_pooled(&self) -> bool {
-        self.0.pooled
+        self.0.pool_page.is_some()
     }
 
     /// Gives everything back to the host, of a guest that will not run any more: it reads zero from now on.
@@ -234,7 +242,7 @@ impl Memory {
     /// at most once around and until the deadline. What the guest touches meanwhile comes back.
     pub fn page_out(&self, cursor: u64, bytes: u64, deadline: Instant) -> PagedOut {
         let size = self.size();
-        if self.0.pooled {
+        if self.is_pooled() {
             return PagedOut { next: cursor % size, named: 0, gone: 0 };
         }
         let (mut done, mut seen) = (PagedOut { next: cursor % size, named: 0, gone: 0 }, 0);

@@ -158,6 +158,7 @@ impl Board {
     /// Stops every device for good, and lets the console's last words out.
     pub fn stop(&self) {
         self.virtio.iter().for_each(|d| d.end());
+        self.balloon.iter().for_each(|control| control.end());
         if self.loops.iter().any(|l| l.is_callers()) {
             // Only the embedder can carry them; this has its dispatcher say that there is something to do.
             self.console.flush(Instant::now());

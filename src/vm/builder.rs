@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::os::fd::AsFd;
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 
@@ -438,6 +439,7 @@ impl VmBuilder {
         let machine = Arc::new(Machine {
             id,
             process: sys::fork::process(),
+            dropped: AtomicBool::new(false),
             end,
             reporter,
             events,

@@ -26,7 +26,12 @@ impl Cgroup {
     pub fn make(id: VmId, config: &CgroupConfig) -> Result<Self> {
         let parent = config.parent.clone().map_or_else(own, Ok)?;
         let path = parent.join(format!("vmbed-{}-{}", std::process::id(), id.0));
-        fs::create_dir(&path).map_err(|e| failed(&path, "making it", e))?;
+        let made = fs::create_dir(&path).or_else(|error| match error.kind() {
+            // Of a process that had this number before, and was killed: nobody is in it.
+            std::io::ErrorKind::AlreadyExists => fs::remove_dir(&path).and_then(|()| fs::create_dir(&path)),
+            _ => Err(error),
+        });
+        made.map_err(|e| failed(&path, "making it", e))?;
         let made = Self { path, process: fork::process() };
         // Before the parent's controllers: with processes in it, it can have threaded children only.
         made.write("cgroup.type", "threaded")?;

@@ -8,7 +8,7 @@ use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::VmFd;
 
 use crate::error::{Error, Result};
-use crate::sys::{kvm, tsc};
+use crate::sys::{kvm, log, tsc};
 use crate::vcpu::Vcpu;
 
 /// The clocks at the moment of a pause.
@@ -28,15 +28,29 @@ pub(super) fn stop(vm: &VmFd) -> Result<Stopped> {
 pub(super) fn resume(vm: &VmFd, vcpus: &[Vcpu], stopped: &Stopped) -> Result<()> {
     // First the counters, since setting the clock refers to them.
     let elapsed = tsc::read().wrapping_sub(stopped.host_tsc);
-    for vcpu in vcpus {
-        vcpu.with(|fd| kvm::move_tsc_back(fd, elapsed))
-            .map_err(|e| Error::os(format!("setting the TSC offset of vCPU {}", vcpu.index), e))?;
+    for (done, vcpu) in vcpus.iter().enumerate() {
+        vcpu.with(|fd| kvm::move_tsc_back(fd, elapsed)).map_err(|e| {
+            undo(&vcpus[..done], elapsed);
+            Error::os(format!("setting the TSC offset of vCPU {}", vcpu.index), e)
+        })?;
     }
     let clock = kvm_clock_data { clock: stopped.nanoseconds, ..Default::default() };
-    vm.set_clock(&clock).map_err(|e| Error::errno_of("setting the guest's clock (KVM_SET_CLOCK)", e))?;
+    vm.set_clock(&clock).map_err(|e| {
+        undo(vcpus, elapsed);
+        Error::errno_of("setting the guest's clock (KVM_SET_CLOCK)", e)
+    })?;
     for vcpu in vcpus {
         // Tells the guest's watchdogs that it was stopped. EINVAL: this guest has no paravirtual clock.
         let _ = vcpu.with(|fd| fd.kvmclock_ctrl());
     }
     Ok(())
+}
+
+/// Has counters where they were: the next attempt counts from the same moment.
+fn undo(vcpus: &[Vcpu], elapsed: u64) {
+    for vcpu in vcpus {
+        if let Err(error) = vcpu.with(|fd| kvm::move_tsc_back(fd, elapsed.wrapping_neg())) {
+            log::warn!("vCPU {}: its time stamp counter stays behind: {error}", vcpu.index);
+        }
+    }
 }

@@ -86,6 +86,8 @@ pub(super) struct Machine {
     pub id: VmId,
     /// Where its threads are: a child of a fork has none.
     pub process: u64,
+    /// Whoever had it has dropped it, and waits for calls in progress elsewhere.
+    pub dropped: AtomicBool,
     pub end: Arc<End>,
     pub reporter: Reporter,
     pub events: EventStream,

@@ -4,6 +4,7 @@
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 mod accounts;
@@ -311,8 +312,8 @@ impl Vm {
     ) -> Result<bool> {
         let _shield = Shield::raise();
         let disk = self.disk(index)?;
-        let (copy, size) = (disk.copy_to(path.as_ref(), format)?, disk.size());
-        let saved = self.save(disk, &copy, size, &mut progress);
+        let copy = disk.copy_to(path.as_ref(), format)?;
+        let saved = self.save(disk, &copy, &mut progress);
         // On this thread, and before it returns: the disk's may have the copy in its hands still.
         copy.abandon();
         saved
@@ -322,7 +323,6 @@ impl Vm {
         &self,
         disk: &Arc<Control>,
         copy: &Arc<crate::block::Saving>,
-        size: u64,
         progress: &mut dyn FnMut(Bytes, Bytes) -> bool,
     ) -> Result<bool> {
         let mut paused = false;
@@ -340,10 +340,15 @@ impl Vm {
             log::debug!("resuming a VM whose disk is saved: {error}");
         }
         let _saving = begun?;
+        // Not the disk's, which may have grown since.
+        let size = copy.size();
         loop {
             match copy.step() {
                 Ok(behind) if !progress(Bytes(behind), Bytes(size)) => break Ok(false),
                 Ok(behind) if behind >= size => break copy.finish().map(|()| true),
+                Ok(_) if self.machine.dropped.load(Ordering::SeqCst) => {
+                    break Err(Error::new(ErrorKind::InvalidState, "saving a disk: its VM has been freed"));
+                }
                 Ok(_) => {}
                 Err(error) => break Err(error),
             }
@@ -495,6 +500,7 @@ impl Vm {
         if !machine.is_here() {
             return;
         }
+        machine.dropped.store(true, Ordering::SeqCst);
         machine.request_stop();
         if !machine.is_own_thread() {
             machine.join();

@@ -17,6 +17,7 @@ pub fn memory_given_back() {
     assert_eq!(without.balloon_statistics().unwrap_err().kind(), ErrorKind::Unsupported);
     drop(without);
     config.balloon = Some(BalloonConfig::default());
+    let with_balloon = config.clone();
     let steps = [
         (Op::Account, 0, 4, 2),
         (Op::Tell, 0, 0, 1),
@@ -49,4 +50,21 @@ pub fn memory_given_back() {
     assert_eq!((moved.deflated, moved.reported.claimed, moved.ignored), (Bytes(64 << 12), Bytes(0), 0));
     let events: Vec<_> = std::iter::from_fn(|| vm.events().next_event()).map(|e| e.kind).collect();
     assert!(events.contains(&EventKind::Balloon { target: size, actual: size }), "{events:?}");
+    drop(guest);
+
+    // Whoever waits for a guest's answer waits no longer than there is one.
+    let guest = Guest::start(host.builder(with_balloon), &steps);
+    guest.wait_for(1);
+    guest.vm.pause().unwrap();
+    std::thread::scope(|scope| {
+        let asks = scope.spawn(|| guest.vm.guest_memory(Duration::MAX).unwrap_err());
+        std::thread::sleep(Duration::from_millis(50));
+        guest.vm.stop().unwrap();
+        let error = asks.join().unwrap();
+        assert!(
+            error.kind() == ErrorKind::InvalidState && error.to_string().contains("has ended"),
+            "{error}"
+        );
+    });
+    assert_eq!(guest.vm.guest_memory(Duration::MAX).unwrap_err().kind(), ErrorKind::InvalidState);
 }

@@ -49,6 +49,10 @@ fn in_a_namespace() {
     };
     refused(wiring.add_bridge("br0", &bridge), ErrorKind::Busy, "bridge 'br0'");
     let tap = TapOptions::on("br0");
+    let mut stays = tap.clone().access(10);
+    stays.persistent = true;
+    refused(wiring.add_tap("vnet2", &stays), ErrorKind::InvalidState, "VLANs");
+    assert!(!there("vnet2"), "what fails has changed nothing, whatever was to stay");
     refused(wiring.add_tap("vnet2", &tap.clone().access(10)), ErrorKind::InvalidState, "VLANs");
     refused(wiring.add_tap("vnet2", &tap.access(4095)), ErrorKind::InvalidArgument, "VLAN 4095");
     let vlans = PortVlan::Trunk { vlans: vec![10, 20], native: None };

@@ -494,6 +494,15 @@ void disks_and_cards_by_descriptor(void)
     close(file), close(null), close(pair[1]);
 }
 
+/* Waits for what a guest that stands does not say. */
+static void *asks_for_ever(void *vm)
+{
+    static int32_t code;
+    vmbed_guest_memory account = {.size = sizeof account};
+    code = vmbed_vm_get_guest_memory(vm, -1, &account, NULL);
+    return &code;
+}
+
 /* Memory that a guest gives back. */
 void memory_given_back(void)
 {
@@ -550,5 +559,20 @@ void memory_given_back(void)
     }
     CHECK(told == 1);
     vmbed_events_free(events);
+    vmbed_vm_free(g.vm), vmbed_builder_free(g.builder);
+
+    /* Whoever waits for a guest's answer waits no longer than there is one. */
+    struct said before = {0};
+    pthread_t waits;
+    void *code;
+    OK(vmbed_builder_new(g.host, g.config, &g.builder, &error));
+    OK(vmbed_builder_add_pio(g.builder, "said", 0x10, 1, &said_ops, &before, &error));
+    start(&g, steps, sizeof steps);
+    wait_for(&before.last, 1);
+    OK(vmbed_vm_pause(g.vm, &error));
+    CHECK(!pthread_create(&waits, NULL, asks_for_ever, g.vm));
+    usleep(100000);
+    vmbed_vm_free(g.vm), g.vm = NULL;
+    CHECK(!pthread_join(waits, &code) && *(int32_t *)code == VMBED_ERR_INVALID_STATE);
     drop(&g);
 }

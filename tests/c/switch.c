@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "driven.h"
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -73,6 +74,17 @@ void cards_on_a_switch(void)
     FAILS(VMBED_ERR_INVALID_STATE, "has ended", vmbed_capture_finish(capture, NULL, NULL, &error));
     CHECK(pread(fileno(file), magic, 4, 0) == 4 && !memcmp(magic, "\x0a\x0d\x0d\x0a", 4));
     vmbed_capture_free(capture);
+
+    /* Whoever read it has gone: an error, and no SIGPIPE. */
+    int ends[2];
+    CHECK(signal(SIGPIPE, SIG_DFL) != SIG_ERR && !pipe(ends));
+    OK(vmbed_switch_capture(between, two, 2, ends[1], &capture, &error));
+    close(ends[0]);
+    FAILS(VMBED_ERR_OS, "writing a capture", vmbed_capture_finish(capture, NULL, NULL, &error));
+    vmbed_capture_free(capture);
+    /* Its beginning waits in a buffer until then. */
+    OK(vmbed_switch_capture(between, two, 2, ends[1], &capture, &error));
+    vmbed_capture_free(capture), close(ends[1]);
     drop(&speaks), drop(&answers), drop(&outside);
     vmbed_port_free(first), vmbed_port_free(second), vmbed_port_free(other), vmbed_switch_free(between);
     fclose(file);

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use imago::Mapping;
+use imago::format::PreallocateMode;
 
 use super::reader::Reader;
 use super::{Access, Qcow2Disk};
@@ -211,7 +212,10 @@ impl Resize for Shared {
     fn resize(&self, bytes: u64) -> Result<()> {
         let access = self.reading();
         if access.size() < bytes {
-            let grown = access.resize_grow(bytes, imago::format::PreallocateMode::None);
+            // What a backing file has there must not show.
+            let new =
+                if self.config.backing.is_empty() { PreallocateMode::None } else { PreallocateMode::Zero };
+            let grown = access.resize_grow(bytes, new);
             grown.map_err(|e| Error::os(format!("{}: growing to {bytes} bytes", self.name), e))?;
         }
         self.size.store(bytes, Ordering::SeqCst);

@@ -17,7 +17,7 @@ const MAGIC: &[u8] = b"LUKS\xba\xbe\0\x01";
 const HEADER: usize = 592;
 const SLOTS: usize = 8;
 const SLOT_USED: u32 = 0x00ac_71f3;
-/// Some minutes for each slot; what asks for more is no image that somebody wants to use.
+/// Some minutes for an image, whatever its slots say; what asks for more is none that somebody wants to use.
 const MOST_ROUNDS: u32 = 200_000_000;
 /// The specification's, and everybody's.
 const MOST_STRIPES: usize = 4000;
@@ -48,7 +48,9 @@ pub(super) fn unlock(
         (1, _) => Cipher::of_old(first.expose()),
         (2, Some((at, length))) => {
             let header = Luks::read(file, at, length)?;
-            let opened = passphrases.iter().find_map(|one| header.unlock(file, one.expose()).transpose());
+            let mut left = MOST_ROUNDS;
+            let opened =
+                passphrases.iter().find_map(|one| header.unlock(file, one.expose(), &mut left).transpose());
             opened.unwrap_or_else(|| Err(io::Error::other("is encrypted, and no passphrase opens it")))
         }
         (2, None) => Err(malformed("there is none")),
@@ -174,10 +176,14 @@ impl Luks {
     }
 
     /// `None`: it is another passphrase.
-    fn unlock(&self, file: &File, passphrase: &str) -> io::Result<Option<Cipher>> {
+    fn unlock(&self, file: &File, passphrase: &str, left: &mut u32) -> io::Result<Option<Cipher>> {
         let (name, mode) = (self.text(8), self.text(40));
         for index in 0..SLOTS {
             let Some(slot) = self.slot(index)? else { continue };
+            let rounds = slot.rounds.saturating_add(self.rounds(164)?);
+            let less = left.checked_sub(rounds);
+            *left =
+                less.ok_or_else(|| malformed("more rounds of key derivation in all than any image needs"))?;
             let mut derived = Zeroizing::new(vec![0; self.key]);
             (self.hash.derive)(passphrase.as_bytes(), &slot.salt, slot.rounds, &mut derived);
             // In whole sectors, of which the last may reach into something else.

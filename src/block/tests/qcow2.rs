@@ -285,6 +285,19 @@ fn compressed_clusters_and_chains_are_read_and_what_is_written_stays_on_top() {
     assert_eq!(rig.disk.size(), 2 << 20);
     drop(rig);
     assert!(images.run(&["qemu-img", "info", "other"]).contains("2 MiB"));
+    // What grows shows nothing that its base has there.
+    images.create(&["-b", "base", "-F", "raw", "small", "512k"]);
+    let small = DiskConfig::qcow2(images.path("small")).based_on(images.path("base"), DiskFormat::Raw);
+    let mut rig = images.open(&small);
+    rig.disk.resizer().unwrap().resize(2 << 20).unwrap();
+    drop(rig);
+    rig = images.open(&small);
+    let mut expected = bytes[..512 << 10].to_vec();
+    expected.resize(2 << 20, 0);
+    assert!(all(&mut rig) == expected);
+    drop(rig);
+    std::fs::write(images.path("raw"), &expected).unwrap();
+    images.judge("small", "raw");
 }
 
 #[test]

@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::net::MAX_FRAME;
 use crate::reactor::{self, Attached, EventLoop, Watch};
 use crate::sys::log;
+use crate::sys::signal::Shield;
 
 /// Packets written in one turn; then the loop looks whether it is to end.
 const SHARE: usize = 64;
@@ -53,6 +54,7 @@ impl Capture {
         ports: &[SwitchPort],
         output: Box<dyn Write + Send>,
     ) -> Result<Self> {
+        let _shield = Shield::raise();
         let failed = |e| Error::os("starting a capture", e);
         let queue = Queue::new().map_err(failed)?;
         queue.open();
@@ -91,6 +93,8 @@ impl Capture {
 
     fn end(&mut self) -> Result<CaptureSummary> {
         let Some(writer) = self.writer.take() else { return Ok(CaptureSummary::default()) };
+        // Longer than the writer, whose buffer is written when it is dropped.
+        let _shield = Shield::raise();
         self.owner.shared.change(|map| {
             for entry in map.ports.iter_mut().flatten() {
                 entry.captures.retain(|sink| !Arc::ptr_eq(sink, &self.sink));

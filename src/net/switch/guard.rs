@@ -77,6 +77,8 @@ impl Guard {
         let Source::V6(source) = ip.source else { return Err(SpoofedIpv6) };
         let message = payload.get(ip.transport..).filter(|_| ip.protocol == ICMPV6);
         let message = message.filter(|_| ip.fragment != Fragment::Later);
+        // What comes behind the packet is not part of the message.
+        let message = message.map(|m| &m[..(ip.length.max(ip.transport) - ip.transport).min(m.len())]);
         let kind = message.and_then(|m| m.first().copied());
         let named = if source.is_unspecified() {
             // Duplicate address detection, a search for routers, multicast reports.
@@ -87,14 +89,16 @@ impl Guard {
         if !named {
             return Err(SpoofedIpv6);
         }
+        // A first piece that ends before it says of which kind it is (RFC 7112).
+        if ip.protocol == ICMPV6 && ip.fragment == Fragment::First && kind.is_none() {
+            return Err(SpoofedNeighbour);
+        }
         let (Some(message), Some(133..=137)) = (message, kind) else { return Ok(()) };
         // In pieces (RFC 6980) or longer than what is seen, it is none of the kind that is let through.
         if ip.fragment != Fragment::Whole || !whole {
             return Err(SpoofedNeighbour);
         }
-        // What comes behind the packet is not part of the message.
-        let end = (ip.length.max(ip.transport) - ip.transport).min(message.len());
-        let (named, link) = match Discovery::parse(&message[..end]) {
+        let (named, link) = match Discovery::parse(message) {
             Ok(Some(Discovery::Asks { link })) => (true, link),
             Ok(Some(Discovery::Advertises { target, link })) => (self.has_v6(target), link),
             Ok(Some(Discovery::Router)) if self.router => return Ok(()),

@@ -243,6 +243,7 @@ impl Switch {
             map.ports[number] = Some(entry);
             Ok::<_, Error>(port)
         })?;
+        shared.table.forget_elsewhere(&options.guard.macs, port.number);
         Ok(SwitchPort { owner: self.owner.clone(), port })
     }
 
@@ -403,6 +404,7 @@ impl SwitchPort {
         }
         self.port.set_limits(options, shared.clock.now());
         shared.table.forget(self.port.number);
+        shared.table.forget_elsewhere(&options.guard.macs, self.port.number);
         Ok(())
     }
 

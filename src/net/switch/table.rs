@@ -158,6 +158,11 @@ impl Table {
         let known = bucket.iter().find_map(|slot| slot.get(key).map(|heard| (slot, heard)));
         if let Some((slot, heard)) = known.filter(|(_, heard)| heard.age(now) <= self.ageing) {
             if heard.port() == port {
+                if !may() {
+                    // Somebody else's by now.
+                    self.forget_address(bucket, key, port);
+                    return Learned::Foreign;
+                }
                 if heard.age(now) >= FRESH {
                     // Not where somebody else has written to it meanwhile.
                     let new = Heard::new(port, now).0;
@@ -197,6 +202,34 @@ impl Table {
             }
         }
         *writer.count(port) = 0;
+    }
+
+    /// Forgets those of these addresses that are elsewhere than behind `port`.
+    pub fn forget_elsewhere(&self, addresses: &[MacAddress], port: u16) {
+        let mut writer = lock(&self.writer);
+        for slot in self.buckets.iter().flatten() {
+            let key = slot.key.load(Ordering::Relaxed);
+            let behind = Heard(slot.value.load(Ordering::Relaxed)).port();
+            if key != 0
+                && behind != port
+                && addresses.iter().any(|address| self::key(0, *address) == key & !VLAN)
+            {
+                slot.key.store(0, Ordering::Release);
+                writer.lose(behind);
+            }
+        }
+    }
+
+    #[cold]
+    fn forget_address(&self, bucket: &Bucket, key: u64, port: u16) {
+        let mut writer = lock(&self.writer);
+        for slot in bucket {
+            let behind = Heard(slot.value.load(Ordering::Relaxed)).port();
+            if slot.key.load(Ordering::Relaxed) == key && behind == port {
+                slot.key.store(0, Ordering::Release);
+                writer.lose(port);
+            }
+        }
     }
 
     /// Entries of a port, also those that have aged and are not tidied up yet.
@@ -285,6 +318,9 @@ impl Writer {
     }
 }
 
+/// Where in a key the VLAN is.
+const VLAN: u64 = 0x7fff << 48;
+
 fn key(vlan: u16, MacAddress([a, b, c, d, e, f]): MacAddress) -> u64 {
     let [v0, v1] = vlan.to_be_bytes();
     USED | u64::from_be_bytes([v0, v1, a, b, c, d, e, f])
@@ -311,6 +347,29 @@ mod tests {
     fn table(addresses: u32) -> Table {
         let secret = [0x0123_4567_89ab_cdef, 0x9e37_79b9_7f4a_7c15];
         Table { secret, ..Table::new(addresses, Duration::from_secs(300)) }
+    }
+
+    #[test]
+    fn who_was_there_before_an_address_became_somebody_else_s_is_forgotten() {
+        let table = table(16);
+        let (squatted, own) = ((1, mac(1)), (2, mac(2)));
+        for whom in [squatted, (7, mac(1)), own] {
+            assert_eq!(learn(&table, whom, 3, 8, ms(0)), Learned::New);
+        }
+        table.forget_elsewhere(&[mac(1)], 4);
+        assert_eq!(
+            (table.find(1, mac(1), 0), table.find(7, mac(1), 0), table.find(2, mac(2), 0)),
+            (None, None, Some(3))
+        );
+        assert_eq!(table.count(3), 1);
+        // One that was learned meanwhile, by rules of before.
+        assert_eq!(learn(&table, squatted, 3, 8, ms(0)), Learned::New);
+        assert_eq!(table.learn(squatted, (3, 8), ms(10), || false), Learned::Foreign);
+        assert_eq!((table.find(1, mac(1), 10), table.count(3)), (None, 1));
+        // Its own stay with it.
+        assert_eq!(learn(&table, squatted, 4, 8, ms(20)), Learned::New);
+        table.forget_elsewhere(&[mac(1)], 4);
+        assert_eq!(table.find(1, mac(1), 20), Some(4));
     }
 
     #[test]

@@ -94,8 +94,8 @@ impl Wiring {
             state.is_free(&who, name)?;
             let made = tap::make(name, options.multi_queue, options.owner, options.group);
             made.map_err(|e| Refused::of_tap(&e).at(&who, "making it").with_source(e))?;
-            let link = state.link(&who, name)?;
-            state.done.push(Step::made(&link, options.persistent));
+            // Where the call fails, it goes whatever its owner wants.
+            let link = state.has_made(&who, name)?;
             let bridge = options.bridge.as_deref().map(|bridge| state.bridge(&who, bridge)).transpose()?;
             if let Some(bridge) = &bridge {
                 state.change(&who, &link, Setting::Master(Some(bridge.index)))?;
@@ -104,7 +104,11 @@ impl Wiring {
                 let link = state.link(&who, name)?;
                 state.port_vlans(&who, &link, vlans)?;
             }
-            state.settings(&who, &link, options.mtu, options.mac, bridge.as_ref())
+            state.settings(&who, &link, options.mtu, options.mac, bridge.as_ref())?;
+            if options.persistent {
+                state.done.iter_mut().for_each(|step| step.stays(link.index));
+            }
+            Ok(())
         })
     }
 
@@ -327,8 +331,13 @@ impl State {
         };
         let made = self.links.add(name, kind);
         made.map_err(|e| Refused::of_kind(&e.error, missing).because(who, "making it", e))?;
-        let link = self.link(who, name)?;
-        self.done.push(Step::made(&link, false));
+        self.has_made(who, name)
+    }
+
+    /// Looks at what it has just made: from here on it is undone.
+    fn has_made(&mut self, who: &str, name: &str) -> Result<Link> {
+        let link = self.link(who, name).or_else(|first| self.link(who, name).map_err(|_| first))?;
+        self.done.push(Step::made(&link));
         Ok(link)
     }
 
@@ -394,8 +403,9 @@ impl State {
         let before = self.vlans(who, link)?;
         if let Err(e) = self.links.set_vlans(link, &before, &wanted) {
             // Some of them, perhaps.
-            let now = self.vlans(who, link)?;
-            let _ = self.links.set_vlans(link, &now, &before);
+            if let Ok(now) = self.vlans(who, link) {
+                let _ = self.links.set_vlans(link, &now, &before);
+            }
             return Err(Refused::of(&e.error).because(who, "setting its VLANs", e));
         }
         if !self.is_ours(link.index) {

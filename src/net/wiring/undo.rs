@@ -45,8 +45,17 @@ pub(super) enum Step {
 }
 
 impl Step {
-    pub fn made(link: &Link, stays: bool) -> Self {
-        Self::Made { index: link.index, name: link.name.clone(), stays }
+    pub fn made(link: &Link) -> Self {
+        Self::Made { index: link.index, name: link.name.clone(), stays: false }
+    }
+
+    /// What was made with that number is not to be undone.
+    pub fn stays(&mut self, number: u32) {
+        if let Self::Made { index, stays, .. } = self
+            && *index == number
+        {
+            *stays = true;
+        }
     }
 
     pub fn index(&self) -> u32 {

@@ -58,6 +58,8 @@ struct Wishes {
     hinting: bool,
     /// Nobody waits for them any longer.
     enough: bool,
+    /// There is no guest any more that could answer.
+    ended: bool,
     /// What the embedder asks for, and what is asked beside it, in bytes: the target is their sum.
     own: u64,
     extra: u64,
@@ -181,7 +183,7 @@ impl Control {
         self.only_if(&self.can_count, "gives no account of its memory")?;
         let ticket = self.ask();
         let told = self.wait(deadline, |wishes| wishes.guest.filter(|_| wishes.answered >= ticket));
-        told.ok_or_else(|| self.late("given an account of its memory"))
+        told.ok_or_else(|| self.unanswered("given an account of its memory"))
     }
 
     /// Asks the guest for all of its free pages, and waits until the deadline while they are given back. Answers how
@@ -198,7 +200,7 @@ impl Control {
             // Only the worker knows when it touches no page any more.
             lock(&self.wishes).enough = true;
             fd::ring(&self.bell);
-            return Err(self.late("named all of its free pages"));
+            return Err(self.unanswered("named all of its free pages"));
         }
         Ok(Bytes(self.counters.hinted.measured.get().saturating_sub(before)))
     }
@@ -227,16 +229,29 @@ impl Control {
         Err(Error::new(ErrorKind::Unsupported, why))
     }
 
-    fn late(&self, what: &str) -> Error {
+    /// The VM has come to its end: whoever waits for its guest's answers waits no longer.
+    pub fn end(&self) {
+        lock(&self.wishes).ended = true;
+        self.changed.notify_all();
+    }
+
+    fn unanswered(&self, what: &str) -> Error {
+        if lock(&self.wishes).ended {
+            let why = format!("{}: the VM has ended, and its guest has not {what}", self.id);
+            return Error::new(ErrorKind::InvalidState, why);
+        }
         Error::new(ErrorKind::TimedOut, format!("{}: the guest has not {what} in time", self.id))
     }
 
-    /// Waits until `look` has an answer; `None` at the deadline.
+    /// Waits until `look` has an answer; `None` at the deadline, and where the VM has ended.
     fn wait<R>(&self, deadline: Instant, look: impl Fn(&Wishes) -> Option<R>) -> Option<R> {
         let mut wishes = lock(&self.wishes);
         loop {
             if let Some(answer) = look(&wishes) {
                 return Some(answer);
+            }
+            if wishes.ended {
+                return None;
             }
             let left = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())?;
             let waited = self.changed.wait_timeout(wishes, left);

@@ -12,6 +12,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use super::{Activation, Queue, VirtioDevice, read_config_space};
 use crate::config::BalloonConfig;
 use crate::error::{Error, ErrorKind, Result};
+use crate::memory::Memory;
 use crate::reactor::{Attached, Place};
 use crate::sys::log;
 pub(crate) use control::Control;
@@ -51,6 +52,8 @@ pub(crate) struct Balloon {
     control: Arc<Control>,
     place: Place,
     state: State,
+    /// Of which drivers have given something back.
+    memory: Option<Memory>,
 }
 
 enum State {
@@ -75,7 +78,7 @@ impl Balloon {
         // By their numbers in the specification: there may be gaps that no driver uses.
         let count = if config.reporting { 5 } else { 3 + usize::from(config.hinting) };
         let (queue_sizes, state) = (vec![QUEUE_SIZE; count], State::Idle(Kept::default()));
-        Self { id: id.into(), features, queue_sizes, control, place, state }
+        Self { id: id.into(), features, queue_sizes, control, place, state, memory: None }
     }
 
     /// Serves the queues on the caller's thread: for drivers in this process ([`Place::Caller`]).
@@ -137,6 +140,7 @@ impl VirtioDevice for Balloon {
         let refused = |why: &str| Error::new(ErrorKind::InvalidState, format!("{}: {why}", self.id));
         let Activation { features, memory, mut queues, signals } = activation;
         let State::Idle(kept) = &mut self.state else { return Err(refused("is active already")) };
+        self.memory = Some(memory.clone());
         let numbers = numbers(features, &queues);
         if numbers[0].is_none() || numbers[1].is_none() {
             return Err(refused("the driver has not enabled the queues to inflate and deflate"));
@@ -181,11 +185,11 @@ impl VirtioDevice for Balloon {
 
     fn reset(&mut self) {
         if let State::Idle(kept) = &mut self.state {
-            // The next driver knows nothing of what this one gave back.
-            let Kept { memory, .. } = std::mem::take(kept);
-            if let Some(memory) = memory {
-                memory.restore(0, u64::MAX);
-            }
+            *kept = Kept::default();
+        }
+        // The next driver knows nothing of what the last one gave back.
+        if let Some(memory) = self.memory.take() {
+            memory.restore(0, u64::MAX, || !self.place.is_ending());
         }
         self.control.reset();
     }

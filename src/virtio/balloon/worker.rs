@@ -13,7 +13,7 @@ use super::control::Control;
 use super::discard::{Discarder, Outcome};
 use super::statistics::{Given, GuestMemory};
 use crate::memory::{HUGE, Memory};
-use crate::reactor::{self, Watch};
+use crate::reactor::{self, Leaving, Watch};
 use crate::virtio::queue::{Chain, Next, QueueFault};
 use crate::virtio::{Queue, Signals};
 
@@ -79,8 +79,6 @@ pub(super) struct Kept {
     pub account: Option<u16>,
     pub requested: Option<u64>,
     pub hinting: u32,
-    /// Of which the driver may have given something back.
-    pub memory: Option<Memory>,
 }
 
 impl Worker {
@@ -114,8 +112,8 @@ impl Worker {
     pub fn finish(mut self) -> (Queues, Kept) {
         self.discarder.flush();
         self.count_inflated();
-        let Self { queues, account, requested, hinting, memory, .. } = self;
-        (queues, Kept { account, requested, hinting, memory: Some(memory) })
+        let Self { queues, account, requested, hinting, .. } = self;
+        (queues, Kept { account, requested, hinting })
     }
 
     /// Serves every queue.
@@ -166,20 +164,26 @@ impl Worker {
     fn deflate(&mut self) -> Result<(), QueueFault> {
         let Self { queues, memory, control, discarder, chain, pfns, .. } = self;
         let Some(queue) = &mut queues.deflate else { return Ok(()) };
+        let mut fetched = 0;
         let drained = queue.drain(memory, chain, |queue, chain| {
             // What is held may be among what the driver takes back.
             discarder.flush();
+            each_pfns(memory, chain, pfns, |pfns| fetched += restore(memory, pfns, &discarder.leaving));
+            if discarder.leaving.is_set() {
+                queue.give_back(chain.head);
+                return Ok(Next::Enough);
+            }
             let (mut pages, mut ignored) = (0, 0);
             each_pfns(memory, chain, pfns, |pfns| {
                 let ram = |pfn: &&u32| memory.is_ram(u64::from(**pfn) * PAGE, PAGE);
                 let good = pfns.iter().filter(ram).count() as u64;
                 pages += good;
                 ignored += pfns.len() as u64 - good;
-                restore(memory, pfns);
             });
             control.counters.deflated.add(pages * PAGE);
             control.counters.ignored.add(ignored);
-            queue.complete(memory, chain.head, 0).map(|()| Next::More)
+            queue.complete(memory, chain.head, 0)?;
+            Ok(if fetched >= CALLS_AT_ONCE { Next::Enough } else { Next::More })
         });
         finish(queue, memory, drained)?;
         self.count_inflated();
@@ -268,19 +272,20 @@ impl Worker {
     }
 }
 
-/// Has the pages there again that the driver is about to use.
-fn restore(memory: &Memory, pfns: &[u32]) {
+/// Has the pages there again that the driver is about to use; how many were fetched.
+fn restore(memory: &Memory, pfns: &[u32], leaving: &Leaving) -> u32 {
     if !memory.is_pooled() {
-        return;
+        return 0;
     }
-    let mut last = None;
+    let (mut last, mut fetched) = (None, 0);
     for pfn in pfns {
         let page = u64::from(*pfn) * PAGE;
         // Neighbours are in the same one.
         if last.replace(page / HUGE) != Some(page / HUGE) {
-            memory.restore(page, PAGE);
+            fetched += memory.restore(page, PAGE, || !leaving.is_set());
         }
     }
+    fetched
 }
 
 /// Whether there were so many calls that others should have their turn.
