@@ -90,7 +90,10 @@ typedef struct vmbed_host vmbed_host;
 /** What this machine can and cannot do, and how to mend what it cannot. */
 typedef struct vmbed_probe vmbed_probe;
 
-/** A VM in the making: a configuration, and what is not data. It makes one VM. */
+/**
+ * A VM in the making: a configuration, and what is not data. It makes one VM. A destroy function that one of its calls
+ * calls, of what it refuses or replaces, does not use the same builder.
+ */
 typedef struct vmbed_builder vmbed_builder;
 
 /**

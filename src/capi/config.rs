@@ -338,7 +338,8 @@ pub unsafe extern "C" fn vmbed_config_free(config: *mut vmbed_config) {
     answer((), || drop(handle::take(config)));
 }
 
-/// A VM in the making: a configuration, and what is not data. It makes one VM.
+/// A VM in the making: a configuration, and what is not data. It makes one VM. A destroy function that one of its calls
+/// calls, of what it refuses or replaces, does not use the same builder.
 pub struct vmbed_builder(());
 
 handle!(vmbed_builder holds Mutex<Option<VmBuilder>>);
