@@ -997,7 +997,8 @@ int32_t vmbed_vm_set_disk_rate(const vmbed_vm *vm,
  * `progress`, which may be NULL, is called on this thread with `user`. `complete`, which may be NULL, is false where it was
  * ended; then, and where this fails, the image is gone. Blocks for as long as the disk's size takes.
  *
- * VMBED_ERR_UNSUPPORTED of a disk of code of yours, VMBED_ERR_BUSY while it is being saved already.
+ * VMBED_ERR_UNSUPPORTED of a disk of code of yours, VMBED_ERR_BUSY while it is being saved already, VMBED_ERR_INVALID_STATE
+ * where the VM is freed meanwhile.
  */
 int32_t vmbed_vm_save_disk(const vmbed_vm *vm,
                            uint32_t index,
@@ -2399,7 +2400,8 @@ int32_t vmbed_vm_get_balloon_statistics(const vmbed_vm *vm,
  * on its way then.
  *
  * VMBED_ERR_TIMED_OUT where the guest has not answered by then, or never yet. VMBED_ERR_UNSUPPORTED where the VM has no
- * balloon or the guest no driver for it. VMBED_ERR_INVALID_STATE when called from the VM's own callback.
+ * balloon or the guest no driver for it. VMBED_ERR_INVALID_STATE when called from the VM's own callback, and where the VM has
+ * ended, also while this waits.
  */
 int32_t vmbed_vm_get_guest_memory(const vmbed_vm *vm,
                                   int64_t timeout,

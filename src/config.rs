@@ -170,7 +170,8 @@ pub struct BalloonConfig {
     /// ([`BackingKind::Huge2M`]), which might have none then.
     pub reporting: bool,
     /// [`Vm::discard_free_pages`](crate::Vm::discard_free_pages) works. Default `false`: a Linux guest that runs out of
-    /// memory at that moment may use a page while it is being given back, and lose what it has written there.
+    /// memory at that moment may use a page while it is being given back, and lose what it has written there. Refused on the pool of
+    /// huge pages.
     pub hinting: bool,
     /// Where on the PCI bus; the first free place when absent.
     pub pci: Option<PciAddress>,

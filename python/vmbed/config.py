@@ -163,7 +163,7 @@ class Balloon:
     #: The guest gives large pieces of free memory back as it goes along; never on the pool of huge pages.
     reporting: bool = True
     #: :meth:`Vm.discard_free_pages` works. A Linux guest that runs out of memory at that moment may use a page while it
-    #: is being given back, and lose what it has written there.
+    #: is being given back, and lose what it has written there. Refused on the pool of huge pages.
     hinting: bool = False
     pci: str | None = None
 

@@ -326,7 +326,7 @@ class Vm:
 
     def guest_memory(self, timeout: float | None = 0) -> GuestMemory:
         """Asks the guest for an account of its memory and waits `timeout` seconds for it (None: for ever); with 0, the last
-        one that came. TimedOut where there is none."""
+        one that came. TimedOut where there is none, InvalidState where the VM has ended."""
         told = _guest_memory(self._pointer, _milliseconds(timeout))
         return GuestMemory(told.time, *(None if n == (1 << 64) - 1 else n for n in told[1:]))
 

@@ -4,6 +4,7 @@
 //! A chunk is copied before it changes for the first time, by whoever is about to change it; all others are copied one after the
 //! other. So the copy costs the guest one chunk's time at most per write, and never more than the disk's size in all.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -35,10 +36,10 @@ struct State {
     target: Option<Box<dyn Backend>>,
     path: PathBuf,
     size: u64,
-    /// Chunks that are there.
-    copied: Vec<bool>,
-    /// The first that may not be.
-    next: usize,
+    /// All chunks before this one are there.
+    next: u64,
+    /// And these: what the guest changed before its turn came.
+    ahead: BTreeSet<u64>,
     /// Where data is in between.
     memory: Memory,
     /// Where it is looked at.
@@ -53,20 +54,13 @@ impl Saving {
     /// # Errors
     /// The image cannot be made.
     pub fn new(source: Box<dyn Backend>, size: u64, path: &Path, format: DiskFormat) -> Result<Self> {
-        // An image may say that it is as large as it likes.
-        let (mut copied, chunks) = (Vec::new(), size.div_ceil(CHUNK) as usize);
-        if copied.try_reserve_exact(chunks).is_err() {
-            let why = format!("saving a disk to {}: no memory for {size} bytes of it", path.display());
-            return Err(Error::new(ErrorKind::Exhausted, why));
-        }
-        copied.resize(chunks, false);
         let mut state = State {
             source,
             target: None,
             path: PathBuf::new(),
             size,
-            copied,
             next: 0,
+            ahead: BTreeSet::new(),
             memory: Memory::on(CHUNK, &BackingConfig::default())?,
             bytes: vec![0; CHUNK as usize],
             pieces: Pieces::default(),
@@ -93,7 +87,7 @@ impl Saving {
         let chunks = offset / CHUNK..offset.saturating_add(length).div_ceil(CHUNK);
         for chunk in chunks {
             if state.failed.is_none() {
-                state.copy(chunk as usize);
+                state.copy(chunk);
             }
         }
     }
@@ -104,14 +98,15 @@ impl Saving {
     /// What has failed, here or for a write of the guest's.
     pub fn step(&self) -> Result<u64> {
         let mut state = lock(&self.0);
-        while state.copied.get(state.next) == Some(&true) {
-            state.next += 1;
-        }
         let next = state.next;
         state.copy(next);
+        while state.ahead.first() == Some(&state.next) {
+            state.ahead.pop_first();
+            state.next += 1;
+        }
         match state.failed.take() {
             Some(error) => Err(error),
-            None => Ok(((next as u64 + 1) * CHUNK).min(state.size)),
+            None => Ok(state.next.saturating_mul(CHUNK).min(state.size)),
         }
     }
 
@@ -133,27 +128,32 @@ impl Saving {
 
     /// It will not be complete: its file is gone afterwards, and nothing is copied any more. Nothing, where it has been finished.
     pub fn abandon(&self) {
-        lock(&self.0).remove();
+        let unfinished = lock(&self.0).give_up();
+        // Nobody waits for the lock meanwhile.
+        remove(unfinished);
+    }
+}
+
+fn remove((target, path): (Option<Box<dyn Backend>>, PathBuf)) {
+    drop(target);
+    if !path.as_os_str().is_empty()
+        && let Err(error) = std::fs::remove_file(&path)
+    {
+        log::warn!("removing {}, which is not complete: {error}", path.display());
     }
 }
 
 impl State {
-    fn remove(&mut self) {
-        self.target = None;
-        let path = std::mem::take(&mut self.path);
-        if !path.as_os_str().is_empty()
-            && let Err(error) = std::fs::remove_file(&path)
-        {
-            log::warn!("removing {}, which is not complete: {error}", path.display());
-        }
+    fn give_up(&mut self) -> (Option<Box<dyn Backend>>, PathBuf) {
+        (self.target.take(), std::mem::take(&mut self.path))
     }
 
-    fn copy(&mut self, chunk: usize) {
-        if self.copied.get(chunk) != Some(&false) {
+    fn copy(&mut self, chunk: u64) {
+        let is_there = chunk < self.next || chunk >= self.size.div_ceil(CHUNK) || self.target.is_none();
+        if is_there || !self.ahead.insert(chunk) {
             return;
         }
-        self.copied[chunk] = true;
-        if let Err(error) = self.try_copy(chunk as u64 * CHUNK) {
+        if let Err(error) = self.try_copy(chunk * CHUNK) {
             self.failed = Some(failed(&self.path, error));
         }
     }
@@ -175,7 +175,7 @@ impl State {
 
 impl Drop for State {
     fn drop(&mut self) {
-        self.remove();
+        remove(self.give_up());
     }
 }
 

@@ -181,7 +181,8 @@ unsafe impl Sized_ for vmbed_guest_memory {
 /// on its way then.
 ///
 /// VMBED_ERR_TIMED_OUT where the guest has not answered by then, or never yet. VMBED_ERR_UNSUPPORTED where the VM has no
-/// balloon or the guest no driver for it. VMBED_ERR_INVALID_STATE when called from the VM's own callback.
+/// balloon or the guest no driver for it. VMBED_ERR_INVALID_STATE when called from the VM's own callback, and where the VM has
+/// ended, also while this waits.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_vm_get_guest_memory(
     vm: *const vmbed_vm,

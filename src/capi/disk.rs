@@ -243,7 +243,8 @@ pub type vmbed_progress_fn = Option<unsafe extern "C" fn(user: *mut c_void, behi
 /// `progress`, which may be NULL, is called on this thread with `user`. `complete`, which may be NULL, is false where it was
 /// ended; then, and where this fails, the image is gone. Blocks for as long as the disk's size takes.
 ///
-/// VMBED_ERR_UNSUPPORTED of a disk of code of yours, VMBED_ERR_BUSY while it is being saved already.
+/// VMBED_ERR_UNSUPPORTED of a disk of code of yours, VMBED_ERR_BUSY while it is being saved already, VMBED_ERR_INVALID_STATE
+/// where the VM is freed meanwhile.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_vm_save_disk(
     vm: *const vmbed_vm,

@@ -191,8 +191,10 @@ impl Watch {
             event.data() == PRESSURE && event.event_set().intersects(EventSet::ERROR | EventSet::HANG_UP)
         };
         if events.iter().take(count).any(gone) {
-            // Its cgroup was removed: it would be ready for ever. Closed, it leaves the set; the interval goes on.
-            self.pressure = None;
+            // Its cgroup was removed: it would be ready for ever. The interval goes on.
+            if let Some(file) = self.pressure.take() {
+                let _ = self.epoll.ctl(ControlOperation::Delete, file.as_raw_fd(), EpollEvent::default());
+            }
             ::log::debug!("the cgroup whose pressure was watched is gone");
         }
     }

@@ -57,9 +57,9 @@ pub fn handle_sigbus() -> Result<()> {
 fn tell() {
     let all: Vec<_> = lock(&ALL).iter().filter_map(Weak::upgrade).collect();
     for memory in all.into_iter().map(Memory) {
-        if let Some(at) = memory.lost()
-            && let Some(tell) = lock(&memory.0.tell).take()
-        {
+        let Some(at) = memory.lost() else { continue };
+        let tell = lock(&memory.0.tell).take();
+        if let Some(tell) = tell {
             tell(at);
         }
     }
@@ -110,7 +110,8 @@ impl Memory {
                 && let Err(error) = fill_hole(file.file(), file.start() + (at - base), page)
             {
                 log::warn!("guest memory at {at:#x} has no huge page any more: {error}");
-                if let Some(tell) = lock(&self.0.tell).take() {
+                let tell = lock(&self.0.tell).take();
+                if let Some(tell) = tell {
                     tell(at);
                 }
                 break;

@@ -167,6 +167,14 @@ impl Memory {
     /// # Errors
     /// `InvalidInput` where it is not all memory of one region; what the host says.
     pub fn discard(&self, start: u64, len: u64) -> io::Result<u64> {
+        if let Some(page) = self.0.pool_page.filter(|_| self.is_ram(start, len)) {
+            // Whole ones go, and before they do, so that whatever comes of it they are looked for.
+            lock(&self.0.holes).extend(start.div_ceil(page)..(start + len) / page);
+        }
+        self.give_back(start, len)
+    }
+
+    fn give_back(&self, start: u64, len: u64) -> io::Result<u64> {
         let outside = || io::Error::from(io::ErrorKind::InvalidInput);
         let region = self.find_region(GuestAddress(start)).ok_or_else(outside)?;
         if !self.is_ram(start, len) {
@@ -179,10 +187,6 @@ impl Memory {
             discard_anonymous(region, offset as usize, len as usize)?;
             return Ok(before.saturating_sub(there()));
         };
-        if let Some(page) = self.0.pool_page {
-            // Whole ones go, and before they do, so that whatever comes of it they are looked for.
-            lock(&self.0.holes).extend(start.div_ceil(page)..(start + len) / page);
-        }
         let before = pages::occupied(file.file())?;
         punch_hole(file.file(), file.start() + offset, len)?;
         Ok(before.saturating_sub(pages::occupied(file.file())?).min(len))
@@ -232,7 +236,7 @@ impl Memory {
     /// Gives everything back to the host, of a guest that will not run any more: it reads zero from now on.
     pub fn discard_all(&self) {
         for region in self.iter() {
-            if let Err(error) = self.discard(region.start_addr().raw_value(), region.len()) {
+            if let Err(error) = self.give_back(region.start_addr().raw_value(), region.len()) {
                 log::warn!("giving a guest's memory back: {error}");
             }
         }

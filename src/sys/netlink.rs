@@ -14,6 +14,8 @@ use netlink_sys::{Socket, SocketAddr};
 pub(crate) struct Route {
     socket: Socket,
     sequence: u32,
+    /// An answer was not read to its end.
+    is_amid: bool,
 }
 
 /// The kernel says no: with an errno, and in words where it has some.
@@ -42,7 +44,7 @@ impl Route {
         socket.set_non_blocking(true)?;
         // Older kernels have no words.
         let _ = socket.set_ext_ack(true).and_then(|()| socket.set_cap_ack(true));
-        Ok(Self { socket, sequence: 0 })
+        Ok(Self { socket, sequence: 0, is_amid: false })
     }
 
     /// Has the kernel do something; `flags` besides those of every request.
@@ -76,6 +78,10 @@ impl Route {
         message: RouteNetlinkMessage,
         flags: u16,
     ) -> Result<(Vec<RouteNetlinkMessage>, bool), Refusal> {
+        if std::mem::replace(&mut self.is_amid, true) {
+            // The kernel knows one dump at a time, which is at its end when it has been read.
+            while again(|| self.socket.recv_from_full()).is_ok() {}
+        }
         self.sequence = self.sequence.wrapping_add(1);
         let mut header = NetlinkHeader::default();
         (header.sequence_number, header.flags) = (self.sequence, flags | NLM_F_REQUEST);
@@ -99,8 +105,14 @@ impl Route {
                 }
                 whole &= answer.header.flags & NLM_F_DUMP_INTR == 0;
                 match answer.payload {
-                    NetlinkPayload::Done(_) => return Ok((answers, whole)),
-                    NetlinkPayload::Error(error) => return outcome(&error).map(|()| (answers, whole)),
+                    NetlinkPayload::Done(_) => {
+                        self.is_amid = false;
+                        return Ok((answers, whole));
+                    }
+                    NetlinkPayload::Error(error) => {
+                        self.is_amid = false;
+                        return outcome(&error).map(|()| (answers, whole));
+                    }
                     NetlinkPayload::InnerMessage(message) => answers.push(message),
                     _ => {}
                 }

@@ -35,7 +35,8 @@ impl Vm {
     ///
     /// # Errors
     /// `TimedOut` where the guest has not answered by then, or never yet; `Unsupported` where the configuration has no
-    /// balloon, or the guest no driver for it; `InvalidState` when called from the VM's own callback.
+    /// balloon, or the guest no driver for it; `InvalidState` when called from the VM's own callback, and where the VM has ended, also
+    /// while this waits.
     pub fn guest_memory(&self, timeout: Duration) -> Result<GuestMemory> {
         let control = self.balloon_control()?;
         if timeout.is_zero() {
@@ -55,7 +56,7 @@ impl Vm {
     /// # Errors
     /// `TimedOut`: what was given back by then stays so. `Busy` while another thread asks. `Unsupported` where the
     /// configuration does not allow it, or the guest has no driver for it; `InvalidState` when called from the VM's own
-    /// callback.
+    /// callback, and where the VM has ended, also while this waits.
     pub fn discard_free_pages(&self, timeout: Duration) -> Result<Bytes> {
         let control = self.balloon_control()?;
         self.machine.not_from_within("discard_free_pages")?;

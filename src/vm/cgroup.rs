@@ -28,7 +28,7 @@ impl Cgroup {
         let path = parent.join(format!("vmbed-{}-{}", std::process::id(), id.0));
         let made = fs::create_dir(&path).or_else(|error| match error.kind() {
             // Of a process that had this number before, and was killed: nobody is in it.
-            std::io::ErrorKind::AlreadyExists => fs::remove_dir(&path).and_then(|()| fs::create_dir(&path)),
+            std::io::ErrorKind::AlreadyExists if fs::remove_dir(&path).is_ok() => fs::create_dir(&path),
             _ => Err(error),
         });
         made.map_err(|e| failed(&path, "making it", e))?;

@@ -302,7 +302,7 @@ impl Vm {
     ///
     /// # Errors
     /// `InvalidArgument` when there is no such disk; `Unsupported` of a disk of code of yours; `Busy` while it is being saved
-    /// already; as [`pause`](Self::pause); what the host answers where the image cannot be made or written.
+    /// already; `InvalidState` where C frees the VM meanwhile; as [`pause`](Self::pause); what the host answers where the image cannot be made or written.
     pub fn save_disk(
         &self,
         index: usize,
@@ -313,10 +313,9 @@ impl Vm {
         let _shield = Shield::raise();
         let disk = self.disk(index)?;
         let copy = disk.copy_to(path.as_ref(), format)?;
-        let saved = self.save(disk, &copy, &mut progress);
         // On this thread, and before it returns: the disk's may have the copy in its hands still.
-        copy.abandon();
-        saved
+        let copy = Abandoned(copy);
+        self.save(disk, &copy.0, &mut progress)
     }
 
     fn save(
@@ -497,10 +496,10 @@ impl Vm {
     /// Ends everything but what a call in progress holds, as dropping does.
     pub(crate) fn end(&self) {
         let machine = &self.machine;
+        machine.dropped.store(true, Ordering::SeqCst);
         if !machine.is_here() {
             return;
         }
-        machine.dropped.store(true, Ordering::SeqCst);
         machine.request_stop();
         if !machine.is_own_thread() {
             machine.join();
@@ -512,6 +511,15 @@ impl Vm {
         if let Err(error) = reaper {
             log::error!("no thread to end a VM that was dropped in its own callback: {error}");
         }
+    }
+}
+
+/// A copy of a disk that is given up, unless it is finished.
+struct Abandoned(Arc<crate::block::Saving>);
+
+impl Drop for Abandoned {
+    fn drop(&mut self) {
+        self.0.abandon();
     }
 }
 

@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::net::UdpSocket;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use libtest_mimic::Trial;
 use vmbed::internals::sandbox;
@@ -15,7 +15,7 @@ use vmbed::{
 };
 
 use crate::guests::Op;
-use crate::life::{SIZE, SPINS, Scratch, bare, ends, hear, host, pc, start, wait_until};
+use crate::life::{LONG, SIZE, SPINS, Scratch, bare, ends, hear, host, pc, start, wait_until};
 use crate::{part, trial};
 
 pub fn add(trials: &mut Vec<Trial>) {
@@ -79,8 +79,9 @@ fn saves() {
     let mut steps = vec![(Op::Discard, 0, LARGE / 512, 0); 60];
     steps.extend([(Op::Flush, 0, 0, 0), (Op::Tell, 0, 0, 1)]);
     let vm = start(host().builder(config), &steps);
-    let mut saved = 0;
+    let (mut saved, end) = (0, Instant::now() + LONG);
     while vm.disk_statistics(0).unwrap().flushes == 0 {
+        assert!(Instant::now() < end, "waited a minute for the guest's flush: {vm:?}");
         if !matches!(vm.state(), VmState::Running) {
             break;
         }

@@ -2,7 +2,8 @@
 //! An image's layers, and how data moves to and from them: where it lies is the library's business.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -14,8 +15,8 @@ use super::{Access, Qcow2Disk};
 use crate::block::engine::sync;
 use crate::block::target::Target;
 use crate::block::{Backend, BlockOp, IoRequest, Resize};
-use crate::config::DiskConfig;
-use crate::error::{Error, Result};
+use crate::config::{DiskConfig, DiskFormat};
+use crate::error::{Error, ErrorKind, Result};
 use crate::sys::image::Content;
 use crate::sys::io::{IoList, Pieces};
 use crate::sys::lock;
@@ -46,6 +47,21 @@ fn is_missing(error: &io::Error) -> bool {
 }
 
 impl Shared {
+    /// How long the disk of the image below is; 0 where there is none.
+    fn size_below(&self) -> io::Result<u64> {
+        let (Some(below), Some(target)) = (self.config.backing.first(), self.targets.get(1)) else {
+            return Ok(0);
+        };
+        let mut file = target.main();
+        if below.format == DiskFormat::Qcow2 {
+            let mut size = [0; 8];
+            file.read_exact_at(&mut size, 24)?;
+            return Ok(u64::from_be_bytes(size));
+        }
+        // Of a block device, too. Nobody reads from where that leaves it.
+        file.seek(SeekFrom::End(0))
+    }
+
     pub fn reading(&self) -> RwLockReadGuard<'_, Access> {
         self.access.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -211,12 +227,20 @@ impl Shared {
 impl Resize for Shared {
     fn resize(&self, bytes: u64) -> Result<()> {
         let access = self.reading();
+        let failed = |e| Error::os(format!("{}: growing to {bytes} bytes", self.name), e);
+        // What a backing file has there must not show.
+        let shows = self.size_below().map_err(failed)?.min(bytes);
+        if access.size() < shows {
+            access.resize_grow(shows, PreallocateMode::Zero).map_err(|e| match e.kind() {
+                io::ErrorKind::Unsupported => {
+                    let why = "its backing file is longer, and version 2 of the format cannot hide that (qemu-img amend -o compat=1.1)";
+                    Error::new(ErrorKind::Unsupported, format!("{}: growing to {bytes} bytes: {why}", self.name))
+                }
+                _ => failed(e),
+            })?;
+        }
         if access.size() < bytes {
-            // What a backing file has there must not show.
-            let new =
-                if self.config.backing.is_empty() { PreallocateMode::None } else { PreallocateMode::Zero };
-            let grown = access.resize_grow(bytes, new);
-            grown.map_err(|e| Error::os(format!("{}: growing to {bytes} bytes", self.name), e))?;
+            access.resize_grow(bytes, PreallocateMode::None).map_err(failed)?;
         }
         self.size.store(bytes, Ordering::SeqCst);
         Ok(())

@@ -17,7 +17,7 @@ const MAGIC: &[u8] = b"LUKS\xba\xbe\0\x01";
 const HEADER: usize = 592;
 const SLOTS: usize = 8;
 const SLOT_USED: u32 = 0x00ac_71f3;
-/// Some minutes for an image, whatever its slots say; what asks for more is none that somebody wants to use.
+/// Some minutes for a passphrase, whatever the slots say; what asks for more is none that somebody wants to use.
 const MOST_ROUNDS: u32 = 200_000_000;
 /// The specification's, and everybody's.
 const MOST_STRIPES: usize = 4000;
@@ -48,9 +48,10 @@ pub(super) fn unlock(
         (1, _) => Cipher::of_old(first.expose()),
         (2, Some((at, length))) => {
             let header = Luks::read(file, at, length)?;
-            let mut left = MOST_ROUNDS;
-            let opened =
-                passphrases.iter().find_map(|one| header.unlock(file, one.expose(), &mut left).transpose());
+            let opened = passphrases.iter().find_map(|one| {
+                let mut left = MOST_ROUNDS;
+                header.unlock(file, one.expose(), &mut left).transpose()
+            });
             opened.unwrap_or_else(|| Err(io::Error::other("is encrypted, and no passphrase opens it")))
         }
         (2, None) => Err(malformed("there is none")),

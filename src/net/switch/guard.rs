@@ -89,8 +89,8 @@ impl Guard {
         if !named {
             return Err(SpoofedIpv6);
         }
-        // A first piece that ends before it says of which kind it is (RFC 7112).
-        if ip.protocol == ICMPV6 && ip.fragment == Fragment::First && kind.is_none() {
+        // One that ends before it says of which kind it is: a first piece (RFC 7112), or a packet that says that it has no length.
+        if ip.protocol == ICMPV6 && ip.fragment != Fragment::Later && kind.is_none() {
             return Err(SpoofedNeighbour);
         }
         let (Some(message), Some(133..=137)) = (message, kind) else { return Ok(()) };
@@ -212,6 +212,24 @@ mod tests {
                 bad(MAC, kind, &tagged[4..], NestedTag);
             }
         }
+    }
+
+    #[test]
+    fn a_message_that_does_not_say_what_it_is_passes_for_nothing_else() {
+        let guard = guard();
+        let advert = advert("2001:db8::2", OTHER);
+        // Hop-by-hop options are all that such a packet needs for the kernel to look at what is behind.
+        let hop = [&[58, 0, 1, 4, 0, 0, 0, 0], &advert[..]].concat();
+        let mut long = v6("2001:db8::1", 0, &hop);
+        long[4..6].fill(0);
+        // A first piece of 0 bytes, with padding that reads as an echo.
+        let first = v6("2001:db8::1", 44, &[58, 0, 0, 1, 0, 0, 0, 9]);
+        let padded = [&first[..], &[128; 16]].concat();
+        for packet in [&long, &first, &padded] {
+            assert_eq!(look(&guard, MAC, ether::IPV6, packet), Err(SpoofedNeighbour), "{packet:?}");
+        }
+        let echo = v6("2001:db8::1", 44, &[58, 0, 0, 1, 0, 0, 0, 9, 128, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(look(&guard, MAC, ether::IPV6, &echo), Ok(()));
     }
 
     #[test]

@@ -144,8 +144,7 @@ impl Table {
         (heard.age(now) <= self.ageing).then(|| heard.port())
     }
 
-    /// `address` was heard from `port`, which may have `share` entries. `may` is asked whether it may be there,
-    /// where it was not known to be.
+    /// `address` was heard from `port`, which may have `share` entries. `may` is asked whether it may be there.
     pub fn learn(
         &self,
         (vlan, address): (u16, MacAddress),
@@ -206,6 +205,9 @@ impl Table {
 
     /// Forgets those of these addresses that are elsewhere than behind `port`.
     pub fn forget_elsewhere(&self, addresses: &[MacAddress], port: u16) {
+        if addresses.is_empty() {
+            return;
+        }
         let mut writer = lock(&self.writer);
         for slot in self.buckets.iter().flatten() {
             let key = slot.key.load(Ordering::Relaxed);

@@ -209,6 +209,10 @@ impl Control {
     pub(crate) fn begin_hints(&self) -> Result<()> {
         self.only_if(&self.can_hint, "gives no hints about free pages")?;
         let mut wishes = lock(&self.wishes);
+        if wishes.ended {
+            drop(wishes);
+            return Err(self.unanswered("named any free pages"));
+        }
         if std::mem::replace(&mut wishes.hinting, true) {
             let why = format!("{}: free pages are asked for already", self.id);
             return Err(Error::new(ErrorKind::Busy, why));
