@@ -52,7 +52,8 @@ impl Shared {
         let (Some(below), Some(target)) = (self.config.backing.first(), self.targets.get(1)) else {
             return Ok(0);
         };
-        let mut file = target.main();
+        // Not the one whose reads are to be aligned.
+        let mut file = target.cached();
         if below.format == DiskFormat::Qcow2 {
             let mut size = [0; 8];
             file.read_exact_at(&mut size, 24)?;
@@ -227,6 +228,8 @@ impl Shared {
 impl Resize for Shared {
     fn resize(&self, bytes: u64) -> Result<()> {
         let access = self.reading();
+        // Nobody else makes the file longer meanwhile.
+        let _one = lock(&self.allocating);
         let failed = |e| Error::os(format!("{}: growing to {bytes} bytes", self.name), e);
         // What a backing file has there must not show.
         let shows = self.size_below().map_err(failed)?.min(bytes);
@@ -238,6 +241,11 @@ impl Resize for Shared {
                 }
                 _ => failed(e),
             })?;
+            // Not later than the size, which is there already.
+            access.flush().map_err(failed)?;
+            if self.targets.first().is_some_and(Target::keeps_promises) {
+                access.sync().map_err(failed)?;
+            }
         }
         if access.size() < bytes {
             access.resize_grow(bytes, PreallocateMode::None).map_err(failed)?;

@@ -285,19 +285,35 @@ fn compressed_clusters_and_chains_are_read_and_what_is_written_stays_on_top() {
     assert_eq!(rig.disk.size(), 2 << 20);
     drop(rig);
     assert!(images.run(&["qemu-img", "info", "other"]).contains("2 MiB"));
-    // What grows shows nothing that its base has there.
-    images.create(&["-b", "base", "-F", "raw", "small", "512k"]);
-    let small = DiskConfig::qcow2(images.path("small")).based_on(images.path("base"), DiskFormat::Raw);
-    let mut rig = images.open(&small);
-    rig.disk.resizer().unwrap().resize(2 << 20).unwrap();
-    drop(rig);
-    rig = images.open(&small);
-    let mut expected = bytes[..512 << 10].to_vec();
-    expected.resize(2 << 20, 0);
-    assert!(all(&mut rig) == expected);
-    drop(rig);
-    std::fs::write(images.path("raw"), &expected).unwrap();
-    images.judge("small", "raw");
+    // What grows shows nothing that its base has there, from the middle of a cluster on as well.
+    images.create(&["-b", "base", "-F", "raw", "between", "1M"]);
+    for (name, below, format, cache, size) in [
+        ("small", "base", DiskFormat::Raw, CacheMode::Writeback, 512 << 10),
+        ("odd", "base", DiskFormat::Raw, CacheMode::Writeback, (512 << 10) + 512),
+        ("direct", "between", DiskFormat::Qcow2, CacheMode::Direct, 512 << 10),
+    ] {
+        let kind = if format == DiskFormat::Raw { "raw" } else { "qcow2" };
+        images.create(&["-b", below, "-F", kind, name, &size.to_string()]);
+        let small = DiskConfig { cache, ..DiskConfig::qcow2(images.path(name)) };
+        let mut small = small.based_on(images.path(below), format);
+        if format == DiskFormat::Qcow2 {
+            small = small.based_on(images.path("base"), DiskFormat::Raw);
+        }
+        let mut rig = images.open(&small);
+        rig.disk.resizer().unwrap().resize(2 << 20).unwrap();
+        drop(rig);
+        rig = images.open(&small);
+        let mut expected = bytes[..size].to_vec();
+        expected.resize(2 << 20, 0);
+        assert!(all(&mut rig) == expected, "{name}");
+        drop(rig);
+        std::fs::write(images.path("raw"), &expected).unwrap();
+        images.judge(name, "raw");
+    }
+    images.create(&["-o", "compat=0.10", "-b", "base", "-F", "raw", "old", "512k"]);
+    let old = DiskConfig::qcow2(images.path("old")).based_on(images.path("base"), DiskFormat::Raw);
+    let error = images.open(&old).disk.resizer().unwrap().resize(2 << 20).unwrap_err();
+    assert!(error.to_string().contains("compat=1.1"), "{error}");
 }
 
 #[test]
