@@ -77,7 +77,8 @@ miri: ## Miri over the ledger, frames, the C ABI's conversions and other code wi
 		budget:: units:: config:: error:: rate:: bus:: ioapic:: pci::config:: legacy:: memory::layout:: \
 		net::ether:: net::packet:: net::offload:: net::switch::guard:: net::switch::options:: net::switch::pcapng:: \
 		net::switch::statistics:: net::switch::table:: virtio::net::filter:: virtio::net::header:: \
-		boot::acpi::tests::every_table capi::arguments:: capi::library:: capi::traffic::
+		boot::acpi::tests::every_table capi::arguments:: capi::library:: capi::traffic:: \
+		--skip recorded_hosts --skip a_flood_of_addresses
 
 test-all: test ## and the long forms
 	VMBED_ROUNDS=100000 cargo test --features serde,internals --test c -- handles_from

@@ -13,7 +13,8 @@ pub fn add(counters: &[(&'static str, u64)]) {
         sums.extend(counters.iter().map(|(name, _)| (*name, 0)));
     }
     for (sum, (_, count)) in sums.iter_mut().zip(counters) {
-        sum.1 += count;
+        // Of a rate's bytes there are more than a number holds.
+        sum.1 = sum.1.saturating_add(*count);
     }
     *runs += 1;
     // Often enough that little is missing at the end, which nobody announces.
