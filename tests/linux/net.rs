@@ -515,7 +515,10 @@ fn filters() {
     let guest = Guest::start(config);
     assert_eq!(guest.value("ready"), "yes");
     assert_eq!(ping(&tap, &["-c", "2", "-i", "0.2"]), "0% packet loss");
-    let told = |steps: &str, key: &str| assert_eq!(guest.told(&format!("{steps} && said=done"), key), "done");
+    let told = |steps: &str, key: &str| {
+        let said = guest.told(&format!("{steps} && said=done"), key);
+        assert_eq!(said, "done", "{steps}\n{}", guest.console());
+    };
     let heard = || guest.vm.net_statistics(0).unwrap();
     let said_to_be = |mac: &str| ip(&["neigh", "replace", &tap.guest(), "lladdr", mac, "dev", &tap.name]);
     // Whether the guest gets frames for that address, which is said to be its own.
