@@ -57,7 +57,16 @@ impl Header {
     /// Nobody can: it has features or sizes that are not known.
     pub fn of_special(file: &File) -> io::Result<Option<Self>> {
         let mut head = [0; 112];
-        let count = file.read_at(&mut head, 0)?;
+        let mut count = 0;
+        while count < head.len() {
+            match file.read_at(&mut head[count..], count as u64) {
+                // A header may be all that there is.
+                Ok(0) => break,
+                Ok(more) => count += more,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
         let u32_at = |at: usize| u32::from_be_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
         let u64_at = |at: usize| u64::from(u32_at(at)) << 32 | u64::from(u32_at(at + 4));
         let (version, method) = (u32_at(4), u32_at(32));
