@@ -54,6 +54,14 @@ fn rust_files(directory: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
+/// The product's code: where it is, and its files.
+fn sources() -> (PathBuf, Vec<PathBuf>) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    rust_files(&root, &mut files);
+    (root, files)
+}
+
 /// The modules that a line of code names as `crate::module`.
 fn named(line: &str) -> Vec<String> {
     let code = line.split("//").next().unwrap_or("");
@@ -126,9 +134,7 @@ fn allowed(rank: &BTreeMap<&str, usize>, from: &str, to: &str) -> Result<bool, S
 fn modules_use_only_what_is_left_of_them() {
     let rank: BTreeMap<&str, usize> =
         GROUPS.iter().enumerate().flat_map(|(i, group)| group.iter().map(move |m| (*m, i))).collect();
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut files = Vec::new();
-    rust_files(&root, &mut files);
+    let (root, files) = sources();
     assert!(files.len() > 20, "the sources were not found");
     let mut wrong = Vec::new();
     for file in files {
@@ -155,9 +161,7 @@ fn modules_use_only_what_is_left_of_them() {
 
 #[test]
 fn every_file_outside_sys_and_capi_forbids_unsafe_code() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut files = Vec::new();
-    rust_files(&root, &mut files);
+    let (root, files) = sources();
     let open = |file: &Path| {
         let path = file.strip_prefix(&root).unwrap();
         let first = path.iter().next().unwrap().to_str().unwrap();
@@ -203,9 +207,7 @@ fn every_network_has_a_drawing_and_lines_in_three_languages() {
 /// The embedder's logger never runs on a thread in the sandbox: by the name `log`, a file has `crate::sys::log`, which knows.
 #[test]
 fn records_go_by_the_way_that_knows_of_the_sandbox() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut files = Vec::new();
-    rust_files(&root, &mut files);
+    let (_, files) = sources();
     let logs = |code: &str| {
         ["error", "warn", "info", "debug", "trace"].iter().any(|level| {
             code.match_indices(&format!("log::{level}!")).any(|(at, _)| !code[..at].ends_with("::"))
