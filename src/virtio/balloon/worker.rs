@@ -168,18 +168,18 @@ impl Worker {
         let drained = queue.drain(memory, chain, |queue, chain| {
             // What is held may be among what the driver takes back.
             discarder.flush();
-            each_pfns(memory, chain, pfns, |pfns| fetched += restore(memory, pfns, &discarder.leaving));
-            if discarder.leaving.is_set() {
-                queue.give_back(chain.head);
-                return Ok(Next::Enough);
-            }
             let (mut pages, mut ignored) = (0, 0);
             each_pfns(memory, chain, pfns, |pfns| {
                 let ram = |pfn: &&u32| memory.is_ram(u64::from(**pfn) * PAGE, PAGE);
                 let good = pfns.iter().filter(ram).count() as u64;
                 pages += good;
                 ignored += pfns.len() as u64 - good;
+                fetched += restore(memory, pfns, &discarder.leaving);
             });
+            if discarder.leaving.is_set() {
+                queue.give_back(chain.head);
+                return Ok(Next::Enough);
+            }
             control.counters.deflated.add(pages * PAGE);
             control.counters.ignored.add(ignored);
             queue.complete(memory, chain.head, 0)?;
