@@ -2,7 +2,7 @@
 //! A card on a real TAP interface of this host's, served by threads of its own.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use super::*;
 use crate::net::Tap;
@@ -187,7 +187,26 @@ fn a_flood_that_a_guest_has_no_buffers_for_is_counted_at_the_interface() {
 
 /// Of each pair's driver.
 const EACH: u32 = 2000;
+/// As many of these as it likes at once; the others while few are under way, so that none of them is lost.
+const FLOOD: u32 = 1500;
+const FEW: u64 = 200;
 const PAIRS: u16 = 8;
+
+/// What the drivers of all pairs know of each other.
+#[derive(Default)]
+struct Traffic {
+    /// Questions that were asked, answers that came, and questions of which it is known what became.
+    asked: AtomicU64,
+    came: AtomicU64,
+    settled: AtomicU64,
+    over: AtomicBool,
+}
+
+impl Traffic {
+    fn is_light(&self) -> bool {
+        self.asked.load(Ordering::SeqCst) < self.settled.load(Ordering::SeqCst) + FEW
+    }
+}
 
 /// A datagram of one of a pair's thirty-two connections.
 fn question(pair: u16, number: u32) -> Vec<u8> {
@@ -210,14 +229,15 @@ fn answer(question: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// Asks as fast as it can, and takes what comes, until `over`; how many answers came, each to a question that was asked.
-fn asks(lane: &mut Lane, pair: u16, came: &AtomicU64, over: &AtomicU64) -> u64 {
+/// Asks, and takes what comes, until it is over; how many answers came, each to a question that was asked.
+fn asks(lane: &mut Lane, pair: u16, traffic: &Traffic) -> u64 {
     let (mut asked, mut taken, mut own) = (0, 0, 0);
     (0..16).for_each(|slot| lane.give(slot));
-    while over.load(Ordering::SeqCst) == 0 {
-        while asked < EACH && asked - taken < 16 {
+    while !traffic.over.load(Ordering::SeqCst) {
+        while asked < EACH && asked - taken < 16 && (asked < FLOOD || traffic.is_light()) {
             lane.offer(asked as u16 % 16, [0; 12], &question(pair, asked));
             asked += 1;
+            traffic.asked.fetch_add(1, Ordering::SeqCst);
         }
         while lane.tx.take_used().is_some() {
             taken += 1;
@@ -228,18 +248,18 @@ fn asks(lane: &mut Lane, pair: u16, came: &AtomicU64, over: &AtomicU64) -> u64 {
             let number = u32::from_be_bytes(frame[44..48].try_into().unwrap());
             assert!(asker < PAIRS && number < EACH && frame == answer(&question(asker, number)));
             own += 1;
-            came.fetch_add(1, Ordering::SeqCst);
+            traffic.came.fetch_add(1, Ordering::SeqCst);
         }
     }
     own
 }
 
 /// Whatever becomes of the test, the drivers end.
-struct Over<'a>(&'a AtomicU64);
+struct Over<'a>(&'a Traffic);
 
 impl Drop for Over<'_> {
     fn drop(&mut self) {
-        self.0.store(1, Ordering::SeqCst);
+        self.0.over.store(true, Ordering::SeqCst);
     }
 }
 
@@ -250,13 +270,13 @@ fn eight_queues_on_threads_of_their_own_carry_all_at_once_or_count_it() {
         card.uses(PAIRS);
         card.settle(&mut far);
         let (settled, before) = (card.net.control.statistics(), lost());
-        let (came, over) = (&AtomicU64::new(0), &AtomicU64::new(0));
+        let traffic = &Traffic::default();
         let (mut asked, mut answered) = (0, 0);
         let own: Vec<u64> = std::thread::scope(|scope| {
-            let ended = Over(over);
+            let ended = Over(traffic);
             let lanes = card.lanes.iter_mut().zip(0..);
             let drivers: Vec<_> =
-                lanes.map(|(lane, pair)| scope.spawn(move || asks(lane, pair, came, over))).collect();
+                lanes.map(|(lane, pair)| scope.spawn(move || asks(lane, pair, traffic))).collect();
             // What is dropped is so on the way there or on the way back.
             wait("every question to be answered, or lost", || {
                 while let Some(frame) = far.get() {
@@ -265,8 +285,10 @@ fn eight_queues_on_threads_of_their_own_carry_all_at_once_or_count_it() {
                     answered += 1;
                 }
                 asked = card.net.control.statistics().tx_frames - settled.tx_frames;
+                let settled = traffic.came.load(Ordering::SeqCst) + lost() - before;
+                traffic.settled.store(settled, Ordering::SeqCst);
                 let all = asked == u64::from(EACH) * u64::from(PAIRS);
-                (all && came.load(Ordering::SeqCst) + lost() - before == asked).then_some(())
+                (all && settled == asked).then_some(())
             });
             drop(ended);
             drivers.into_iter().map(|driver| driver.join().unwrap()).collect()
