@@ -2436,6 +2436,15 @@ int32_t vmbed_vm_discard_free_pages(vmbed_vm *vm,
 /** A VM ends: it was declared a victim. */
 #define VMBED_STAGE_STOP 3
 
+/** The thread has the rights of the process. */
+#define VMBED_RECLAIM_SANDBOX_OFF 0
+
+/** It is in a sandbox, as far as the kernel has what it takes: vmbed_host_get_reclaim_sandbox() says what is in force. */
+#define VMBED_RECLAIM_SANDBOX_IF_PRESENT 1
+
+/** It does not begin where the kernel lacks something of it. */
+#define VMBED_RECLAIM_SANDBOX_REQUIRED 2
+
 /**
  * What a host does when its memory gets short. "Free" is what the kernel calls available, or what is left below the own
  * cgroup's limit if that is less, in bytes. Each stage goes on until a quarter more is free than where it begins; one whose
@@ -2461,6 +2470,14 @@ typedef struct {
     uint32_t pause_deadline;
     /** How often the host's memory is looked at, in milliseconds, besides whenever the kernel reports pressure. 0: 1,000. */
     uint32_t interval;
+    /**
+     * Whether the thread is in a sandbox, one of VMBED_RECLAIM_SANDBOX_*: it may make the system calls that its work needs and no
+     * others, and open no file. A call that is refused fails with EPERM and ends the thread: VMs that it has paused go on, and each VM
+     * of the host has an event, VMBED_EVENT_RECLAIM_FAILED. VMs are paused, and your log is called, on threads that are not in it.
+     */
+    int32_t sandbox;
+    /** 0 */
+    uint32_t reserved;
 } vmbed_reclaim_options;
 
 /** What an event of the kind VMBED_EVENT_MEMORY_PRESSURE says, in bytes. */
@@ -2488,9 +2505,12 @@ typedef struct {
  * Says what to do with the VMs of a host when its memory gets short; NULL, as in the beginning: nothing. One thread,
  * `vmbed-reclaim`, does it, until the last end of this host is freed, which waits for it. Each step is an event of the VM
  * that it is about, VMBED_EVENT_MEMORY_PRESSURE. With NULL, VMs that it has paused go on, and balloons are asked for no more
- * than vmbed_vm_set_balloon() said. Blocks for as long as a step takes: a pause up to 10 s.
+ * than vmbed_vm_set_balloon() said. Blocks for as long as a step takes: a pause up to 10 s. Another `sandbox` than before begins with
+ * another thread, and the one before ends as with NULL.
  *
- * VMBED_ERR_INVALID_ARGUMENT with every bad field; VMBED_ERR_EXHAUSTED where the process is out of threads or descriptors.
+ * VMBED_ERR_INVALID_ARGUMENT with every bad field; VMBED_ERR_EXHAUSTED where the process is out of threads or descriptors;
+ * VMBED_ERR_UNSUPPORTED and VMBED_ERR_BUSY where this kernel has not, or gives not, what the sandbox takes. What was set before goes
+ * on then.
  */
 int32_t vmbed_host_set_reclaim(vmbed_host *host,
                                const vmbed_reclaim_options *options,
@@ -2520,11 +2540,11 @@ bool vmbed_event_pressure(const vmbed_event *event,
 /** All of them. */
 #define VMBED_SANDBOX_ALL 15
 
-/** What is in force of a VM's sandbox. */
+/** What is in force of a sandbox. */
 typedef struct {
     /** sizeof(struct vmbed_sandbox) */
     size_t size;
-    /** How many of the VM's threads are in it; 0 where there is none. */
+    /** How many threads are in it; 0 where there is none. */
     uint32_t threads;
     /** Whether their calls are filtered: 0 or 1. */
     uint32_t seccomp;
@@ -2553,6 +2573,14 @@ int32_t vmbed_config_set_sandbox(vmbed_config *config,
 
 /** Fills `sandbox`, whose size is set. In every state. Never blocks. */
 int32_t vmbed_vm_get_sandbox(const vmbed_vm *vm, vmbed_sandbox *sandbox, vmbed_error **error);
+
+/**
+ * Fills `sandbox`, whose size is set, with what is in force for `vmbed-reclaim`; zeroes where it is in no sandbox, or is not there.
+ * Never blocks.
+ */
+int32_t vmbed_host_get_reclaim_sandbox(const vmbed_host *host,
+                                       vmbed_sandbox *sandbox,
+                                       vmbed_error **error);
 
 /* What happened -------------------------------------------------------------------------------------------- */
 
@@ -2594,6 +2622,12 @@ int32_t vmbed_vm_get_sandbox(const vmbed_vm *vm, vmbed_sandbox *sandbox, vmbed_e
  * vmbed_event_pressure() says what. At most one of each stage is unread: the latest.
  */
 #define VMBED_EVENT_MEMORY_PRESSURE 10
+
+/**
+ * The thread that did something about it when the host's memory got short has ended: vmbed_event_text() says why. Nobody looks after
+ * this VM's memory any more, until vmbed_host_set_reclaim() is called again.
+ */
+#define VMBED_EVENT_RECLAIM_FAILED 11
 
 /** The VM has not ended. */
 #define VMBED_CAUSE_NONE 0

@@ -101,6 +101,12 @@ pub enum EventKind {
         /// Of a pause: how long it lasts at most. What comes then: a victim is stopped, another VM goes on.
         deadline: Option<Duration>,
     },
+    /// The thread that did something about it when the host's memory got short has ended
+    /// ([`Host::set_reclaim`](crate::Host::set_reclaim)): nobody looks after this VM's memory any more, until that is called again.
+    ReclaimFailed {
+        /// What happened: it made a call that its sandbox refuses, or vmbed has a defect.
+        why: String,
+    },
     /// This many events were dropped because nobody read the stream.
     Lost {
         /// How many.
@@ -507,7 +513,7 @@ pub(crate) struct StopLine {
 }
 
 impl StopLine {
-    /// That of no VM: for tests and drivers.
+    /// That of no VM.
     pub fn new(pull: impl Fn(StopCause) + Send + Sync + 'static) -> Self {
         Self::of(VmId(0), Arc::default(), pull)
     }

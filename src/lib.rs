@@ -81,7 +81,7 @@ mod vm;
 
 // The machine that VMs run on: what it can do, and what it has promised.
 pub use budget::{Constraint, Slack, Verdict};
-pub use host::{ChargedBy, Finding, Host, HostConfig, Probe, ReclaimConfig, Usage};
+pub use host::{ChargedBy, Finding, Host, HostConfig, Probe, ReclaimConfig, ReclaimSandbox, Usage};
 
 // What it has in the process that is not of one host: its handler for lost memory.
 pub use memory::handle_sigbus;

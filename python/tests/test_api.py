@@ -985,9 +985,12 @@ def test_what_is_done_when_memory_gets_short() -> None:
         assert told(vm) == [vmbed.Stage.BALLOON]
     with host.builder(vmbed.BareConfig(SPINS)).build() as vm:
         vm.start()
-        host.set_reclaim(vmbed.Reclaim(**{**nothing, "pause_below": always}, pause_deadline=600))  # type: ignore[arg-type]
+        required = vmbed.ReclaimSandbox.REQUIRED
+        host.set_reclaim(vmbed.Reclaim(**{**nothing, "pause_below": always}, pause_deadline=600, sandbox=required))  # type: ignore[arg-type]
         wait_until("the VM to be paused", lambda: vm.state is vmbed.State.PAUSED)
+        assert (report := host.reclaim_sandbox()).threads == report.seccomp == 1 and report.landlock > 0
         host.set_reclaim(None)
+        assert not any(host.reclaim_sandbox())
         wait_until("the VM to go on", lambda: vm.state is vmbed.State.RUNNING)
         assert told(vm) == [vmbed.Stage.PAUSE]
         with host.builder(vmbed.BareConfig(SPINS, victim=1)).build() as victim:

@@ -42,7 +42,7 @@ from .errors import (
     Verdict,
 )
 from .events import Cause, Event, Events, Kind, Pressure, Stage
-from .host import UNLIMITED, Builder, Dispatcher, Finding, Host, Probe, Reclaim, Shares, ThreadRole, Usage
+from .host import UNLIMITED, Builder, Dispatcher, Finding, Host, Probe, Reclaim, ReclaimSandbox, Shares, ThreadRole, Usage
 from .switch import (
     UNLIMITED_RATE,
     Capture,
@@ -99,7 +99,7 @@ __all__ = [
     "Device", "Disk", "DiskEngine", "DiskFormat", "DiskStatistics", "Dispatcher", "Error", "Event", "Events", "Exhausted", "Field",
     "Finding", "GuestMemory", "Host", "HugePages", "HostError", "Internal", "InvalidArgument", "InvalidState", "Kind",
     "LinuxConfig", "Memory", "Mode", "Net", "NetBackend", "NetStatistics", "NotFound", "Offloads", "PermissionDenied",
-    "Platform", "PortOptions", "PortStatistics", "Pressure", "Probe", "Rate", "Reclaim", "Refused", "Registers",
+    "Platform", "PortOptions", "PortStatistics", "Pressure", "Probe", "Rate", "Reclaim", "ReclaimSandbox", "Refused", "Registers",
     "Sandbox", "SandboxReport", "Shares", "Slack", "Stage", "State", "Switch", "SwitchPort", "ThreadRole", "TimedOut", "Traffic",
     "UNLIMITED", "UNLIMITED_RATE", "Unsupported", "Usage", "VcpuReturn", "VcpuStatistics", "Verdict", "Vhost", "Vm", "Wiring",
     "create_disk", "features", "handle_sigbus", "has_feature", "log_to",

@@ -28,6 +28,8 @@ class Kind(IntEnum):
     BALLOON = 9
     #: Something was done since the host has not enough memory; `pressure` says what.
     MEMORY_PRESSURE = 10
+    #: The thread that did so has ended, and `text` says why: nobody looks after the VM's memory until ``Host.set_reclaim()`` is called again.
+    RECLAIM_FAILED = 11
 
 
 class Cause(IntEnum):

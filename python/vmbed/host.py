@@ -16,10 +16,12 @@ from .device import Attached, Device
 from .errors import Verdict
 from .events import Events
 from .switch import SwitchPort
-from .vm import Vm
+from .vm import SandboxReport, Vm
 
 if TYPE_CHECKING:
     from typing import Unpack
+
+_sandbox = filled("vmbed_sandbox", SandboxReport, lib.vmbed_host_get_reclaim_sandbox)
 
 
 class ThreadRole(IntEnum):
@@ -74,6 +76,18 @@ class Usage(NamedTuple):
     loaned: int
 
 
+class ReclaimSandbox(IntEnum):
+    """Whether the thread that does something when memory gets short is in a sandbox: it may make the system calls that its work
+    needs and no others, and opens no files. A call that is refused ends it: VMs that it has paused go on, and each VM of the host has
+    an event, Kind.RECLAIM_FAILED."""
+
+    OFF = 0
+    #: As far as the kernel has what it takes; ``Host.reclaim_sandbox()`` says what is in force.
+    IF_PRESENT = 1
+    #: The thread does not begin where the kernel lacks something of it.
+    REQUIRED = 2
+
+
 @dataclass
 class Reclaim:
     """What a host does when its memory gets short. The thresholds are bytes that are free; 0: never."""
@@ -92,6 +106,8 @@ class Reclaim:
     pause_deadline: float = 10.0
     #: How often the host's memory is looked at, in seconds, besides whenever the kernel reports pressure.
     interval: float = 1.0
+    #: Whether the thread is in a sandbox. Another one than before begins with another thread.
+    sandbox: ReclaimSandbox = ReclaimSandbox.OFF
 
 
 class Shares(TypedDict, total=False):
@@ -312,8 +328,13 @@ class Host:
             idle_tax=reclaim.idle_tax,
             pause_deadline=max(1, round(reclaim.pause_deadline * 1000)),
             interval=max(1, round(reclaim.interval * 1000)),
+            sandbox=reclaim.sandbox,
         )
         call(lib.vmbed_host_set_reclaim, self._pointer, options)
+
+    def reclaim_sandbox(self) -> SandboxReport:
+        """What is in force of the sandbox of the thread that does so; zeroes where it has none, or is not there. Never blocks."""
+        return _sandbox(self._pointer)
 
     def usage(self) -> Usage:
         """What the VMs hold, and what there is."""

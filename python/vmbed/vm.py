@@ -136,9 +136,9 @@ class BalloonStatistics(NamedTuple):
 
 
 class SandboxReport(NamedTuple):
-    """What is in force of a VM's sandbox; zeroes where it has none."""
+    """What is in force of a sandbox; zeroes where there is none."""
 
-    #: How many of the VM's threads are in it.
+    #: How many threads are in it.
     threads: int
     #: Whether their calls are filtered: 0 or 1.
     seccomp: int

@@ -33,6 +33,9 @@ pub const VMBED_EVENT_BALLOON: i32 = 9;
 /// The host has not enough memory, and something was done about it with this VM (vmbed_host_set_reclaim()):
 /// vmbed_event_pressure() says what. At most one of each stage is unread: the latest.
 pub const VMBED_EVENT_MEMORY_PRESSURE: i32 = 10;
+/// The thread that did something about it when the host's memory got short has ended: vmbed_event_text() says why. Nobody looks after
+/// this VM's memory any more, until vmbed_host_set_reclaim() is called again.
+pub const VMBED_EVENT_RECLAIM_FAILED: i32 = 11;
 
 /// The VM has not ended.
 pub const VMBED_CAUSE_NONE: i32 = 0;
@@ -126,6 +129,9 @@ impl Story {
             }
             EventKind::MemoryPressure { .. } => {
                 (VMBED_EVENT_MEMORY_PRESSURE, VMBED_CAUSE_NONE, None, String::new())
+            }
+            EventKind::ReclaimFailed { why } => {
+                (VMBED_EVENT_RECLAIM_FAILED, VMBED_CAUSE_NONE, None, why.clone())
             }
             EventKind::Lost { .. } => (VMBED_EVENT_LOST, VMBED_CAUSE_NONE, None, String::new()),
         };

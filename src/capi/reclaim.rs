@@ -1,15 +1,17 @@
 //! What is done when the host's memory gets short.
 
+use std::mem::offset_of;
 use std::time::Duration;
 
-use super::arguments::{Sized_, fill, structure};
+use super::arguments::{Sized_, fill, invalid, structure};
 use super::error::vmbed_error;
 use super::events::vmbed_event;
 use super::handle;
 use super::host::vmbed_host;
 use super::{answer, call};
+use crate::error::Result;
 use crate::events::{EventKind, ReclaimStage};
-use crate::host::ReclaimConfig;
+use crate::host::{ReclaimConfig, ReclaimSandbox};
 use crate::units::Bytes;
 
 /// A guest is asked for memory that it does not use, or may have some back.
@@ -20,6 +22,13 @@ pub const VMBED_STAGE_PAGE_OUT: i32 = 1;
 pub const VMBED_STAGE_PAUSE: i32 = 2;
 /// A VM ends: it was declared a victim.
 pub const VMBED_STAGE_STOP: i32 = 3;
+
+/// The thread has the rights of the process.
+pub const VMBED_RECLAIM_SANDBOX_OFF: i32 = 0;
+/// It is in a sandbox, as far as the kernel has what it takes: vmbed_host_get_reclaim_sandbox() says what is in force.
+pub const VMBED_RECLAIM_SANDBOX_IF_PRESENT: i32 = 1;
+/// It does not begin where the kernel lacks something of it.
+pub const VMBED_RECLAIM_SANDBOX_REQUIRED: i32 = 2;
 
 /// What a host does when its memory gets short. "Free" is what the kernel calls available, or what is left below the own
 /// cgroup's limit if that is less, in bytes. Each stage goes on until a quarter more is free than where it begins; one whose
@@ -44,20 +53,29 @@ pub struct vmbed_reclaim_options {
     pub pause_deadline: u32,
     /// How often the host's memory is looked at, in milliseconds, besides whenever the kernel reports pressure. 0: 1,000.
     pub interval: u32,
+    /// Whether the thread is in a sandbox, one of VMBED_RECLAIM_SANDBOX_*: it may make the system calls that its work needs and no
+    /// others, and open no file. A call that is refused fails with EPERM and ends the thread: VMs that it has paused go on, and each VM
+    /// of the host has an event, VMBED_EVENT_RECLAIM_FAILED. VMs are paused, and your log is called, on threads that are not in it.
+    pub sandbox: i32,
+    /// 0
+    pub reserved: u32,
 }
 
 // SAFETY: it is repr(C) with its size first, and all zeroes is a value.
 unsafe impl Sized_ for vmbed_reclaim_options {
-    const FIRST: usize = size_of::<Self>();
+    const FIRST: usize = offset_of!(Self, sandbox);
     const NAME: &'static str = "vmbed_reclaim_options";
 }
 
 /// Says what to do with the VMs of a host when its memory gets short; NULL, as in the beginning: nothing. One thread,
 /// `vmbed-reclaim`, does it, until the last end of this host is freed, which waits for it. Each step is an event of the VM
 /// that it is about, VMBED_EVENT_MEMORY_PRESSURE. With NULL, VMs that it has paused go on, and balloons are asked for no more
-/// than vmbed_vm_set_balloon() said. Blocks for as long as a step takes: a pause up to 10 s.
+/// than vmbed_vm_set_balloon() said. Blocks for as long as a step takes: a pause up to 10 s. Another `sandbox` than before begins with
+/// another thread, and the one before ends as with NULL.
 ///
-/// VMBED_ERR_INVALID_ARGUMENT with every bad field; VMBED_ERR_EXHAUSTED where the process is out of threads or descriptors.
+/// VMBED_ERR_INVALID_ARGUMENT with every bad field; VMBED_ERR_EXHAUSTED where the process is out of threads or descriptors;
+/// VMBED_ERR_UNSUPPORTED and VMBED_ERR_BUSY where this kernel has not, or gives not, what the sandbox takes. What was set before goes
+/// on then.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_host_set_reclaim(
     host: *mut vmbed_host,
@@ -87,8 +105,21 @@ pub unsafe extern "C" fn vmbed_host_set_reclaim(
         };
         or_default(given.pause_deadline, &mut config.pause_deadline);
         or_default(given.interval, &mut config.interval);
+        config.sandbox = sandbox_of(given.sandbox)?;
         host.set_reclaim(Some(&config))
     })
+}
+
+fn sandbox_of(number: i32) -> Result<ReclaimSandbox> {
+    match number {
+        VMBED_RECLAIM_SANDBOX_OFF => Ok(ReclaimSandbox::Off),
+        VMBED_RECLAIM_SANDBOX_IF_PRESENT => Ok(ReclaimSandbox::IfPresent),
+        VMBED_RECLAIM_SANDBOX_REQUIRED => Ok(ReclaimSandbox::Required),
+        other => {
+            let why = format!("vmbed_reclaim_options.sandbox is {other}, not one of VMBED_RECLAIM_SANDBOX_*");
+            Err(invalid(why))
+        }
+    }
 }
 
 /// What an event of the kind VMBED_EVENT_MEMORY_PRESSURE says, in bytes.

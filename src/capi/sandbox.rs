@@ -3,9 +3,11 @@
 use super::arguments::{Sized_, fill, invalid};
 use super::config::{change, vmbed_config};
 use super::error::vmbed_error;
+use super::host::vmbed_host;
 use super::vm::vmbed_vm;
 use super::{call, handle};
 use crate::config::SandboxConfig;
+use crate::vm::SandboxReport;
 
 /// Threads that run vCPUs, and the one that ends a VM. They call your devices, and some functions of your networks.
 pub const VMBED_SANDBOX_VCPUS: u32 = 1;
@@ -51,13 +53,13 @@ pub unsafe extern "C" fn vmbed_config_set_sandbox(
     })
 }
 
-/// What is in force of a VM's sandbox.
+/// What is in force of a sandbox.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct vmbed_sandbox {
     /// sizeof(struct vmbed_sandbox)
     pub size: usize,
-    /// How many of the VM's threads are in it; 0 where there is none.
+    /// How many threads are in it; 0 where there is none.
     pub threads: u32,
     /// Whether their calls are filtered: 0 or 1.
     pub seccomp: u32,
@@ -73,6 +75,18 @@ unsafe impl Sized_ for vmbed_sandbox {
     const NAME: &'static str = "vmbed_sandbox";
 }
 
+impl From<SandboxReport> for vmbed_sandbox {
+    fn from(now: SandboxReport) -> Self {
+        Self {
+            size: 0,
+            threads: now.threads.len() as u32,
+            seccomp: now.seccomp.into(),
+            landlock: now.landlock.unwrap_or(0),
+            reserved: 0,
+        }
+    }
+}
+
 /// Fills `sandbox`, whose size is set. In every state. Never blocks.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_vm_get_sandbox(
@@ -82,13 +96,20 @@ pub unsafe extern "C" fn vmbed_vm_get_sandbox(
 ) -> i32 {
     call(error, || {
         let now = handle::object(vm)?.vm().sandbox().unwrap_or_default();
-        let value = vmbed_sandbox {
-            size: 0,
-            threads: now.threads.len() as u32,
-            seccomp: now.seccomp.into(),
-            landlock: now.landlock.unwrap_or(0),
-            reserved: 0,
-        };
-        fill(sandbox, &value)
+        fill(sandbox, &vmbed_sandbox::from(now))
+    })
+}
+
+/// Fills `sandbox`, whose size is set, with what is in force for `vmbed-reclaim`; zeroes where it is in no sandbox, or is not there.
+/// Never blocks.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn vmbed_host_get_reclaim_sandbox(
+    host: *const vmbed_host,
+    sandbox: *mut vmbed_sandbox,
+    error: *mut *mut vmbed_error,
+) -> i32 {
+    call(error, || {
+        let now = handle::object(host)?.reclaim_sandbox().unwrap_or_default();
+        fill(sandbox, &vmbed_sandbox::from(now))
     })
 }

@@ -15,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Roll;
 use crate::sys::lock;
 use crate::vcpu::cpuid::HostCpu;
-use crate::vm::{HostParts, Vm, VmBuilder};
+use crate::vm::{HostParts, SandboxReport, Vm, VmBuilder};
 
 mod probe;
 mod reclaim;
@@ -25,7 +25,7 @@ mod usage;
 
 pub use probe::{Finding, Probe};
 use reclaim::Reclaim;
-pub use reclaim::ReclaimConfig;
+pub use reclaim::{ReclaimConfig, ReclaimSandbox};
 pub use samples::ChargedBy;
 use samples::Samples;
 pub use shares::HostConfig;
@@ -138,12 +138,25 @@ impl Host {
     /// the VM that it is about ([`EventKind::MemoryPressure`](crate::EventKind)). With `None`, VMs that it has paused go on,
     /// and balloons are asked for no more than [`Vm::set_balloon`](crate::Vm::set_balloon) said.
     ///
-    /// `docs/overcommit.md` has the stages, and who gives first. Blocks for as long as a step takes: a pause up to 10 s.
+    /// `docs/overcommit.md` has the stages, and who gives first. Blocks for as long as a step takes: a pause up to 10 s. Another
+    /// [`sandbox`](ReclaimConfig::sandbox) than before begins with another thread, and the one before ends as with `None`.
     ///
     /// # Errors
-    /// `InvalidArgument` that names every bad field; `Exhausted` where the process is out of threads or file descriptors.
+    /// `InvalidArgument` that names every bad field; `Exhausted` where the process is out of threads or file descriptors;
+    /// `Unsupported` and `Busy` where this kernel has not, or gives not, what the sandbox takes. What was set before goes on then.
     pub fn set_reclaim(&self, config: Option<&ReclaimConfig>) -> Result<()> {
         self.reclaim.set(config, &self.parts.herd, &self.samples)
+    }
+
+    /// What is in force of the sandbox of `vmbed-reclaim`; `None` where it has none ([`ReclaimConfig::sandbox`]), or there is no such
+    /// thread. Never blocks.
+    pub fn reclaim_sandbox(&self) -> Option<SandboxReport> {
+        self.reclaim.sandbox()
+    }
+
+    #[cfg(feature = "internals")]
+    pub(crate) fn on_reclaim<R: Send + 'static>(&self, f: impl FnOnce() -> R + Send + 'static) -> Option<R> {
+        self.reclaim.run(f)
     }
 
     /// What the VMs of this host hold, what there is, and how much of it is really there. Costs two system calls

@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! The sandbox's own tests: what its lists are worth, and code of theirs on its threads.
 
+use crate::host::Host;
 pub use crate::sandbox::learn::{begin as learn, unlisted, unneeded};
 use crate::vm::{Vm, VmBuilder};
 
@@ -17,4 +18,9 @@ pub fn on_loop<R: Send + 'static>(
     f: impl FnOnce() -> R + Send + 'static,
 ) -> Option<R> {
     vm.on_loop(index, f)
+}
+
+/// Runs `f` on the host's thread that reclaims memory; what it answers.
+pub fn on_reclaim<R: Send + 'static>(host: &Host, f: impl FnOnce() -> R + Send + 'static) -> Option<R> {
+    host.on_reclaim(f)
 }

@@ -16,6 +16,12 @@ pub(crate) fn enter(vm: VmId) -> Inside {
     Inside(CURRENT.replace(vm))
 }
 
+/// The same for a thread that works for no one VM, but that others wait for.
+#[must_use]
+pub(crate) fn enter_for_all() -> Inside {
+    enter(VmId(u64::MAX))
+}
+
 /// Whether the calling thread works for that VM.
 pub(crate) fn is_inside(vm: VmId) -> bool {
     CURRENT.get() == vm

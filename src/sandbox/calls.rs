@@ -104,7 +104,9 @@ pub(super) fn name(notice: &Notice) -> &'static str {
     }
 }
 
-pub(super) const DUTIES: [Duty; 4] = [Duty::Vcpu, Duty::Device, Duty::Disk, Duty::Balloon];
+/// Those of a VM's threads.
+pub(super) const OF_VM: [Duty; 4] = [Duty::Vcpu, Duty::Device, Duty::Disk, Duty::Balloon];
+pub(super) const DUTIES: [Duty; 5] = [Duty::Vcpu, Duty::Device, Duty::Disk, Duty::Balloon, Duty::Reclaim];
 
 /// Everything that a thread of that duty may do.
 pub(crate) fn of(duty: Duty) -> impl Iterator<Item = &'static Rule> {
@@ -113,6 +115,7 @@ pub(crate) fn of(duty: Duty) -> impl Iterator<Item = &'static Rule> {
         Duty::Device => DEVICE,
         Duty::Disk => DISK,
         Duty::Balloon => BALLOON,
+        Duty::Reclaim => RECLAIM,
     };
     EVERY.iter().chain(own)
 }
@@ -261,6 +264,27 @@ static BALLOON: &[Rule] = &[
     ioctl(&[(1, Is::Number(PAGEMAP_SCAN))]),
     any(Sysno::fstat),
     any(Sysno::pread64).unseen("kernels before 6.7 know no PAGEMAP_SCAN"),
+];
+
+/// Looks at the host's memory and at what each VM has of it; asks balloons, pages out, ends VMs and gives their memory back. VMs are
+/// paused, and go on, on a thread outside.
+static RECLAIM: &[Rule] = &[
+    any(Sysno::epoll_wait),
+    any(Sysno::epoll_ctl).unseen("the cgroup whose pressure is watched is removed"),
+    // The machine's memory, the cgroup's, and a guest's page tables before Linux 6.7: from files that were opened before.
+    any(Sysno::pread64),
+    any(Sysno::sysinfo),
+    any(Sysno::fstat),
+    any(Sysno::mincore).unseen("something is in swap: tests/linux"),
+    ioctl(&[(1, Is::Number(PAGEMAP_SCAN))]),
+    with(Sysno::madvise, &[(2, Is::Number(libc::MADV_PAGEOUT as u32))]).unseen("there is swap: tests/linux"),
+    with(Sysno::fallocate, &[(1, Is::Number(HOLE))]),
+    ioctl(&[(1, Is::Number(KVM_SIGNAL_MSI))])
+        .unseen("a stock guest hears what its balloon is asked for: tests/linux"),
+    // A kick of a vCPU whose VM ends.
+    any(Sysno::getpid),
+    with(Sysno::tgkill, &[(0, Is::Process), (2, Is::Number(libc::SIGURG as u32))]),
+    any(Sysno::clock_nanosleep),
 ];
 
 /// `_IO(KVMIO, 0x80)`; the others from linux/kvm.h and linux/if_tun.h the same way.

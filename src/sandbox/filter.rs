@@ -15,14 +15,14 @@ use crate::vm::Duty;
 /// `BPF_RET | BPF_K`: a program's end with a constant.
 const RETURN: u16 = 0x06;
 
-/// A program for each duty.
+/// A program for each duty that was asked for.
 pub(super) struct Filters([BpfProgram; calls::DUTIES.len()]);
 
 impl Filters {
-    pub fn compile(vhost: bool) -> Result<Self> {
+    pub fn compile(duties: &[Duty], vhost: bool) -> Result<Self> {
         let mut all = Self(Default::default());
-        for (duty, program) in calls::DUTIES.into_iter().zip(&mut all.0) {
-            *program = compile(&rules_of(duty, vhost)).map_err(|e| {
+        for duty in duties {
+            all.0[*duty as usize] = compile(&rules_of(*duty, vhost)).map_err(|e| {
                 let why = format!("sandbox: the filter of {duty:?}");
                 Error::new(ErrorKind::Internal, why).with_source(e)
             })?;

@@ -1,9 +1,9 @@
 #![forbid(unsafe_code)]
-//! The sandbox of a VM's threads: seccomp filters by what each thread does, and a Landlock rule set by which it opens no
-//! files. `docs/sandbox.md` says against what, and what is not covered.
+//! The sandbox of a VM's threads, and of the one that reclaims memory: seccomp filters by what each thread does, and a Landlock rule
+//! set by which it opens no files. `docs/sandbox.md` says against what, and what is not covered.
 //!
 //! Everything that needs more is done before a thread enters: the embedder's hook, affinity, `KVM_CREATE_VM`, opening disks. What
-//! a filter refuses goes to the VM's supervisor (`vm/supervisor.rs`), which knows nothing of the lists.
+//! a filter refuses goes to a supervisor (`vm/supervisor.rs`), which knows nothing of the lists.
 
 use crate::config::{SandboxConfig, Vhost, VmConfig};
 use crate::error::{Error, ErrorKind, Result};
@@ -38,9 +38,27 @@ pub(crate) fn parts() -> [(&'static str, bool, &'static str); 2] {
 /// `Unsupported` where this kernel cannot, and that is not good enough.
 pub(crate) fn prepare(config: &VmConfig, wanted: &SandboxConfig) -> Result<Confinement> {
     let vhost = config.nets.iter().any(|net| net.vhost != Vhost::Off);
-    let best_effort = wanted.best_effort;
+    let compile = || Filters::compile(&calls::OF_VM, vhost);
+    confine(wanted.best_effort, "sandbox.best_effort", compile)
+}
+
+/// The same for the thread that reclaims memory.
+///
+/// # Errors
+/// As [`prepare`].
+pub(crate) fn prepare_reclaim(best_effort: bool) -> Result<Confinement> {
+    let compile = || Filters::compile(&[Duty::Reclaim], false);
+    confine(best_effort, "ReclaimSandbox::IfPresent", compile)
+}
+
+/// `or` is what the embedder may ask for instead.
+fn confine(
+    best_effort: bool,
+    or: &'static str,
+    compile: impl FnOnce() -> Result<Filters>,
+) -> Result<Confinement> {
     let missing = |what: &str, since: &str| {
-        let why = format!("sandbox: this kernel has no {what}; {since}; sandbox.best_effort goes on without");
+        let why = format!("sandbox: this kernel has no {what}; {since}; {or} goes on without");
         if !best_effort {
             return Err(Error::new(ErrorKind::Unsupported, why));
         }
@@ -52,7 +70,7 @@ pub(crate) fn prepare(config: &VmConfig, wanted: &SandboxConfig) -> Result<Confi
         missing(LANDLOCK, LANDLOCK_SINCE)?;
     }
     let filters = if seccomp::gives_notices() {
-        Some(Filters::compile(vhost)?)
+        Some(compile()?)
     } else {
         missing(NOTICES, NOTICES_SINCE)?;
         None
@@ -68,7 +86,7 @@ pub(crate) fn prepare(config: &VmConfig, wanted: &SandboxConfig) -> Result<Confi
                 log::warn!("sandbox: calls are not filtered: {error}");
                 None
             }
-            Some(Err(error)) => return Err(not_installed(error)),
+            Some(Err(error)) => return Err(not_installed(error, or)),
             Some(Ok(notices)) => Some(notices),
             None => None,
         };
@@ -77,18 +95,16 @@ pub(crate) fn prepare(config: &VmConfig, wanted: &SandboxConfig) -> Result<Confi
     Ok(Confinement { enter: Box::new(enter), judge, describe })
 }
 
-fn not_installed(error: std::io::Error) -> Error {
-    let why = match error.raw_os_error() {
-        Some(libc::EBUSY) => {
-            "installing a seccomp filter: the process has one already whose notices somebody hears (its container's?), and the kernel \
-             knows no second; sandbox.best_effort goes on without"
-        }
-        _ => "installing a seccomp filter (SECCOMP_SET_MODE_FILTER)",
-    };
-    Error::os(why, error)
+fn not_installed(error: std::io::Error, or: &str) -> Error {
+    if error.raw_os_error() != Some(libc::EBUSY) {
+        return Error::os("installing a seccomp filter (SECCOMP_SET_MODE_FILTER)", error);
+    }
+    let why = "installing a seccomp filter: the process has one already whose notices somebody hears (its container's?), and the \
+               kernel knows no second";
+    Error::os(format!("{why}; {or} goes on without"), error)
 }
 
-/// A call that a filter did not let through ends its VM, but for the one of the C library's that every thread may come to.
+/// A call that a filter did not let through is a violation, but for the one of the C library's that every thread may come to.
 fn judge(duty: Duty, notice: &Notice, peek: &Peek) -> Verdict {
     if calls::ARENA.covers(notice) && peek.finds(calls::OVERCOMMIT, notice.arguments[1]) {
         return Verdict::Fails;

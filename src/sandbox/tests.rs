@@ -7,7 +7,7 @@ use super::*;
 #[test]
 fn nothing_is_killed_and_nothing_refused_unheard() {
     for vhost in [true, false] {
-        let filters = Filters::compile(vhost).unwrap();
+        let filters = Filters::compile(&calls::DUTIES, vhost).unwrap();
         for duty in calls::DUTIES {
             let ends: HashSet<u32> =
                 filters.of(duty).iter().filter(|i| i.code == 0x06).map(|i| i.k).collect();

@@ -11,7 +11,7 @@ use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::threads::{Duty, ThreadRole, Threads};
+use super::threads::Duty;
 use crate::error::{Error, Result};
 use crate::events::StopCause;
 use crate::sys::lock;
@@ -28,6 +28,9 @@ pub(crate) enum Verdict {
     /// It fails, and the VM ends.
     Violates,
 }
+
+/// What a thread does.
+pub(crate) type Body = Box<dyn FnOnce() + Send>;
 
 /// Allocates nothing.
 pub(crate) type Judge = fn(Duty, &Notice, &Peek) -> Verdict;
@@ -53,7 +56,7 @@ struct Shared {
 const BELL: u64 = u64::MAX;
 
 impl Answers {
-    pub fn start(judge: Judge, threads: &Threads) -> Result<Self> {
+    pub fn start(judge: Judge, spawn: impl FnOnce(Body) -> Result<JoinHandle<()>>) -> Result<Self> {
         let failed = |what: &str, e| Error::os(format!("sandbox: creating {what}"), e);
         let epoll = Epoll::new().map_err(|e| failed("an epoll set", e))?;
         let bell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|e| failed("an eventfd", e))?;
@@ -63,7 +66,7 @@ impl Answers {
         let (ending, listeners) = (AtomicBool::new(false), Mutex::default());
         let shared = Arc::new(Shared { epoll, bell, ending, listeners, judge, peek });
         let own = shared.clone();
-        let thread = threads.spawn(ThreadRole::Supervisor, 0, move || own.serve())?;
+        let thread = spawn(Box::new(move || own.serve()))?;
         Ok(Self { shared, thread: Mutex::new(Some(thread)), coming: Mutex::default() })
     }
 

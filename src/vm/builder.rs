@@ -16,7 +16,7 @@ use super::cgroup::Cgroup;
 use super::doorbell::Doorbell;
 use super::herd::Herd;
 use super::machine::{Control, End, Machine, VmState};
-use super::supervisor::{Confinement, Supervisor};
+use super::supervisor::Confinement;
 use super::threads::{self, Duty, Hook, ThreadInfo, Threads};
 use crate::boot::{self, Entry, Identity, Protocol};
 use crate::budget::{Claim, Claimed, Headroom, Ledger, Shape, overhead};
@@ -386,7 +386,7 @@ impl VmBuilder {
         let mut threads = Threads { id, hook, stop: end.line(id), cgroup: cgroup.clone(), supervisor: None };
         if let Some(wanted) = &config.sandbox {
             let made = (host.sandbox)(&config, wanted)?;
-            threads.supervisor = Some(Supervisor::start(made, wanted, &threads)?);
+            threads.supervisor = Some(threads.supervise(made, wanted)?);
         }
         let main_loop = match (config.platform, &wiring.dispatcher) {
             (Platform::Bare, _) => None,

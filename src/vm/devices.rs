@@ -96,7 +96,7 @@ pub(super) fn make(
         disks.push(control.clone());
         add(places.take(disk.pci), Box::new(Blk::new(control, &disk.serial, lanes)), signals);
     }
-    let opens = plan.threads.supervisor.as_ref().map_or(Place::Caller, |supervisor| supervisor.opens());
+    let opens = plan.threads.supervisor.as_ref().map_or(Place::Caller, |supervisor| supervisor.outside());
     for (i, card) in config.nets.iter().enumerate() {
         let mac = card.mac.unwrap_or_else(|| stable_mac(config.uuid, i));
         let id = format!("net{i}");

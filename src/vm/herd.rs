@@ -150,6 +150,14 @@ impl Herd {
         cleared.unwrap_or(true)
     }
 
+    /// Tells of every VM that nobody looks after its memory any more.
+    pub fn abandon(&self, why: &str) {
+        let ids: Vec<u64> = lock(&self.0).keys().copied().collect();
+        for id in ids {
+            self.with(id, |machine, _| machine.tell_abandoned(why));
+        }
+    }
+
     /// Asks nothing more of anybody.
     pub fn release(&self) {
         let ids: Vec<u64> = lock(&self.0).keys().copied().collect();
@@ -183,6 +191,14 @@ impl Machine {
             victim: claim.victim,
             standing,
         })
+    }
+
+    fn tell_abandoned(&self, why: &str) {
+        // Under the lock: nothing comes after the event of its end.
+        let state = lock(&self.state);
+        if !matches!(*state, VmState::Stopped(_)) {
+            self.reporter.report(EventKind::ReclaimFailed { why: why.to_owned() });
+        }
     }
 
     fn tell_pressure(

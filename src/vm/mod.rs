@@ -36,7 +36,7 @@ pub use machine::{VcpuReturn, VmState};
 pub use registers::Registers;
 pub use sources::Network;
 pub use supervisor::SandboxReport;
-pub(crate) use supervisor::{Confinement, Entered};
+pub(crate) use supervisor::{Confinement, Door, Entered, Supervisor, Waiting};
 pub(crate) use threads::Duty;
 pub use threads::{ThreadInfo, ThreadRole};
 
@@ -399,7 +399,7 @@ impl Vm {
         self.machine.may_change_net(&network)?;
         let _control = self.machine.control("change_net")?;
         let queues = u16::try_from(card.pairs()).unwrap_or(u16::MAX);
-        let opens = self.machine.supervisor.as_ref().map_or(Place::Caller, |supervisor| supervisor.opens());
+        let opens = self.machine.supervisor.as_ref().map_or(Place::Caller, |supervisor| supervisor.outside());
         card.put_ready(network.open(&format!("net{index}"), queues, &opens)?)?;
         let done = self.machine.board.refit_net(index);
         // Dropped with no lock held: it may be the embedder's.
@@ -509,6 +509,8 @@ impl Vm {
         let machine = machine.clone();
         let reaper = crate::sys::thread::spawn("vmbed-reaper".to_owned(), move || machine.join());
         if let Err(error) = reaper {
+            // Its last reference is this thread's, or another one's of its own, and nobody else's.
+            self.machine.host.herd.leave(self.machine.id.0);
             log::error!("no thread to end a VM that was dropped in its own callback: {error}");
         }
     }

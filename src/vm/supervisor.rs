@@ -1,17 +1,20 @@
 #![forbid(unsafe_code)]
-//! The three threads of a VM in a sandbox that are not in it. One answers for those that are (`answers.rs`). One tells of what was
-//! refused, which ends the VM, and opens networks again that went away: it waits for the kernel alone, which may have to wait for whoever
-//! changes the host's interfaces. One hands records to the embedder's logger,
+//! The three threads that are not in the sandbox of those for which they are: a VM's, or the one that reclaims memory. One answers for
+//! those (`answers.rs`). One tells of what was
+//! refused, which ends the VM, and does what they may not: opens networks again that went away, pauses VMs for want of memory. It waits for
+//! the kernel alone, which may have to wait for whoever
+//! changes the host's interfaces, and for devices. One hands records to the embedder's logger,
 //! for which nobody else waits.
 
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::thread::JoinHandle;
 
 use event_manager::{EventSet, Events};
 
-use super::answers::{Answers, Judge, Listener, Refused, Violation};
+use super::answers::{Answers, Body, Judge, Listener, Refused, Violation};
 use super::threads::{Duty, ThreadRole, Threads};
 use crate::config::SandboxConfig;
 use crate::error::{Error, ErrorKind, Result};
@@ -21,7 +24,7 @@ use crate::sys::lock;
 use crate::sys::log::{self, Entry};
 use crate::sys::seccomp::Notice;
 
-/// What the sandbox has made ready for one VM. `vm` does not know the sandbox: it is given this.
+/// What the sandbox has made ready for threads. `vm` does not know the sandbox: it is given this.
 pub(crate) struct Confinement {
     /// Confines the calling thread for good to what that duty needs.
     pub enter: Box<dyn Fn(Duty) -> Result<Entered> + Send + Sync>,
@@ -39,11 +42,12 @@ pub(crate) struct Entered {
     pub landlock: Option<u32>,
 }
 
-/// What is in force in a VM with a [`SandboxConfig`].
+/// What is in force in a VM with a [`SandboxConfig`], or of a host's thread with a
+/// [`ReclaimSandbox`](crate::ReclaimSandbox).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SandboxReport {
-    /// The threads that are in it, by their names. Others of the VM have the rights of the process.
+    /// The threads that are in it, by their names. Others have the rights of the process.
     pub threads: Vec<String>,
     /// Whether their calls are filtered.
     pub seccomp: bool,
@@ -54,7 +58,7 @@ pub struct SandboxReport {
 /// Records that wait for the logger: beyond it they are dropped.
 const MOST_RECORDS: usize = 256;
 
-pub(super) struct Supervisor {
+pub(crate) struct Supervisor {
     confinement: Confinement,
     config: SandboxConfig,
     answers: Answers,
@@ -69,13 +73,16 @@ pub(super) struct Supervisor {
 }
 
 impl Supervisor {
-    /// Starts the three threads, for a VM that has a sandbox.
-    pub fn start(confinement: Confinement, config: &SandboxConfig, threads: &Threads) -> Result<Arc<Self>> {
-        let start = |index: u32| {
-            let name = format!("{}{index}", ThreadRole::Supervisor.prefix());
-            EventLoop::start(&name, |body| threads.spawn(ThreadRole::Supervisor, index, body))
-        };
-        let (answers, tells, logs) = (Answers::start(confinement.judge, threads)?, start(1)?, start(2)?);
+    /// Starts the three threads: `spawn` makes each by its number. `stop` hears of the first call that was refused.
+    pub fn start(
+        confinement: Confinement,
+        config: &SandboxConfig,
+        stop: &StopLine,
+        spawn: impl Fn(u32, Body) -> Result<JoinHandle<()>>,
+    ) -> Result<Arc<Self>> {
+        let start = |index: u32| EventLoop::start("sandbox", |body| spawn(index, body));
+        let answers = Answers::start(confinement.judge, |body| spawn(0, body))?;
+        let (tells, logs) = (start(1)?, start(2)?);
         let records: Arc<AtomicUsize> = Arc::default();
         let (carrier, count) = (Arc::downgrade(&logs), records.clone());
         tells.tell(move || log::divert(move |entry| Self::carry(&carrier, &count, entry)));
@@ -85,7 +92,7 @@ impl Supervisor {
             answers,
             tells,
             logs,
-            stop: threads.stop.clone(),
+            stop: stop.clone(),
             records,
             violation: Arc::default(),
             attached: Mutex::default(),
@@ -93,8 +100,8 @@ impl Supervisor {
         }))
     }
 
-    /// Where a network that went away is opened again.
-    pub fn opens(&self) -> Place {
+    /// Where what the sandbox does not allow is done: a network that went away is opened again.
+    pub fn outside(&self) -> Place {
         Place::Loop(self.tells.clone(), self.stop.clone())
     }
 
@@ -202,7 +209,7 @@ impl Meeting {
 }
 
 /// For the thread that is to be confined.
-pub(super) struct Door {
+pub(crate) struct Door {
     supervisor: Arc<Supervisor>,
     duty: Duty,
     meeting: Arc<Meeting>,
@@ -227,7 +234,7 @@ impl Drop for Door {
 }
 
 /// For who made that thread.
-pub(super) struct Waiting {
+pub(crate) struct Waiting {
     supervisor: Arc<Supervisor>,
     duty: Duty,
     name: String,
@@ -281,7 +288,7 @@ impl Drop for Waiting {
 /// Why a loop does not hear of something.
 type Unheard = Mutex<Option<event_manager::Error>>;
 
-/// Tells of what was refused: the VM ends with it.
+/// Tells of what was refused: that ends the VM, or the thread.
 struct Teller {
     refused: Arc<Refused>,
     thread: String,
@@ -308,6 +315,12 @@ impl Worker for Teller {
 }
 
 impl Threads {
+    /// A supervisor of this VM.
+    pub fn supervise(&self, confinement: Confinement, config: &SandboxConfig) -> Result<Arc<Supervisor>> {
+        let spawn = |index, body: Body| self.spawn(ThreadRole::Supervisor, index, body);
+        Supervisor::start(confinement, config, &self.stop, spawn)
+    }
+
     /// Has the thread of a loop enter the sandbox, where there is one for it.
     pub fn confine_loop(&self, event_loop: &EventLoop, duty: Duty, index: u32) -> Result<()> {
         let supervisor = self.supervisor.as_ref().filter(|_| !event_loop.is_callers());

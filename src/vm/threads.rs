@@ -53,6 +53,8 @@ pub(crate) enum Duty {
     Disk,
     /// Serves the balloon.
     Balloon,
+    /// Does something about it when the host's memory gets short: of all VMs, not of one.
+    Reclaim,
 }
 
 impl Duty {
@@ -62,6 +64,8 @@ impl Duty {
             Self::Device => config.devices,
             Self::Disk => config.disks,
             Self::Balloon => config.balloon,
+            // Whoever has none of it makes no door for it.
+            Self::Reclaim => true,
         }
     }
 }

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use vmbed::{
-    BalloonConfig, BareBoot, Bytes, CpuMode, ErrorKind, EventKind, Host, ReclaimConfig, ReclaimStage,
-    StopCause, Vm, VmConfig, VmState,
+    BalloonConfig, BareBoot, Bytes, CpuMode, ErrorKind, EventKind, Host, ReclaimConfig, ReclaimSandbox,
+    ReclaimStage, StopCause, Vm, VmConfig, VmState,
 };
 
 use crate::backends::{Guest, config};
@@ -64,9 +64,13 @@ pub fn what_is_done_when_memory_gets_short() {
     limits = nothing();
     limits.pause_below = ALWAYS;
     limits.pause_deadline = Duration::from_secs(600);
+    limits.sandbox = ReclaimSandbox::Required;
     host.set_reclaim(Some(&limits)).unwrap();
     wait_until("the VM to be paused", || vm.state() == VmState::Paused);
+    let report = host.reclaim_sandbox().unwrap();
+    assert!(report.threads.len() == 1 && report.seccomp && report.landlock.is_some(), "{report:?}");
     host.set_reclaim(Some(&nothing())).unwrap();
+    assert_eq!(host.reclaim_sandbox(), None);
     wait_until("the VM to go on", || vm.state() == VmState::Running);
     // The embedder's own pause is its own.
     vm.pause().unwrap();

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Trial;
-use vmbed::{BalloonConfig, Bytes, EventKind, Host, ReclaimConfig, ReclaimStage, VmConfig};
+use vmbed::{BalloonConfig, Bytes, EventKind, Host, ReclaimConfig, ReclaimSandbox, ReclaimStage, VmConfig};
 
 use crate::assets::KERNELS;
 use crate::guest::{Guest, LONG, config};
@@ -148,6 +148,7 @@ fn short() {
     let mut reclaim = ReclaimConfig::default();
     (reclaim.balloon_below, reclaim.page_out_below) = (Bytes(1 << 60), Bytes(0));
     reclaim.interval = Duration::from_millis(100);
+    reclaim.sandbox = ReclaimSandbox::Required;
     host.set_reclaim(Some(&reclaim)).unwrap();
     wait_until(&guest, "most of what is idle to be gone", |g| {
         g.vm.memory().loaned.get() >= idle.get() * 7 / 10
@@ -158,6 +159,7 @@ fn short() {
     let part = kept.get() as f64 / idle.get() as f64;
     assert!((0.2..=0.3).contains(&part), "{part}: {kept} of {idle}, {after:?}");
     assert!(before.get() - after.backing.get() > 60 << 20, "{before} {after:?}");
+    assert!(host.reclaim_sandbox().is_some_and(|report| report.seccomp), "nothing was refused");
     host.set_reclaim(None).unwrap();
     wait_until(&guest, "the balloon to be empty", |g| g.vm.memory().loaned == Bytes(0));
     let told =

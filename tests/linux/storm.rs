@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use libtest_mimic::Trial;
 use vmbed::{
-    BareBoot, Bytes, CpuMode, EventKind, Host, HostConfig, ReclaimConfig, ReclaimStage, StopCause, Vm,
-    VmConfig, VmState,
+    BareBoot, Bytes, CpuMode, EventKind, Host, HostConfig, ReclaimConfig, ReclaimSandbox, ReclaimStage,
+    StopCause, Vm, VmConfig, VmState,
 };
 
 use crate::cage::{Cage, charged};
@@ -121,6 +121,7 @@ pub fn inside(swap: &str) {
     reclaim.page_out_below = Bytes::mib(if swap { 40 } else { 0 });
     (reclaim.pause_below, reclaim.stop_below) = (Bytes::mib(32), Bytes::mib(24));
     reclaim.pause_deadline = Duration::from_secs(2);
+    reclaim.sandbox = ReclaimSandbox::Required;
     host.set_reclaim(Some(&reclaim)).unwrap();
     let made = |class: u64| {
         let mut config = toucher();
@@ -140,6 +141,7 @@ pub fn inside(swap: &str) {
         let usage = host.usage();
         println!("backing {} charged {} {}", usage.backing, usage.charged, states(&vms));
     }
+    assert!(host.reclaim_sandbox().is_some_and(|report| report.seccomp), "nothing was refused");
     host.set_reclaim(None).unwrap();
     let stopped: Vec<bool> = vms.iter().map(|vm| matches!(vm.state(), VmState::Stopped(_))).collect();
     let lost = stopped.iter().take_while(|s| **s).count();

@@ -38,8 +38,20 @@ fn lists() {
 /// In a process of its own, where every VM learns.
 pub fn inside() {
     sandbox::learn();
-    for run in [spinning, halting, console, disks, saves, limits, cards, taps, streams, balloon, allocations]
-    {
+    for run in [
+        spinning,
+        halting,
+        console,
+        disks,
+        saves,
+        limits,
+        cards,
+        taps,
+        streams,
+        balloon,
+        allocations,
+        crate::reclaim::everything,
+    ] {
         // What the others show is told all the same.
         if std::panic::catch_unwind(run).is_err() {
             println!("WRONG: one of the runs failed");

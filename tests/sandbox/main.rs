@@ -1,4 +1,4 @@
-//! The sandbox of a VM's threads: what is refused, what comes of it, and that nothing else is; the example that jails a process.
+//! The sandbox of a VM's threads and of the one that reclaims memory: what is refused, what comes of it, and that nothing else is; the example that jails a process.
 
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
@@ -11,6 +11,7 @@ mod guests;
 mod jailed;
 mod learn;
 mod life;
+mod reclaim;
 mod refuse;
 
 /// Says which part of this program a copy of it is.
@@ -38,6 +39,10 @@ fn main() -> ExitCode {
             bounds::blocked();
             return ExitCode::SUCCESS;
         }
+        Ok("reclaim") => {
+            reclaim::inside();
+            return ExitCode::SUCCESS;
+        }
         Ok(part) => panic!("no part is called {part}"),
         Err(_) => {}
     }
@@ -45,6 +50,7 @@ fn main() -> ExitCode {
     let mut trials = Vec::new();
     learn::add(&mut trials);
     refuse::add(&mut trials);
+    reclaim::add(&mut trials);
     bounds::add(&mut trials);
     jailed::add(&mut trials);
     libtest_mimic::run(&arguments, trials).exit_code()

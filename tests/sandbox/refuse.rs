@@ -32,7 +32,7 @@ pub fn add(trials: &mut Vec<Trial>) {
 /// Asked once, outside: threads in the sandbox may not ask.
 static OWN: LazyLock<Pid> = LazyLock::new(rustix::process::getpid);
 
-type Forbidden = (&'static str, fn() -> io::Result<()>);
+pub type Forbidden = (&'static str, fn() -> io::Result<()>);
 
 /// A call as it is, with what it answers.
 #[expect(unsafe_code, reason = "the standard library makes none that is so wrong")]
@@ -58,7 +58,7 @@ const EXECUTABLE: i64 = (libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC) a
 const OWN_MEMORY: i64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as i64;
 
 /// Calls that no thread may make: others, and those on the lists with arguments that are not.
-const FORBIDDEN: [Forbidden; 21] = [
+pub const FORBIDDEN: [Forbidden; 21] = [
     ("mmap", || raw(libc::SYS_mmap, [0, 4096, EXECUTABLE, OWN_MEMORY])),
     ("mmap", || raw(libc::SYS_mmap, [0, 4096, libc::PROT_READ.into(), libc::MAP_SHARED.into()])),
     ("mprotect", || raw(libc::SYS_mprotect, [0, 4096, EXECUTABLE, 0])),
@@ -83,14 +83,14 @@ const FORBIDDEN: [Forbidden; 21] = [
 ];
 
 /// A VM that goes on meanwhile.
-fn bystander() -> Vm {
+pub fn bystander() -> Vm {
     let _ = *OWN;
     let vm = host().build(bare(&SPINS)).unwrap();
     vm.start().unwrap();
     vm
 }
 
-fn lives(vm: &Vm) {
+pub fn lives(vm: &Vm) {
     assert_eq!(vm.state(), VmState::Running);
     vm.pause().unwrap();
     vm.resume().unwrap();
@@ -345,4 +345,10 @@ pub fn files() {
         assert_eq!(listed.unwrap_err().raw_os_error(), Some(libc::EACCES));
     }
     assert_eq!(vm.state(), VmState::Built);
+    let host = host();
+    let mut reclaim = vmbed::ReclaimConfig::default();
+    reclaim.sandbox = vmbed::ReclaimSandbox::Required;
+    host.set_reclaim(Some(&reclaim)).unwrap();
+    let opened = sandbox::on_reclaim(&host, || File::open("/proc/meminfo").map(drop)).unwrap();
+    assert_eq!(opened.unwrap_err().raw_os_error(), Some(libc::EACCES));
 }
