@@ -280,8 +280,9 @@ pub struct vmbed_net_ops {
     /// Zero.
     pub reserved: u32,
     /// Says what of it the guest's driver takes: a frame for it that leaves anything else to do is dropped. Called when a driver begins,
-    /// before anything else, on the thread that has the device serve it: a vCPU's, or yours within vmbed_vm_resume() and
-    /// vmbed_vm_change_net(). It must not call into the VM. May be NULL.
+    /// before anything else, on the thread that has the device serve it: a vCPU's, yours within vmbed_vm_resume() and
+    /// vmbed_vm_change_net(), or one of the library's that has the VM go on, which was paused for want of memory. It must not call into
+    /// the VM. May be NULL.
     pub set_offloads: Option<unsafe extern "C" fn(user: *mut c_void, taken: u32)>,
 }
 

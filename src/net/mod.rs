@@ -87,8 +87,9 @@ pub trait NetBackend: Send + 'static {
     }
 
     /// What of it the guest's driver takes: a frame for it that leaves anything else to do is dropped. Called when a driver begins, before
-    /// anything else, on the thread that has the device serve it: a vCPU's, or yours within [`Vm::resume`](crate::Vm::resume) and
-    /// [`Vm::change_net`](crate::Vm::change_net). It must not call into the VM.
+    /// anything else, on the thread that has the device serve it: a vCPU's, yours within [`Vm::resume`](crate::Vm::resume) and
+    /// [`Vm::change_net`](crate::Vm::change_net), or one of the library's that has the VM go on, which was paused for want of memory. It
+    /// must not call into the VM.
     fn set_offloads(&mut self, _taken: Offloads) {}
 
     /// Whether frames for the guest are to come through here from now on: of a TAP interface with several queues, of which the guest

@@ -62,7 +62,7 @@ const NULL_IS_GOOD: [&str; 21] = [
 const ENUMERATIONS: [&str; 5] = ["mode", "register_", "platform", "console", "level"];
 
 /// Structures that have grown since the baseline, and their first new field.
-const GROWN: [(&str, &str); 9] = [
+const GROWN: [(&str, &str); 10] = [
     ("vmbed_block_ops", "discard"),
     ("vmbed_disk", "format"),
     ("vmbed_disk_statistics", "discards"),
@@ -72,6 +72,7 @@ const GROWN: [(&str, &str); 9] = [
     ("vmbed_net", "mtu"),
     ("vmbed_net_ops", "offloads"),
     ("vmbed_net_statistics", "rx_filtered"),
+    ("vmbed_reclaim_options", "sandbox"),
 ];
 
 /// What the program needs before `main`.

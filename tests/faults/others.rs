@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use vmbed::{
     BackingKind, BalloonConfig, BridgeOptions, Bytes, CacheMode, ConsoleKind, DiskConfig, DiskEngine,
     DiskFormat, Dispatcher, Host, HugePages, LinuxBoot, NetConfig, Network, PortOptions, ReclaimConfig,
-    SandboxConfig, Switch, TapOptions, Vm, VmBuilder, VmConfig, Wiring,
+    ReclaimSandbox, SandboxConfig, Switch, TapOptions, Vm, VmBuilder, VmConfig, Wiring,
 };
 
 use crate::driven::{FRAME, Far, SENT, SIZE, arrival};
@@ -153,7 +153,7 @@ fn remember(stage: &Stage) -> vmbed::Result<()> {
     let host = Host::open()?;
     let mut reclaim = ReclaimConfig::default();
     (reclaim.balloon_below, reclaim.page_out_below) = (Bytes(u64::MAX / 4), Bytes(u64::MAX / 4));
-    reclaim.interval = Duration::from_millis(10);
+    (reclaim.interval, reclaim.sandbox) = (Duration::from_millis(10), ReclaimSandbox::IfPresent);
     host.set_reclaim(Some(&reclaim))?;
     let mut config = stage.pc();
     (config.backing.kind, config.backing.huge) = (BackingKind::Anonymous, HugePages::Always);
