@@ -1237,8 +1237,9 @@ typedef struct {
     uint32_t reserved;
     /**
      * Says what of it the guest's driver takes: a frame for it that leaves anything else to do is dropped. Called when a driver begins,
-     * before anything else, on the thread that has the device serve it: a vCPU's, or yours within vmbed_vm_resume() and
-     * vmbed_vm_change_net(). It must not call into the VM. May be NULL.
+     * before anything else, on the thread that has the device serve it: a vCPU's, yours within vmbed_vm_resume() and
+     * vmbed_vm_change_net(), or one of the library's that has the VM go on, which was paused for want of memory. It must not call into
+     * the VM. May be NULL.
      */
     void (*set_offloads)(void *user, uint32_t taken);
 } vmbed_net_ops;
@@ -2473,10 +2474,11 @@ typedef struct {
     /**
      * Whether the thread is in a sandbox, one of VMBED_RECLAIM_SANDBOX_*: it may make the system calls that its work needs and no
      * others, and open no file. A call that is refused fails with EPERM and ends the thread: VMs that it has paused go on, and each VM
-     * of the host has an event, VMBED_EVENT_RECLAIM_FAILED. VMs are paused, and your log is called, on threads that are not in it.
+     * that there is has an event, VMBED_EVENT_RECLAIM_FAILED. VMs are paused, and your log is called, on threads that are not in it. As
+     * long as it is there, do not change the process's user or groups with the C library's functions, which would end the process.
      */
     int32_t sandbox;
-    /** 0 */
+    /** Zero. */
     uint32_t reserved;
 } vmbed_reclaim_options;
 
@@ -2731,8 +2733,8 @@ uint64_t vmbed_event_offset(const vmbed_event *event);
 uint64_t vmbed_event_value(const vmbed_event *event);
 
 /**
- * What happened in words, without a line feed: the cause, or what the guest's driver did. Never NULL; empty where the
- * kind says it all. It belongs to the event.
+ * What happened in words, without a line feed: the cause, what the guest's driver did, or why VMBED_EVENT_RECLAIM_FAILED came. Never
+ * NULL; empty where the kind says it all. It belongs to the event.
  */
 const char *vmbed_event_text(const vmbed_event *event);
 

@@ -102,7 +102,8 @@ pub enum EventKind {
         deadline: Option<Duration>,
     },
     /// The thread that did something about it when the host's memory got short has ended
-    /// ([`Host::set_reclaim`](crate::Host::set_reclaim)): nobody looks after this VM's memory any more, until that is called again.
+    /// ([`Host::set_reclaim`](crate::Host::set_reclaim)): nobody looks after this VM's memory any more, until that is called again. VMs
+    /// that are built later hear nothing.
     ReclaimFailed {
         /// What happened: it made a call that its sandbox refuses, or vmbed has a defect.
         why: String,

@@ -78,8 +78,8 @@ class Usage(NamedTuple):
 
 class ReclaimSandbox(IntEnum):
     """Whether the thread that does something when memory gets short is in a sandbox: it may make the system calls that its work
-    needs and no others, and opens no files. A call that is refused ends it: VMs that it has paused go on, and each VM of the host has
-    an event, Kind.RECLAIM_FAILED."""
+    needs and no others, and opens no files. A call that is refused ends it: VMs that it has paused go on, and each VM that there is has
+    an event, Kind.RECLAIM_FAILED. As long as it is there, do not change the process's user or groups."""
 
     OFF = 0
     #: As far as the kernel has what it takes; ``Host.reclaim_sandbox()`` says what is in force.

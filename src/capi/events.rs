@@ -136,7 +136,8 @@ impl Story {
             EventKind::Lost { .. } => (VMBED_EVENT_LOST, VMBED_CAUSE_NONE, None, String::new()),
         };
         let device = device.map(c_text);
-        Self { kind, cause: end, device, text: c_text(text), event }
+        // A panic's own may have several lines.
+        Self { kind, cause: end, device, text: c_text(text.replace('\n', " ")), event }
     }
 }
 
@@ -269,8 +270,8 @@ pub unsafe extern "C" fn vmbed_event_value(event: *const vmbed_event) -> u64 {
     })
 }
 
-/// What happened in words, without a line feed: the cause, or what the guest's driver did. Never NULL; empty where the
-/// kind says it all. It belongs to the event.
+/// What happened in words, without a line feed: the cause, what the guest's driver did, or why VMBED_EVENT_RECLAIM_FAILED came. Never
+/// NULL; empty where the kind says it all. It belongs to the event.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_event_text(event: *const vmbed_event) -> *const c_char {
     look(event, c"".as_ptr(), |e| e.text.as_ptr())

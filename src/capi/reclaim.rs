@@ -55,9 +55,10 @@ pub struct vmbed_reclaim_options {
     pub interval: u32,
     /// Whether the thread is in a sandbox, one of VMBED_RECLAIM_SANDBOX_*: it may make the system calls that its work needs and no
     /// others, and open no file. A call that is refused fails with EPERM and ends the thread: VMs that it has paused go on, and each VM
-    /// of the host has an event, VMBED_EVENT_RECLAIM_FAILED. VMs are paused, and your log is called, on threads that are not in it.
+    /// that there is has an event, VMBED_EVENT_RECLAIM_FAILED. VMs are paused, and your log is called, on threads that are not in it. As
+    /// long as it is there, do not change the process's user or groups with the C library's functions, which would end the process.
     pub sandbox: i32,
-    /// 0
+    /// Zero.
     pub reserved: u32,
 }
 
@@ -106,6 +107,7 @@ pub unsafe extern "C" fn vmbed_host_set_reclaim(
         or_default(given.pause_deadline, &mut config.pause_deadline);
         or_default(given.interval, &mut config.interval);
         config.sandbox = sandbox_of(given.sandbox)?;
+        super::config::reserved("vmbed_reclaim_options", given.reserved)?;
         host.set_reclaim(Some(&config))
     })
 }

@@ -134,9 +134,9 @@ impl Host {
     }
 
     /// Says what to do with the VMs of this host when its memory gets short; `None`, as in the beginning: nothing. One thread,
-    /// `vmbed-reclaim`, does it, until the last clone of this host is dropped, which waits for it. Each step is an event of
-    /// the VM that it is about ([`EventKind::MemoryPressure`](crate::EventKind)). With `None`, VMs that it has paused go on,
-    /// and balloons are asked for no more than [`Vm::set_balloon`](crate::Vm::set_balloon) said.
+    /// `vmbed-reclaim`, does it, until the last clone of this host is dropped, which waits for it (in a callback, it ends soon
+    /// after). Each step is an event of the VM that it is about ([`EventKind::MemoryPressure`](crate::EventKind)). With `None`, VMs
+    /// that it has paused go on, and balloons are asked for no more than [`Vm::set_balloon`](crate::Vm::set_balloon) said.
     ///
     /// `docs/overcommit.md` has the stages, and who gives first. Blocks for as long as a step takes: a pause up to 10 s. Another
     /// [`sandbox`](ReclaimConfig::sandbox) than before begins with another thread, and the one before ends as with `None`.

@@ -279,8 +279,8 @@ static RECLAIM: &[Rule] = &[
     ioctl(&[(1, Is::Number(PAGEMAP_SCAN))]),
     with(Sysno::madvise, &[(2, Is::Number(libc::MADV_PAGEOUT as u32))]).unseen("there is swap: tests/linux"),
     with(Sysno::fallocate, &[(1, Is::Number(HOLE))]),
-    ioctl(&[(1, Is::Number(KVM_SIGNAL_MSI))])
-        .unseen("a stock guest hears what its balloon is asked for: tests/linux"),
+    // The end of anonymous memory that is no whole huge page.
+    with(Sysno::madvise, &[(2, Is::Number(libc::MADV_FREE as u32))]),
     // A kick of a vCPU whose VM ends.
     any(Sysno::getpid),
     with(Sysno::tgkill, &[(0, Is::Process), (2, Is::Number(libc::SIGURG as u32))]),

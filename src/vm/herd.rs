@@ -2,13 +2,16 @@
 //! The VMs of a host, for whoever carries out what is to be done when its memory gets short.
 
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use super::machine::{Machine, VmState};
 use crate::budget::reclaim::{Standing, VmSample};
-use crate::events::{EventKind, ReclaimStage, StopCause};
+use crate::error::Result;
+use crate::events::{EventKind, ReclaimStage, StopCause, VmId};
+use crate::reactor::panic_text;
 use crate::sys::lock;
 use crate::sys::log;
 use crate::units::Bytes;
@@ -22,18 +25,18 @@ const PEACE: Duration = Duration::from_secs(30);
 pub(crate) struct Herd(Mutex<BTreeMap<u64, Arc<Place>>>);
 
 /// A VM's place in the herd. Who works on the VM holds the lock, and a VM that is being dropped waits for it: so nobody
-/// else ever drops the last of one.
+/// else ever drops the last of one, or of a part of it.
 #[derive(Default)]
 struct Place {
     machine: Mutex<Weak<Machine>>,
     /// Where paging out goes on.
     cursor: AtomicU64,
-    balloon: Option<Arc<Control>>,
+    balloon: Weak<Control>,
 }
 
 impl Herd {
     pub(super) fn join(&self, machine: &Arc<Machine>) {
-        let balloon = machine.board.balloon.clone();
+        let balloon = machine.board.balloon.as_ref().map_or_else(Weak::new, Arc::downgrade);
         let (id, machine) = (machine.id.0, Mutex::new(Arc::downgrade(machine)));
         lock(&self.0).insert(id, Arc::new(Place { machine, cursor: AtomicU64::new(0), balloon }));
     }
@@ -47,10 +50,18 @@ impl Herd {
         }
     }
 
+    /// The same without waiting, for who is waited for.
+    pub(super) fn leave_soon(&self, id: u64) {
+        let place = lock(&self.0).remove(&id);
+        if let Some(mut machine) = place.as_ref().and_then(|place| place.machine.try_lock().ok()) {
+            *machine = Weak::new();
+        }
+    }
+
     /// What all guests say that they have given up. Waits for nobody who works on a VM.
     pub fn loaned(&self) -> Bytes {
-        let herd = lock(&self.0);
-        let balloons = herd.values().filter_map(|place| place.balloon.as_ref());
+        let balloons: Vec<_> = lock(&self.0).values().map(|place| place.balloon.clone()).collect();
+        let balloons = balloons.iter().filter_map(Weak::upgrade);
         Bytes(balloons.fold(0, |sum, balloon| sum.saturating_add(balloon.actual().get())))
     }
 
@@ -69,6 +80,22 @@ impl Herd {
         let place = lock(&self.0).get(&id).cloned()?;
         let held = lock(&place.machine);
         held.upgrade().map(|machine| f(&machine, &place.cursor))
+    }
+
+    /// The same with all its devices, of which some may have code of the embedder's: a panic there ends the VM, and nothing else.
+    fn with_devices(&self, id: u64, f: impl FnOnce(&Machine) -> Result<()>) -> Option<Result<()>> {
+        let done = self.with(id, |machine, _| {
+            let done = catch_unwind(AssertUnwindSafe(|| f(machine)));
+            done.map_err(|panic| (machine.end.line(machine.id), panic))
+        });
+        match done? {
+            Ok(done) => Some(done),
+            Err((line, panic)) => {
+                let (device, why) = ("net".to_owned(), format!("panicked: {}", panic_text(&*panic)));
+                line.pull(StopCause::DeviceFault { device, why });
+                None
+            }
+        }
     }
 
     /// Asks the guest to give up that much, beside what the embedder asks of it.
@@ -99,17 +126,17 @@ impl Herd {
 
     /// Pauses the VM for at most that long; whether it stands.
     pub fn pause(&self, id: u64, at_most: Duration) -> bool {
-        let paused = self.with(id, |machine, _| {
+        let paused = self.with_devices(id, |machine| {
             let there = Bytes(machine.meter.backing());
             let zero = Bytes(0);
             machine.tell_pressure(ReclaimStage::Pause, there, zero, zero, Some(at_most));
-            machine.pause().map_err(|error| (machine.id, error))
+            machine.pause()
         });
         // Outside: a logger may drop the VM.
         match paused {
             Some(Ok(())) => true,
-            Some(Err((vm, error))) => {
-                log::warn!("{vm}: for want of memory: {error}");
+            Some(Err(error)) => {
+                log::warn!("{}: for want of memory: {error}", VmId(id));
                 false
             }
             None => false,
@@ -118,7 +145,7 @@ impl Herd {
 
     /// Lets a VM go on that was paused so.
     pub fn resume(&self, id: u64) {
-        let resumed = self.with(id, |machine, _| machine.resume());
+        let resumed = self.with_devices(id, Machine::resume);
         if let Some(Err(error)) = resumed {
             // The embedder was faster, or it has ended.
             log::debug!("resuming a VM that was paused for want of memory: {error}");
@@ -154,7 +181,7 @@ impl Herd {
     pub fn abandon(&self, why: &str) {
         let ids: Vec<u64> = lock(&self.0).keys().copied().collect();
         for id in ids {
-            self.with(id, |machine, _| machine.tell_abandoned(why));
+            self.with(id, |machine, _| machine.tell(EventKind::ReclaimFailed { why: why.to_owned() }));
         }
     }
 
@@ -193,11 +220,11 @@ impl Machine {
         })
     }
 
-    fn tell_abandoned(&self, why: &str) {
-        // Under the lock: nothing comes after the event of its end.
+    /// Under the lock: nothing comes after the event of its end.
+    fn tell(&self, kind: EventKind) {
         let state = lock(&self.state);
         if !matches!(*state, VmState::Stopped(_)) {
-            self.reporter.report(EventKind::ReclaimFailed { why: why.to_owned() });
+            self.reporter.report(kind);
         }
     }
 
@@ -209,6 +236,6 @@ impl Machine {
         measured: Bytes,
         deadline: Option<Duration>,
     ) {
-        self.reporter.report(EventKind::MemoryPressure { stage, wanted, claimed, measured, deadline });
+        self.tell(EventKind::MemoryPressure { stage, wanted, claimed, measured, deadline });
     }
 }

@@ -216,6 +216,8 @@ impl Machine {
     /// From `Running` to `Paused`.
     pub fn pause(&self) -> Result<()> {
         let mut control = self.control("pause")?;
+        // Devices have code of the embedder's.
+        let _inside = own::enter(self.id);
         self.expect(&[VmState::Running], "pause", "only a running VM can be paused")?;
         self.end.gate.set(Target::Wait);
         if !self.end.gate.wait_settled(BOUND) {
@@ -247,6 +249,8 @@ impl Machine {
     /// From `Paused` to `Running`.
     pub fn resume(&self) -> Result<()> {
         let mut control = self.control("resume")?;
+        // Devices have code of the embedder's.
+        let _inside = own::enter(self.id);
         self.expect(&[VmState::Paused], "resume", "only a paused VM can be resumed")?;
         if let Some(clock) = &control.clock {
             clock::resume(&self.vm, &self.vcpus, clock).map_err(|e| e.context("resume"))?;

@@ -43,7 +43,7 @@ pub use threads::{ThreadInfo, ThreadRole};
 use crate::config::{DiskFormat, RateLimit};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{EventStream, StopCause, VmId};
-use crate::reactor::Place;
+use crate::reactor::{Place, own};
 use crate::sys::log;
 use crate::sys::signal::Shield;
 use crate::units::Bytes;
@@ -397,13 +397,15 @@ impl Vm {
     pub fn change_net(&self, index: usize, network: Network) -> Result<()> {
         let card = self.net(index)?;
         self.machine.may_change_net(&network)?;
-        let _control = self.machine.control("change_net")?;
+        let control = self.machine.control("change_net")?;
+        let inside = own::enter(self.machine.id);
         let queues = u16::try_from(card.pairs()).unwrap_or(u16::MAX);
         let opens = self.machine.supervisor.as_ref().map_or(Place::Caller, |supervisor| supervisor.outside());
         card.put_ready(network.open(&format!("net{index}"), queues, &opens)?)?;
         let done = self.machine.board.refit_net(index);
         // Dropped with no lock held: it may be the embedder's.
         let before = std::mem::take(&mut *card.spare());
+        drop((inside, control));
         drop(before);
         done
     }
@@ -509,8 +511,7 @@ impl Vm {
         let machine = machine.clone();
         let reaper = crate::sys::thread::spawn("vmbed-reaper".to_owned(), move || machine.join());
         if let Err(error) = reaper {
-            // Its last reference is this thread's, or another one's of its own, and nobody else's.
-            self.machine.host.herd.leave(self.machine.id.0);
+            self.machine.host.herd.leave_soon(self.machine.id.0);
             log::error!("no thread to end a VM that was dropped in its own callback: {error}");
         }
     }

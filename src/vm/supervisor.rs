@@ -73,14 +73,16 @@ pub(crate) struct Supervisor {
 }
 
 impl Supervisor {
-    /// Starts the three threads: `spawn` makes each by its number. `stop` hears of the first call that was refused.
+    /// Starts the three threads: `spawn` makes each by its number, and `name` is what theirs begin with. `stop` hears of calls that were
+    /// refused.
     pub fn start(
         confinement: Confinement,
         config: &SandboxConfig,
         stop: &StopLine,
+        name: &str,
         spawn: impl Fn(u32, Body) -> Result<JoinHandle<()>>,
     ) -> Result<Arc<Self>> {
-        let start = |index: u32| EventLoop::start("sandbox", |body| spawn(index, body));
+        let start = |index: u32| EventLoop::start(&format!("{name}{index}"), |body| spawn(index, body));
         let answers = Answers::start(confinement.judge, |body| spawn(0, body))?;
         let (tells, logs) = (start(1)?, start(2)?);
         let records: Arc<AtomicUsize> = Arc::default();
@@ -318,7 +320,7 @@ impl Threads {
     /// A supervisor of this VM.
     pub fn supervise(&self, confinement: Confinement, config: &SandboxConfig) -> Result<Arc<Supervisor>> {
         let spawn = |index, body: Body| self.spawn(ThreadRole::Supervisor, index, body);
-        Supervisor::start(confinement, config, &self.stop, spawn)
+        Supervisor::start(confinement, config, &self.stop, ThreadRole::Supervisor.prefix(), spawn)
     }
 
     /// Has the thread of a loop enter the sandbox, where there is one for it.

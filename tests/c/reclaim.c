@@ -58,7 +58,6 @@ void what_is_done_when_memory_gets_short(void)
     vmbed_balloon_statistics moved = {.size = sizeof moved};
     vmbed_reclaim_options options = {.size = sizeof options, .idle_tax = 1.0, .interval = 5};
     vmbed_memory memory = {.size = sizeof memory};
-    vmbed_sandbox sandbox = {.size = sizeof sandbox};
     struct result results[3];
     int32_t cause;
 
@@ -80,17 +79,10 @@ void what_is_done_when_memory_gets_short(void)
 
     vmbed_vm *vm = spinning(g.host, -1);
     options.balloon_below = 0, options.pause_below = ALWAYS, options.pause_deadline = 600000;
-    options.sandbox = 3;
-    FAILS(VMBED_ERR_INVALID_ARGUMENT, "sandbox is 3", vmbed_host_set_reclaim(g.host, &options, &error));
-    options.sandbox = VMBED_RECLAIM_SANDBOX_REQUIRED;
     OK(vmbed_host_set_reclaim(g.host, &options, &error));
     wait_for_state(vm, VMBED_STATE_PAUSED);
-    OK(vmbed_host_get_reclaim_sandbox(g.host, &sandbox, &error));
-    CHECK(sandbox.threads == 1 && sandbox.seccomp == 1 && sandbox.landlock > 0);
     OK(vmbed_host_set_reclaim(g.host, NULL, &error));
     wait_for_state(vm, VMBED_STATE_RUNNING);
-    OK(vmbed_host_get_reclaim_sandbox(g.host, &sandbox, &error));
-    CHECK(!sandbox.threads && !sandbox.seccomp && !sandbox.landlock);
     CHECK(told(vm, VMBED_STAGE_PAUSE) == 1);
 
     vmbed_vm *victim = spinning(g.host, 1);

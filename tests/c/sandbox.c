@@ -1,5 +1,6 @@
 /* The sandbox of a VM's threads, as embedders ask for it; tests/sandbox has what it refuses. */
 #include "guest.h"
+#include <time.h>
 
 void a_sandbox_for_its_threads(void);
 
@@ -14,6 +15,34 @@ static int32_t write_nowhere(void *user, uint32_t vcpu, uint64_t offset, const u
 {
     (void)user, (void)vcpu, (void)offset, (void)data, (void)length;
     return VMBED_OK;
+}
+
+static void wait_for_state(const vmbed_vm *vm, int32_t state)
+{
+    const struct timespec moment = {0, 1000000};
+    for (int i = 0; vmbed_vm_state(vm) != state; i++) {
+        CHECK(i < 60000);
+        nanosleep(&moment, NULL);
+    }
+}
+
+/* The thread that does something when memory gets short has one of its own; thresholds that no machine meets have it pause the VM. */
+static void for_reclaim(vmbed_host *host, const vmbed_vm *vm)
+{
+    vmbed_reclaim_options options = {.size = sizeof options, .interval = 20, .sandbox = 3};
+    vmbed_sandbox sandbox = {.size = sizeof sandbox};
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "sandbox is 3", vmbed_host_set_reclaim(host, &options, &error));
+    options.sandbox = 0, options.reserved = 1;
+    FAILS(VMBED_ERR_INVALID_ARGUMENT, "reserved is 1", vmbed_host_set_reclaim(host, &options, &error));
+    options.reserved = 0, options.pause_below = (uint64_t)1 << 60, options.sandbox = VMBED_RECLAIM_SANDBOX_REQUIRED;
+    OK(vmbed_host_set_reclaim(host, &options, &error));
+    wait_for_state(vm, VMBED_STATE_PAUSED);
+    OK(vmbed_host_get_reclaim_sandbox(host, &sandbox, &error));
+    CHECK(sandbox.threads == 1 && sandbox.seccomp == 1 && sandbox.landlock > 0);
+    OK(vmbed_host_set_reclaim(host, NULL, &error));
+    wait_for_state(vm, VMBED_STATE_RUNNING);
+    OK(vmbed_host_get_reclaim_sandbox(host, &sandbox, &error));
+    CHECK(!sandbox.threads && !sandbox.seccomp && !sandbox.landlock);
 }
 
 void a_sandbox_for_its_threads(void)
@@ -45,6 +74,7 @@ void a_sandbox_for_its_threads(void)
     OK(vmbed_vm_pause(vm, &error));
     OK(vmbed_vm_resume(vm, &error));
     CHECK(vmbed_vm_state(vm) == VMBED_STATE_RUNNING);
+    for_reclaim(host, vm);
     vmbed_vm_free(vm);
     vmbed_builder_free(builder);
 

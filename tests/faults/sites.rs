@@ -68,7 +68,7 @@ const SITES: [(&str, &str, Site); 83] = [
     ("mod.rs", "getrandom", Calls(&[libc::SYS_getrandom])),
     ("residency.rs", "ioctl", Inside),
     ("residency.rs", "PAGEMAP_SCAN", Asks(&[0xc060_6610])),
-    ("residency.rs", "mincore", Not("for kernels that do not know PAGEMAP_SCAN")),
+    ("residency.rs", "mincore", Not("where something is in swap: tests/linux")),
     ("residency.rs", "sysinfo", Calls(&[libc::SYS_sysinfo])),
     ("seccomp.rs", "SYS_landlock_create_ruleset", Calls(&[libc::SYS_landlock_create_ruleset])),
     ("seccomp.rs", "SYS_seccomp", Calls(&[libc::SYS_seccomp])),

@@ -3,13 +3,14 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixDatagram;
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Trial;
 use vmbed::internals::sandbox;
 use vmbed::{
-    Access, BackingKind, Bytes, Device, EventKind, Host, IoList, NetBackend, NetConfig, Offloads,
+    Access, BackingKind, Bytes, Device, ErrorKind, EventKind, Host, IoList, NetBackend, NetConfig, Offloads,
     ReclaimConfig, ReclaimSandbox, StopCause, Vm, VmConfig, VmState,
 };
 
@@ -21,6 +22,7 @@ use crate::{part, trial};
 pub fn add(trials: &mut Vec<Trial>) {
     trials.push(trial("reclaim_is_refused_and_ends_and_no_vm_does", refused));
     trials.push(trial("reclaim_s_sandbox_begins_and_ends_when_it_is_told", settings));
+    trials.push(trial("reclaim_s_failure_is_told_once_and_not_after_an_end", once));
     trials.push(trial("code_of_the_embedder_s_runs_outside_of_reclaim_s", || drop(part("reclaim"))));
 }
 
@@ -83,6 +85,43 @@ fn refused() {
     lives(&other);
 }
 
+/// How often it is told of a failure that no event of the VM's is left behind.
+fn failures(vm: &Vm) -> usize {
+    let failed = |event: &vmbed::Event| matches!(event.kind, EventKind::ReclaimFailed { .. });
+    std::iter::from_fn(|| vm.events().next_event()).filter(failed).count()
+}
+
+fn once() {
+    let host = host();
+    let (vm, ended) = (spins(&host, |_| ()), spins(&host, |_| ()));
+    assert_eq!(ended.stop().unwrap(), StopCause::HostStop);
+    // Refused twice in one turn.
+    host.set_reclaim(Some(&pauses())).unwrap();
+    wait_until("the VM to be paused", || vm.state() == VmState::Paused);
+    let twice = sandbox::on_reclaim(&host, || {
+        [(), ()].map(|()| std::fs::File::open("/etc/passwd").map(drop).unwrap_err().raw_os_error())
+    });
+    assert_eq!(twice, Some([Some(libc::EPERM); 2]));
+    wait_until("the VM to go on", || vm.state() == VmState::Running);
+    host.set_reclaim(None).unwrap();
+    assert_eq!((failures(&vm), failures(&ended)), (1, 0));
+    // A defect, in a sandbox or not.
+    let mut config = pauses();
+    for sandbox in [ReclaimSandbox::Off, ReclaimSandbox::Required] {
+        config.sandbox = sandbox;
+        host.set_reclaim(Some(&config)).unwrap();
+        wait_until("the VM to be paused", || vm.state() == VmState::Paused);
+        assert_eq!(sandbox::on_reclaim(&host, || -> u32 { panic!("as the test wants") }), None);
+        let why = failure(&vm);
+        // What the panic's hook asks for is refused in a sandbox, and that came first then.
+        assert!(why.contains("as the test wants") || sandbox == ReclaimSandbox::Required, "{why}");
+        wait_until("the VM to go on", || vm.state() == VmState::Running);
+        host.set_reclaim(None).unwrap();
+        assert_eq!((failures(&vm), failures(&ended)), (0, 0));
+    }
+    assert_eq!(vm.stop().unwrap(), StopCause::HostStop);
+}
+
 fn settings() {
     let host = host();
     assert_eq!(host.reclaim_sandbox(), None);
@@ -109,15 +148,15 @@ fn settings() {
     assert_eq!(host.reclaim_sandbox(), None);
 }
 
-/// Keeps a vCPU for a while.
-struct Slow;
+/// Keeps a vCPU until it is let go.
+struct Keeps(Mutex<Receiver<()>>);
 
-impl Device for Slow {
+impl Device for Keeps {
     fn read(&self, _: Access, _: &mut [u8]) -> vmbed::Result<()> {
         Ok(())
     }
     fn write(&self, _: Access, _: &[u8]) -> vmbed::Result<()> {
-        std::thread::sleep(Duration::from_millis(300));
+        let _ = self.0.lock().unwrap().recv_timeout(LONG);
         Ok(())
     }
 }
@@ -144,8 +183,13 @@ pub fn everything() {
     wait_until("the VM to be paused", || vm.state() == VmState::Paused);
     host.set_reclaim(Some(&nothing())).unwrap();
     wait_until("the VM to go on", || vm.state() == VmState::Running);
-    let victims = [BackingKind::Anonymous, BackingKind::Memfd]
-        .map(|kind| spins(&host, |config| (config.backing.kind, config.promise.victim) = (kind, Some(1))));
+    // One and a half huge pages.
+    let size = Bytes(3 << 20);
+    let victims = [BackingKind::Anonymous, BackingKind::Memfd].map(|kind| {
+        spins(&host, |config| {
+            (config.backing.kind, config.promise.victim, config.memory) = (kind, Some(1), size);
+        })
+    });
     let mut stops = nothing();
     stops.stop_below = ALWAYS;
     host.set_reclaim(Some(&stops)).unwrap();
@@ -154,11 +198,13 @@ pub fn everything() {
         wait_until("its memory to be free", || victim.memory().backing == Bytes(0));
     }
     host.set_reclaim(None).unwrap();
-    // One that does not leave at once: its memory is waited for.
+    // One that does not leave while the thread ends: its memory is waited for.
     // out 0x10, al; jmp to it
     let mut config = bare(&[0xe6, 0x10, 0xeb, 0xfc]);
     (config.sandbox, config.promise.victim) = (None, Some(1));
-    let late = host.builder(config).pio_device("slow", 0x10, 1, Arc::new(Slow)).build().unwrap();
+    let (go, goes) = channel();
+    let late = host.builder(config).pio_device("keeps", 0x10, 1, Arc::new(Keeps(Mutex::new(goes))));
+    let late = late.build().unwrap();
     late.start().unwrap();
     host.set_reclaim(Some(&stops)).unwrap();
     let stopping = |vm: &Vm| {
@@ -167,15 +213,19 @@ pub fn everything() {
     };
     wait_until("the VM to be stopped", || stopping(&late));
     host.set_reclaim(None).unwrap();
+    drop(go);
     assert_eq!(ends(&late), StopCause::MemoryPressure);
     assert_eq!(vm.stop().unwrap(), StopCause::HostStop);
 }
 
-/// Says on which thread it is told of offloads; has the host end the thread that it is told for.
+/// What is done when a network of the embedder's is told of offloads, which it does where its VM goes on.
+type Callback = Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>;
+
+/// Says on which thread it is told.
 struct Telling {
     socket: UnixDatagram,
     told: Arc<Mutex<Vec<String>>>,
-    ends: Arc<Mutex<Option<Host>>>,
+    next: Callback,
 }
 
 impl NetBackend for Telling {
@@ -191,16 +241,17 @@ impl NetBackend for Telling {
     fn set_offloads(&mut self, _: Offloads) {
         let thread = std::thread::current().name().unwrap_or_default().to_owned();
         self.told.lock().unwrap().push(thread);
-        if let Some(host) = self.ends.lock().unwrap().take() {
-            host.set_reclaim(None).unwrap();
+        let next = self.next.lock().unwrap().take();
+        if let Some(next) = next {
+            next();
         }
     }
 }
 
-/// Keeps on which thread it was called with what.
-struct Keeps(Mutex<Vec<(String, String)>>);
+/// Remembers on which thread it was called with what.
+struct Remembers(Mutex<Vec<(String, String)>>);
 
-impl log::Log for Keeps {
+impl log::Log for Remembers {
     fn enabled(&self, _: &log::Metadata<'_>) -> bool {
         true
     }
@@ -211,7 +262,7 @@ impl log::Log for Keeps {
     fn flush(&self) {}
 }
 
-static KEPT: Keeps = Keeps(Mutex::new(Vec::new()));
+static KEPT: Remembers = Remembers(Mutex::new(Vec::new()));
 
 fn is_running(thread: &str) -> bool {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
@@ -226,8 +277,9 @@ pub fn inside() {
     log::set_max_level(log::LevelFilter::Trace);
     let host = host();
     let (near, _far) = UnixDatagram::pair().unwrap();
-    let (told, ending) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(None)));
-    let backend = Telling { socket: near, told: told.clone(), ends: ending.clone() };
+    let (told, next) = (Arc::new(Mutex::new(Vec::new())), Callback::default());
+    let backend = Telling { socket: near, told: told.clone(), next: next.clone() };
+    let callback = |f: Box<dyn FnOnce() + Send>| *next.lock().unwrap() = Some(f);
     let mut config = pc();
     (config.sandbox, config.nets) = (None, vec![NetConfig::attached()]);
     let vm =
@@ -245,15 +297,35 @@ pub fn inside() {
         });
     }
     assert!(records().iter().all(|(thread, _)| thread != "vmbed-reclaim"));
-    // A callback that it waits for ends it.
+    // A callback that it waits for ends it, and hears that it cannot wait for its VM.
+    let vm = Arc::new(vm);
     host.set_reclaim(Some(&pauses())).unwrap();
     wait_until("the VM to be paused", || vm.state() == VmState::Paused);
-    *ending.lock().unwrap() = Some(host.clone());
+    let (own, its, (said, says)) = (host.clone(), vm.clone(), channel());
+    callback(Box::new(move || {
+        own.set_reclaim(None).unwrap();
+        let refused = [its.pause().unwrap_err(), its.stop().unwrap_err()].map(|error| error.kind());
+        // Last: who hears it has the VM alone.
+        drop(its);
+        said.send(refused).unwrap();
+    }));
     host.set_reclaim(Some(&nothing())).unwrap();
-    wait_until("the VM to go on", || vm.state() == VmState::Running && ending.lock().unwrap().is_none());
+    assert_eq!(says.recv_timeout(LONG).unwrap(), [ErrorKind::InvalidState; 2]);
+    wait_until("the VM to go on", || vm.state() == VmState::Running);
     for thread in ["vmbed-reclaim", "vmbed-rguard0", "vmbed-rguard1", "vmbed-rguard2"] {
         wait_until("its threads to end", || !is_running(thread));
     }
     log::set_max_level(log::LevelFilter::Off);
-    assert_eq!(vm.stop().unwrap(), StopCause::HostStop);
+    // One that panics ends its VM.
+    host.set_reclaim(Some(&pauses())).unwrap();
+    wait_until("the VM to be paused", || vm.state() == VmState::Paused);
+    callback(Box::new(|| panic!("as the test wants")));
+    host.set_reclaim(Some(&nothing())).unwrap();
+    match ends(&vm) {
+        StopCause::DeviceFault { device, why } => {
+            assert_eq!((&*device, &*why), ("net", "panicked: as the test wants"))
+        }
+        other => panic!("it ended otherwise: {other}"),
+    }
+    assert!(host.reclaim_sandbox().is_some(), "and nothing else does");
 }

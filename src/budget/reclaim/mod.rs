@@ -194,7 +194,7 @@ fn pauses(limits: &Thresholds, sample: &Sample, steps: &mut Vec<Step>) {
         // Victims first, the lowest class before; then who pays least.
         let order = |vm: &&VmSample| (vm.victim.is_none(), vm.victim, price(limits.tax, vm, 0), vm.id);
         if let Some(vm) = sample.vms.iter().filter(above).min_by_key(order) {
-            steps.push(Step::Pause { vm: vm.id, until: sample.now + limits.deadline });
+            steps.push(Step::Pause { vm: vm.id, until: sample.now.saturating_add(limits.deadline) });
         }
     }
 }

@@ -38,9 +38,10 @@ pub struct ReclaimConfig {
 
 /// Whether the thread that does something when memory gets short is in a sandbox: it may make the system calls that its work needs and
 /// no others (seccomp), and open no file (Landlock). A call that is refused fails with EPERM, and ends the thread: VMs that it has paused
-/// go on, and each VM of the host has an event ([`EventKind::ReclaimFailed`](crate::EventKind)). `docs/sandbox.md` has the list.
+/// go on, and each VM that there is has an event ([`EventKind::ReclaimFailed`](crate::EventKind)). `docs/sandbox.md` has the list.
 ///
-/// VMs are paused, and your logger is called, on threads that are not in it.
+/// VMs are paused, and your logger is called, on threads that are not in it. As long as it is there, do not change the process's user or
+/// groups with the C library's functions: they would have each thread do the same, which is refused, and end the process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ReclaimSandbox {

@@ -1,18 +1,21 @@
 #![forbid(unsafe_code)]
 //! The thread that does something about it when the host's memory gets short. What, the policy says (`budget::reclaim`).
 
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
+use ::log::Level;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::samples::Samples;
 use crate::config::SandboxConfig;
 use crate::error::{Error, Result};
 use crate::events::StopLine;
-use crate::reactor::{Place, own};
+use crate::reactor::own;
 use crate::sandbox;
 use crate::sys::{fd, fork, lock, log, thread};
 use crate::vm::{Door, Duty, Herd, SandboxReport, Supervisor, Waiting};
@@ -23,6 +26,10 @@ mod config;
 mod worker;
 
 const NAME: &str = "vmbed-reclaim";
+/// What the names of the threads begin with that are outside for it.
+const GUARDS: &str = "vmbed-rguard";
+/// Who its records are from, whichever file they are made in.
+const TARGET: &str = module_path!();
 
 /// Whatever a host has of it. Dropping it ends the thread.
 #[derive(Default)]
@@ -39,10 +46,15 @@ struct Running {
 
 struct Shared {
     config: Mutex<ReclaimConfig>,
+    /// The one before has ended: before that, nothing is done.
+    may_begin: AtomicBool,
     ending: AtomicBool,
+    failed: AtomicBool,
     bell: EventFd,
     herd: Arc<Herd>,
     samples: Arc<Samples>,
+    /// VMs that were paused here, with their deadlines.
+    paused: Mutex<BTreeMap<u64, Duration>>,
     /// What the project's tests want done on the thread.
     #[cfg(feature = "internals")]
     calls: Mutex<Vec<Box<dyn FnOnce() + Send>>>,
@@ -70,16 +82,19 @@ impl Reclaim {
             return Ok(());
         }
         let begun = Running::begin(config, herd, samples)?;
+        let shared = begun.shared.clone();
         // Without the lock, as above: who ends a thread waits for it.
         let ended = lock(&self.0).replace(begun);
         drop(ended);
+        shared.may_begin.store(true, Ordering::Release);
+        fd::ring(&shared.bell);
         Ok(())
     }
 
     /// What is in force of its sandbox, if it has one.
     pub fn sandbox(&self) -> Option<SandboxReport> {
         let running = lock(&self.0);
-        let running = running.as_ref().filter(|running| !running.shared.ending.load(Ordering::Acquire))?;
+        let running = running.as_ref().filter(|running| !running.shared.is_ending())?;
         running.supervisor.as_ref().map(|supervisor| supervisor.report())
     }
 
@@ -103,10 +118,13 @@ impl Running {
         let bell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|e| failed("creating the eventfd", e))?;
         let shared = Arc::new(Shared {
             config: Mutex::new(config.clone()),
+            may_begin: AtomicBool::new(false),
             ending: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
             bell,
             herd: herd.clone(),
             samples: samples.clone(),
+            paused: Mutex::default(),
             #[cfg(feature = "internals")]
             calls: Mutex::default(),
         });
@@ -114,11 +132,10 @@ impl Running {
         let supervisor = supervise(config.sandbox, &shared)?;
         let door = supervisor.as_ref().and_then(|s| s.door(Duty::Reclaim, NAME.to_owned()));
         let (door, waiting) = door.unzip();
-        let outside = supervisor.as_ref().map_or(Place::Caller, |s| s.outside());
-        let own = shared.clone();
+        let worker = Worker::new(shared.clone(), watch, supervisor.clone());
         let body = move || {
             if door.is_none_or(Door::enter) {
-                Worker::new(own, watch, outside).run();
+                worker.run();
             }
         };
         let thread = thread::spawn(NAME.to_owned(), body).map_err(|e| failed("starting the thread", e))?;
@@ -130,7 +147,7 @@ impl Running {
 
     /// Whether its thread can do that from now on. One that is confined stays so, and one that has failed does nothing.
     fn goes_on_with(&self, config: &ReclaimConfig) -> bool {
-        self.sandbox == config.sandbox && !self.shared.ending.load(Ordering::Acquire)
+        self.sandbox == config.sandbox && !self.shared.is_ending()
     }
 }
 
@@ -150,11 +167,11 @@ fn supervise(wanted: ReclaimSandbox, shared: &Arc<Shared>) -> Result<Option<Arc<
             let _inside = own::enter_for_all();
             body();
         };
-        let name = format!("vmbed-rguard{index}");
+        let name = format!("{GUARDS}{index}");
         thread::spawn(name.clone(), inside).map_err(|e| Error::os(format!("starting the thread {name}"), e))
     };
     let config = SandboxConfig { best_effort, ..SandboxConfig::default() };
-    Supervisor::start(confinement, &config, &stop, spawn).map(Some)
+    Supervisor::start(confinement, &config, &stop, GUARDS, spawn).map(Some)
 }
 
 impl Drop for Running {
@@ -192,18 +209,51 @@ fn end(thread: JoinHandle<()>, supervisor: Option<Arc<Supervisor>>) {
 }
 
 impl Shared {
+    fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Acquire)
+    }
+
     /// Has the thread end, soon.
     fn end(&self) {
         self.ending.store(true, Ordering::Release);
         fd::ring(&self.bell);
     }
 
-    /// The same, since it cannot be trusted to go on; VMs hear of it.
+    /// The same, since it cannot be trusted to go on. VMs hear of it, unless it was to end anyway. Where everything may be done.
     fn fail(&self, why: &str) {
-        self.end();
-        self.herd.abandon(why);
+        if self.failed.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let was_to_end = self.ending.swap(true, Ordering::SeqCst);
+        fd::ring(&self.bell);
+        if !was_to_end {
+            self.herd.abandon(why);
+        }
+        self.undo();
         // Last: whatever the embedder's logger does.
-        let _ = catch_unwind(AssertUnwindSafe(|| log::error!("{NAME} has ended: {why}")));
+        let _ = catch_unwind(AssertUnwindSafe(|| {
+            log::record(Level::Error, TARGET, format_args!("{NAME} has ended: {why}"))
+        }));
+    }
+
+    /// Nothing that it did outlasts it. Where everything may be done.
+    fn undo(&self) {
+        let paused = std::mem::take(&mut *lock(&self.paused));
+        paused.keys().for_each(|vm| self.herd.resume(*vm));
+        self.herd.release();
+    }
+
+    /// Pauses a VM until then. Where everything may be done.
+    fn pause(&self, vm: u64, until: Duration, at_most: Duration) {
+        if !self.is_ending() && self.herd.pause(vm, at_most) {
+            lock(&self.paused).insert(vm, until);
+        }
+    }
+
+    /// Has it go on. Where everything may be done.
+    fn resume(&self, vm: u64) {
+        self.herd.resume(vm);
+        lock(&self.paused).remove(&vm);
     }
 }
 

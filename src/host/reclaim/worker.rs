@@ -1,7 +1,7 @@
 #![forbid(unsafe_code)]
 //! The thread: it looks at the host, and carries out what follows from that.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -15,12 +15,12 @@ use ::log::Level;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::Shared;
+use super::{Shared, TARGET};
 use crate::budget::reclaim::{Look, Sample, Step, Thresholds, plan};
 use crate::host::samples::own_pressure_file;
 use crate::reactor::{Place, panic_text};
 use crate::sys::{lock, log, residency};
-use crate::vm::Herd;
+use crate::vm::Supervisor;
 
 /// How long a turn pages out, before it looks at everything again.
 const AT_ONCE: Duration = Duration::from_millis(100);
@@ -78,11 +78,10 @@ fn trigger() -> Option<File> {
 pub(super) struct Worker {
     shared: Arc<Shared>,
     watch: Watch,
+    supervisor: Option<Arc<Supervisor>>,
     /// Where VMs are paused, and go on: that calls code of devices, some of which is the embedder's.
     outside: Place,
     start: Instant,
-    /// Those that were paused here, with their deadlines.
-    paused: BTreeMap<u64, Duration>,
     /// Victims that have not given their memory back yet.
     stopped: BTreeSet<u64>,
     /// When the host was looked at: the last time, and the time before. What a plan answers to began between the two.
@@ -90,35 +89,38 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub fn new(shared: Arc<Shared>, watch: Watch, outside: Place) -> Self {
+    /// One that is confined has a supervisor.
+    pub fn new(shared: Arc<Shared>, watch: Watch, supervisor: Option<Arc<Supervisor>>) -> Self {
         let start = Instant::now();
-        let (paused, stopped) = (BTreeMap::new(), BTreeSet::new());
-        Self { shared, watch, outside, start, paused, stopped, looks: [start; 2] }
+        let outside = supervisor.as_ref().map_or(Place::Caller, |supervisor| supervisor.outside());
+        Self { shared, watch, supervisor, outside, start, stopped: BTreeSet::new(), looks: [start; 2] }
     }
 
     pub fn run(mut self) {
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.turns())) {
-            self.shared.fail(&format!("panicked: {}", panic_text(&*panic)));
+            // A call that was refused may have led to it: that is then the cause.
+            let refused = self.supervisor.as_ref().and_then(|supervisor| supervisor.violation());
+            let why = refused
+                .map_or_else(|| format!("panicked: {}", panic_text(&*panic)), |cause| cause.to_string());
+            self.elsewhere(move |shared| shared.fail(&why));
         }
-        // Nothing that it did outlasts it.
-        let herd = self.shared.herd.clone();
-        let paused = std::mem::take(&mut self.paused);
-        self.elsewhere(move |herd| paused.keys().for_each(|vm| herd.resume(*vm)));
-        herd.release();
+        self.elsewhere(Shared::undo);
     }
 
-    /// Does that to VMs where everything may be done. `None` where it panicked.
-    fn elsewhere<R: Send + 'static>(&self, f: impl FnOnce(&Herd) -> R + Send + 'static) -> Option<R> {
-        let herd = self.shared.herd.clone();
-        self.outside.run(move || f(&herd)).inspect_err(|error| log::error!("{error}")).ok()
+    /// Does that where everything may be done, and waits for it.
+    fn elsewhere(&self, f: impl FnOnce(&Shared) + Send + 'static) {
+        let shared = self.shared.clone();
+        if let Err(error) = self.outside.run(move || f(&shared)) {
+            log::error!("{error}");
+        }
     }
 
     fn turns(&mut self) {
-        while !self.shared.ending.load(Ordering::Acquire) {
+        while !self.shared.is_ending() {
             #[cfg(feature = "internals")]
             std::mem::take(&mut *lock(&self.shared.calls)).into_iter().for_each(|call| call());
             let config = lock(&self.shared.config).clone();
-            let busy = self.turn(&config.thresholds());
+            let busy = self.shared.may_begin.load(Ordering::Acquire) && self.turn(&config.thresholds());
             // While something is under way, what came of it is looked at sooner.
             let time = if busy { config.interval.min(Duration::from_millis(50)) } else { config.interval };
             self.watch.wait(time);
@@ -138,26 +140,31 @@ impl Worker {
         self.looks = [Instant::now(), self.looks[0]];
         let Some(free) = self.shared.samples.headroom(Duration::ZERO).free else { return false };
         let (now, swap) = (self.start.elapsed(), residency::swap_free());
-        let mut sample = Sample { now, free, swap, vms: herd.sample(&self.paused) };
+        let paused = lock(&self.shared.paused).clone();
+        let mut sample = Sample { now, free, swap, vms: herd.sample(&paused) };
         sample.vms.retain(|vm| !self.stopped.contains(&vm.id));
         let there: BTreeSet<u64> = sample.vms.iter().map(|vm| vm.id).collect();
-        self.paused.retain(|vm, _| there.contains(vm));
+        lock(&self.shared.paused).retain(|vm, _| there.contains(vm));
         let steps = plan(limits, &sample);
-        log::trace!("look: {}", Look { limits, sample: &sample, steps: &steps });
+        let look = Look { limits, sample: &sample, steps: &steps };
+        log::record(Level::Trace, TARGET, format_args!("look: {look}"));
         let near = free < limits.balloon.saturating_mul(2);
         // What takes longest comes last, and a part at a time: somebody may need to be stopped meanwhile.
         let is_long = |step: &&Step| matches!(step, Step::PageOut { .. });
-        steps.iter().filter(|step| !is_long(step)).for_each(|step| self.carry_out(*step, now));
+        for step in steps.iter().filter(|step| !is_long(step)) {
+            self.carry_out(*step, now);
+        }
         let deadline = Instant::now() + AT_ONCE;
         for step in steps.iter().filter(is_long) {
             if let Step::PageOut { vm, bytes } = *step
                 && Instant::now() < deadline
+                && !self.shared.is_ending()
             {
                 self.log(Level::Debug, *step);
                 herd.page_out(vm, bytes, deadline);
             }
         }
-        if near {
+        if near && !self.shared.is_ending() {
             // The next plan wants to know who can do without what.
             there.iter().for_each(|vm| herd.ask(*vm));
         }
@@ -165,6 +172,9 @@ impl Worker {
     }
 
     fn carry_out(&mut self, step: Step, now: Duration) {
+        if self.shared.is_ending() {
+            return;
+        }
         self.log(Level::Info, step);
         let herd = &self.shared.herd;
         match step {
@@ -173,16 +183,11 @@ impl Worker {
             Step::PageOut { .. } => {}
             Step::Pause { vm, until } => {
                 let at_most = until.saturating_sub(now);
-                if self.elsewhere(move |herd| herd.pause(vm, at_most)).unwrap_or(false) {
-                    self.paused.insert(vm, until);
-                }
+                self.elsewhere(move |shared| shared.pause(vm, until, at_most));
             }
-            Step::Resume { vm } => {
-                self.paused.remove(&vm);
-                self.elsewhere(move |herd| herd.resume(vm));
-            }
+            Step::Resume { vm } => self.elsewhere(move |shared| shared.resume(vm)),
             Step::Stop { vm } => {
-                self.paused.remove(&vm);
+                lock(&self.shared.paused).remove(&vm);
                 self.stopped.insert(vm);
                 herd.stop(vm);
             }
@@ -192,6 +197,6 @@ impl Worker {
     /// Says what is done, and how long ago it can have become necessary.
     fn log(&self, level: Level, step: Step) {
         let late = self.looks[1].elapsed().as_millis();
-        log::record(level, module_path!(), format_args!("{step:?}, for what began at most {late} ms ago"));
+        log::record(level, TARGET, format_args!("{step:?}, for what began at most {late} ms ago"));
     }
 }
