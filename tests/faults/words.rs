@@ -3,7 +3,7 @@
 use crate::Kind;
 
 /// Of these, an error has one. A call is made for several things.
-const CALLS: [(libc::c_long, &[&str]); 35] = [
+const CALLS: [(libc::c_long, &[&str]); 36] = [
     (libc::SYS_read, &["reading", "read"]),
     (libc::SYS_pread64, &["reading", "read"]),
     (libc::SYS_fstat, &["reading", "opening"]),
@@ -22,7 +22,8 @@ const CALLS: [(libc::c_long, &[&str]); 35] = [
     (libc::SYS_mbind, &["mbind"]),
     (libc::SYS_memfd_create, &["memfd"]),
     (libc::SYS_clone3, &["starting the thread", "starting its thread", "starting a thread"]),
-    (libc::SYS_prctl, &["PR_SET_NO_NEW_PRIVS"]),
+    (libc::SYS_prctl, &["PR_SET_NO_NEW_PRIVS", "no_new_privs"]),
+    (libc::SYS_seccomp, &["SECCOMP_SET_MODE_FILTER"]),
     (libc::SYS_landlock_restrict_self, &["Landlock"]),
     (libc::SYS_landlock_create_ruleset, &["Landlock"]),
     (libc::SYS_sched_setaffinity, &["sched_setaffinity"]),
