@@ -139,7 +139,8 @@ impl Host {
     /// that it has paused go on, and balloons are asked for no more than [`Vm::set_balloon`](crate::Vm::set_balloon) said.
     ///
     /// `docs/overcommit.md` has the stages, and who gives first. Blocks for as long as a step takes: a pause up to 10 s. Another
-    /// [`sandbox`](ReclaimConfig::sandbox) than before begins with another thread, and the one before ends as with `None`.
+    /// [`sandbox`](ReclaimConfig::sandbox) than before begins with another thread, and the one before ends as with `None`. In a
+    /// callback it waits for nothing: what is said here of an end comes soon after.
     ///
     /// # Errors
     /// `InvalidArgument` that names every bad field; `Exhausted` where the process is out of threads or file descriptors;

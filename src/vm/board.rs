@@ -2,6 +2,7 @@
 //! What surrounds the vCPUs: the devices of the platform, their loops, and the console.
 
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -19,13 +20,13 @@ use crate::config::topology::Topology;
 use crate::config::{ConsoleKind, VmConfig};
 use crate::console::{Console, Output, Pump};
 use crate::error::{Error, ErrorKind, Result};
-use crate::events::{Reporter, StopLine};
+use crate::events::{Reporter, StopCause, StopLine};
 use crate::ioapic::Ioapic;
 use crate::irq::{IOAPIC_PINS, Routes};
 use crate::legacy::{Cmos, I8042, Power, PvPanic, Serial, ports};
 use crate::memory::{Memory, layout};
 use crate::pci::{ConfigPorts, Ecam, Root, Window};
-use crate::reactor::{Attached, Dispatcher, EventLoop};
+use crate::reactor::{Attached, Dispatcher, EventLoop, panic_text};
 use crate::sys::log;
 use crate::sys::{kvm, lock};
 use crate::virtio::transport::{Doorbells, VirtioPci};
@@ -62,6 +63,7 @@ pub(super) struct Board {
     virtio: Vec<Arc<VirtioPci>>,
     pump: Mutex<Option<Attached<Pump>>>,
     loops: Vec<Arc<EventLoop>>,
+    stop: Option<StopLine>,
     /// Disks, and what cards count, in the order of the configuration.
     pub disks: Vec<Arc<blk::Control>>,
     pub nets: Vec<Arc<net::Control>>,
@@ -86,7 +88,8 @@ impl Board {
             buses.mmio.insert(name, range.start, range.end - range.start, Arc::new(Nothing))?;
         }
         let console = Console::new();
-        let mut board = Self { ioapic: Some(ioapic.clone()), ..Self::default() };
+        let stop = Some(plan.stop.clone());
+        let mut board = Self { ioapic: Some(ioapic.clone()), stop, ..Self::default() };
         board.power = Some(legacy(plan, &ioapic, &console, buses)?);
         let pump = console.attach(wiring.output, wiring.input, &main_loop, plan.stop)?;
         board.pump = Mutex::new(Some(pump));
@@ -147,12 +150,27 @@ impl Board {
     /// # Errors
     /// `TimedOut` where something has not ended by the deadline: every device goes on serving.
     pub fn pause(&self, deadline: Instant) -> Result<()> {
-        let paused = self.virtio.iter().try_for_each(|d| d.pause(deadline));
+        let paused = self.virtio.iter().try_for_each(|d| self.guarded(d, |d| d.pause(deadline))?);
         paused.inspect_err(|_| self.resume())
     }
 
     pub fn resume(&self) {
-        self.virtio.iter().for_each(|d| d.resume());
+        for device in &self.virtio {
+            // Those behind it go on, until the VM has ended.
+            let _ = self.guarded(device, |device| device.resume());
+        }
+    }
+
+    /// A panic, of vmbed's or of code of the embedder's behind the device, is the end of the VM and of nothing else.
+    fn guarded<R>(&self, device: &VirtioPci, f: impl FnOnce(&VirtioPci) -> R) -> Result<R> {
+        catch_unwind(AssertUnwindSafe(|| f(device))).map_err(|panic| {
+            let (device, why) = (device.id(), format!("panicked: {}", panic_text(&*panic)));
+            let error = Error::new(ErrorKind::Internal, format!("{device}: {why}"));
+            if let Some(stop) = &self.stop {
+                stop.pull(StopCause::DeviceFault { device, why });
+            }
+            error
+        })
     }
 
     /// Stops every device for good, and lets the console's last words out.

@@ -2,16 +2,13 @@
 //! The VMs of a host, for whoever carries out what is to be done when its memory gets short.
 
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
 use super::machine::{Machine, VmState};
 use crate::budget::reclaim::{Standing, VmSample};
-use crate::error::Result;
 use crate::events::{EventKind, ReclaimStage, StopCause, VmId};
-use crate::reactor::panic_text;
 use crate::sys::lock;
 use crate::sys::log;
 use crate::units::Bytes;
@@ -26,19 +23,32 @@ pub(crate) struct Herd(Mutex<BTreeMap<u64, Arc<Place>>>);
 
 /// A VM's place in the herd. Who works on the VM holds the lock, and a VM that is being dropped waits for it: so nobody
 /// else ever drops the last of one, or of a part of it.
-#[derive(Default)]
 struct Place {
     machine: Mutex<Weak<Machine>>,
+    /// Nobody is to work on it any more.
+    left: AtomicBool,
     /// Where paging out goes on.
     cursor: AtomicU64,
     balloon: Weak<Control>,
+}
+
+impl Place {
+    /// Nobody else works on the VM as long as this is held.
+    fn hold(&self) -> MutexGuard<'_, Weak<Machine>> {
+        let mut held = lock(&self.machine);
+        if self.left.load(Ordering::SeqCst) {
+            *held = Weak::new();
+        }
+        held
+    }
 }
 
 impl Herd {
     pub(super) fn join(&self, machine: &Arc<Machine>) {
         let balloon = machine.board.balloon.as_ref().map_or_else(Weak::new, Arc::downgrade);
         let (id, machine) = (machine.id.0, Mutex::new(Arc::downgrade(machine)));
-        lock(&self.0).insert(id, Arc::new(Place { machine, cursor: AtomicU64::new(0), balloon }));
+        let (left, cursor) = (AtomicBool::new(false), AtomicU64::new(0));
+        lock(&self.0).insert(id, Arc::new(Place { machine, left, cursor, balloon }));
     }
 
     /// Takes a VM out; when this returns, nobody works on it.
@@ -52,16 +62,16 @@ impl Herd {
 
     /// The same without waiting, for who is waited for.
     pub(super) fn leave_soon(&self, id: u64) {
-        let place = lock(&self.0).remove(&id);
-        if let Some(mut machine) = place.as_ref().and_then(|place| place.machine.try_lock().ok()) {
-            *machine = Weak::new();
+        if let Some(place) = lock(&self.0).remove(&id) {
+            place.left.store(true, Ordering::SeqCst);
         }
     }
 
     /// What all guests say that they have given up. Waits for nobody who works on a VM.
     pub fn loaned(&self) -> Bytes {
-        let balloons: Vec<_> = lock(&self.0).values().map(|place| place.balloon.clone()).collect();
-        let balloons = balloons.iter().filter_map(Weak::upgrade);
+        // Under the lock, which a VM that is dropped takes before it lets go of anything: this is never the last that has it.
+        let herd = lock(&self.0);
+        let balloons = herd.values().filter_map(|place| place.balloon.upgrade());
         Bytes(balloons.fold(0, |sum, balloon| sum.saturating_add(balloon.actual().get())))
     }
 
@@ -69,7 +79,7 @@ impl Herd {
     pub fn sample(&self, paused: &BTreeMap<u64, Duration>) -> Vec<VmSample> {
         let places: Vec<_> = lock(&self.0).iter().map(|(id, place)| (*id, place.clone())).collect();
         let sample = |(id, place): (u64, Arc<Place>)| {
-            let held = lock(&place.machine);
+            let held = place.hold();
             held.upgrade().and_then(|machine| machine.reclaim_sample(paused.get(&id).copied()))
         };
         places.into_iter().filter_map(sample).collect()
@@ -78,24 +88,8 @@ impl Herd {
     /// Does something with one VM; `None` where it is gone.
     fn with<R>(&self, id: u64, f: impl FnOnce(&Machine, &AtomicU64) -> R) -> Option<R> {
         let place = lock(&self.0).get(&id).cloned()?;
-        let held = lock(&place.machine);
+        let held = place.hold();
         held.upgrade().map(|machine| f(&machine, &place.cursor))
-    }
-
-    /// The same with all its devices, of which some may have code of the embedder's: a panic there ends the VM, and nothing else.
-    fn with_devices(&self, id: u64, f: impl FnOnce(&Machine) -> Result<()>) -> Option<Result<()>> {
-        let done = self.with(id, |machine, _| {
-            let done = catch_unwind(AssertUnwindSafe(|| f(machine)));
-            done.map_err(|panic| (machine.end.line(machine.id), panic))
-        });
-        match done? {
-            Ok(done) => Some(done),
-            Err((line, panic)) => {
-                let (device, why) = ("net".to_owned(), format!("panicked: {}", panic_text(&*panic)));
-                line.pull(StopCause::DeviceFault { device, why });
-                None
-            }
-        }
     }
 
     /// Asks the guest to give up that much, beside what the embedder asks of it.
@@ -126,7 +120,7 @@ impl Herd {
 
     /// Pauses the VM for at most that long; whether it stands.
     pub fn pause(&self, id: u64, at_most: Duration) -> bool {
-        let paused = self.with_devices(id, |machine| {
+        let paused = self.with(id, |machine, _| {
             let there = Bytes(machine.meter.backing());
             let zero = Bytes(0);
             machine.tell_pressure(ReclaimStage::Pause, there, zero, zero, Some(at_most));
@@ -145,7 +139,7 @@ impl Herd {
 
     /// Lets a VM go on that was paused so.
     pub fn resume(&self, id: u64) {
-        let resumed = self.with_devices(id, Machine::resume);
+        let resumed = self.with(id, |machine, _| machine.resume());
         if let Some(Err(error)) = resumed {
             // The embedder was faster, or it has ended.
             log::debug!("resuming a VM that was paused for want of memory: {error}");
@@ -177,18 +171,19 @@ impl Herd {
         cleared.unwrap_or(true)
     }
 
-    /// Tells of every VM that nobody looks after its memory any more.
-    pub fn abandon(&self, why: &str) {
-        let ids: Vec<u64> = lock(&self.0).keys().copied().collect();
-        for id in ids {
-            self.with(id, |machine, _| machine.tell(EventKind::ReclaimFailed { why: why.to_owned() }));
-        }
-    }
-
-    /// Asks nothing more of anybody.
-    pub fn release(&self) {
-        let ids: Vec<u64> = lock(&self.0).keys().copied().collect();
-        for id in ids {
+    /// Has the paused ones go on, and asks nothing more of anybody; says `why` it was failed, if so. VMs on which somebody works, who may
+    /// be who failed, come last.
+    pub fn give_up(&self, why: Option<&str>, paused: &BTreeMap<u64, Duration>) {
+        let is_held = |place: &Place| matches!(place.machine.try_lock(), Err(TryLockError::WouldBlock));
+        let (held, free): (Vec<_>, Vec<_>) =
+            lock(&self.0).iter().map(|(id, place)| (*id, is_held(place))).partition(|(_, held)| *held);
+        for (id, _) in free.into_iter().chain(held) {
+            if let Some(why) = why {
+                self.with(id, |machine, _| machine.tell(EventKind::ReclaimFailed { why: why.to_owned() }));
+            }
+            if paused.contains_key(&id) {
+                self.resume(id);
+            }
             self.with(id, |machine, _| machine.board.balloon.as_ref().map(|control| control.set_extra(0)));
         }
     }

@@ -401,7 +401,12 @@ impl Vm {
         let inside = own::enter(self.machine.id);
         let queues = u16::try_from(card.pairs()).unwrap_or(u16::MAX);
         let opens = self.machine.supervisor.as_ref().map_or(Place::Caller, |supervisor| supervisor.outside());
-        card.put_ready(network.open(&format!("net{index}"), queues, &opens)?)?;
+        let opened = network.open(&format!("net{index}"), queues, &opens)?;
+        if let Err((error, refused)) = card.put_ready(opened) {
+            drop((inside, control));
+            drop(refused);
+            return Err(error);
+        }
         let done = self.machine.board.refit_net(index);
         // Dropped with no lock held: it may be the embedder's.
         let before = std::mem::take(&mut *card.spare());
@@ -512,6 +517,8 @@ impl Vm {
         let reaper = crate::sys::thread::spawn("vmbed-reaper".to_owned(), move || machine.join());
         if let Err(error) = reaper {
             self.machine.host.herd.leave_soon(self.machine.id.0);
+            // Whoever still works on it is not to have the last of it.
+            std::mem::forget(self.machine.clone());
             log::error!("no thread to end a VM that was dropped in its own callback: {error}");
         }
     }

@@ -384,6 +384,9 @@ mod tests {
         assert_eq!(plan(&LIMITS, &all), [Step::Resume { vm: 1 }]);
         all.vms[0].victim = Some(0);
         assert_eq!(plan(&LIMITS, &all), [Step::Stop { vm: 1 }]);
+        let (for_ever, all) = (Duration::MAX, sample(GIB - 1, vec![vm(1, 8 * GIB, 0)]));
+        let limits = Thresholds { deadline: for_ever, ..LIMITS };
+        assert_eq!(plan(&limits, &all), [Step::Pause { vm: 1, until: for_ever }]);
     }
 
     #[test]

@@ -33,7 +33,11 @@ const TARGET: &str = module_path!();
 
 /// Whatever a host has of it. Dropping it ends the thread.
 #[derive(Default)]
-pub(super) struct Reclaim(Mutex<Option<Running>>);
+pub(super) struct Reclaim {
+    running: Mutex<Option<Running>>,
+    /// Who changes it, one after the other.
+    setting: Mutex<()>,
+}
 
 struct Running {
     shared: Arc<Shared>,
@@ -42,6 +46,8 @@ struct Running {
     supervisor: Option<Arc<Supervisor>>,
     sandbox: ReclaimSandbox,
     process: u64,
+    /// Does nothing before this one has ended.
+    next: Option<Arc<Shared>>,
 }
 
 struct Shared {
@@ -68,13 +74,15 @@ impl Reclaim {
         herd: &Arc<Herd>,
         samples: &Arc<Samples>,
     ) -> Result<()> {
+        config.map_or(Ok(()), ReclaimConfig::validate)?;
+        // Not in callbacks: who has this may be waiting for them.
+        let _one = (!own::is_inside_any()).then(|| lock(&self.setting));
         let Some(config) = config else {
-            let ended = lock(&self.0).take();
+            let ended = lock(&self.running).take();
             drop(ended);
             return Ok(());
         };
-        config.validate()?;
-        if let Some(running) = &*lock(&self.0)
+        if let Some(running) = &*lock(&self.running)
             && running.goes_on_with(config)
         {
             *lock(&running.shared.config) = config.clone();
@@ -82,18 +90,18 @@ impl Reclaim {
             return Ok(());
         }
         let begun = Running::begin(config, herd, samples)?;
-        let shared = begun.shared.clone();
-        // Without the lock, as above: who ends a thread waits for it.
-        let ended = lock(&self.0).replace(begun);
-        drop(ended);
-        shared.may_begin.store(true, Ordering::Release);
-        fd::ring(&shared.bell);
+        let next = begun.shared.clone();
+        match lock(&self.running).replace(begun) {
+            // Dropped without the lock: who ends a thread waits for it.
+            Some(before) => before.give_way_to(next),
+            None => next.begin(),
+        }
         Ok(())
     }
 
     /// What is in force of its sandbox, if it has one.
     pub fn sandbox(&self) -> Option<SandboxReport> {
-        let running = lock(&self.0);
+        let running = lock(&self.running);
         let running = running.as_ref().filter(|running| !running.shared.is_ending())?;
         running.supervisor.as_ref().map(|supervisor| supervisor.report())
     }
@@ -103,7 +111,7 @@ impl Reclaim {
     pub fn run<R: Send + 'static>(&self, f: impl FnOnce() -> R + Send + 'static) -> Option<R> {
         let (answer, answered) = std::sync::mpsc::channel();
         {
-            let running = lock(&self.0);
+            let running = lock(&self.running);
             let shared = &running.as_ref()?.shared;
             lock(&shared.calls).push(Box::new(move || drop(answer.send(f()))));
             fd::ring(&shared.bell);
@@ -140,9 +148,14 @@ impl Running {
         };
         let thread = thread::spawn(NAME.to_owned(), body).map_err(|e| failed("starting the thread", e))?;
         let (thread, sandbox, process) = (Some(thread), config.sandbox, fork::process());
-        let begun = Self { shared, thread, supervisor, sandbox, process };
+        let begun = Self { shared, thread, supervisor, sandbox, process, next: None };
         waiting.map_or(Ok(()), Waiting::finish)?;
         Ok(begun)
+    }
+
+    /// Ends, and has the other one begin then.
+    fn give_way_to(mut self, next: Arc<Shared>) {
+        self.next = Some(next);
     }
 
     /// Whether its thread can do that from now on. One that is confined stays so, and one that has failed does nothing.
@@ -183,28 +196,30 @@ impl Drop for Running {
             return;
         }
         self.shared.end();
-        let Some(thread) = thread else { return };
+        let (Some(thread), next) = (thread, self.next.take()) else { return };
         // A callback that it may be waiting for must not wait for it.
-        let is_own = thread.thread().id() == std::thread::current().id();
-        if !own::is_inside_any() && !is_own {
-            end(thread, supervisor);
-        } else if let Some(supervisor) = supervisor {
-            let kept = supervisor.clone();
-            let reaper = thread::spawn("vmbed-reaper".to_owned(), move || end(thread, Some(supervisor)));
-            if let Err(error) = reaper {
-                // To drop the last of it here would wait for this thread.
-                std::mem::forget(kept);
-                log::error!("no thread to end {NAME}, whose host was dropped in a callback: {error}");
-            }
+        if !own::is_inside_any() {
+            return end(thread, supervisor, next);
+        }
+        let kept = (supervisor.clone(), next.clone());
+        let reaper = thread::spawn("vmbed-reaper".to_owned(), move || end(thread, supervisor, next));
+        if let Err(error) = reaper {
+            kept.1.iter().for_each(|next| next.begin());
+            // To drop the last of it here would wait for this thread.
+            std::mem::forget(kept.0);
+            log::error!("no thread to end {NAME}, which a callback has ended: {error}");
         }
     }
 }
 
-/// Waits for the thread, then for those that are there for it.
-fn end(thread: JoinHandle<()>, supervisor: Option<Arc<Supervisor>>) {
+/// Waits for the thread, then for those that are there for it. Then the next one begins.
+fn end(thread: JoinHandle<()>, supervisor: Option<Arc<Supervisor>>, next: Option<Arc<Shared>>) {
     let _ = thread.join();
     if let Some(supervisor) = supervisor {
         supervisor.stop();
+    }
+    if let Some(next) = next {
+        next.begin();
     }
 }
 
@@ -219,6 +234,11 @@ impl Shared {
         fd::ring(&self.bell);
     }
 
+    fn begin(&self) {
+        self.may_begin.store(true, Ordering::Release);
+        fd::ring(&self.bell);
+    }
+
     /// The same, since it cannot be trusted to go on. VMs hear of it, unless it was to end anyway. Where everything may be done.
     fn fail(&self, why: &str) {
         if self.failed.swap(true, Ordering::SeqCst) {
@@ -226,21 +246,22 @@ impl Shared {
         }
         let was_to_end = self.ending.swap(true, Ordering::SeqCst);
         fd::ring(&self.bell);
-        if !was_to_end {
-            self.herd.abandon(why);
-        }
-        self.undo();
-        // Last: whatever the embedder's logger does.
-        let _ = catch_unwind(AssertUnwindSafe(|| {
-            log::record(Level::Error, TARGET, format_args!("{NAME} has ended: {why}"))
-        }));
+        // Before VMs, on one of which it may hold on. Of a sandbox's, another thread hands it to the logger.
+        let said = format_args!("{NAME} has ended: {why}");
+        let _ = catch_unwind(AssertUnwindSafe(|| log::record(Level::Error, TARGET, said)));
+        self.give_up((!was_to_end).then_some(why));
     }
 
     /// Nothing that it did outlasts it. Where everything may be done.
     fn undo(&self) {
+        if !self.failed.load(Ordering::SeqCst) {
+            self.give_up(None);
+        }
+    }
+
+    fn give_up(&self, why: Option<&str>) {
         let paused = std::mem::take(&mut *lock(&self.paused));
-        paused.keys().for_each(|vm| self.herd.resume(*vm));
-        self.herd.release();
+        self.herd.give_up(why, &paused);
     }
 
     /// Pauses a VM until then. Where everything may be done.

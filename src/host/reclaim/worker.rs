@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{Shared, TARGET};
 use crate::budget::reclaim::{Look, Sample, Step, Thresholds, plan};
 use crate::host::samples::own_pressure_file;
-use crate::reactor::{Place, panic_text};
+use crate::reactor::{Place, own, panic_text};
 use crate::sys::{lock, log, residency};
 use crate::vm::Supervisor;
 
@@ -97,6 +97,8 @@ impl Worker {
     }
 
     pub fn run(mut self) {
+        // The embedder's logger may run here, where there is no sandbox.
+        let _inside = own::enter_for_all();
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.turns())) {
             // A call that was refused may have led to it: that is then the cause.
             let refused = self.supervisor.as_ref().and_then(|supervisor| supervisor.violation());

@@ -19,6 +19,9 @@ use crate::rate::TokenBucket;
 use crate::sys::{fd, lock};
 use crate::virtio::Signals;
 
+/// What a card cannot be put on, and why.
+pub(crate) type Refused = (Error, Vec<Box<dyn NetBackend>>);
+
 /// `struct virtio_net_config` up to `duplex` (5.1.4).
 pub(super) const CONFIG_LEN: usize = 17;
 
@@ -119,8 +122,16 @@ impl Control {
     /// Puts another network ready for the card, for each pair of queues; when it has taken that, the one before is in its place.
     ///
     /// # Errors
-    /// `InvalidArgument`: it is of another size, or does not know what the guest's driver was offered.
-    pub fn put_ready(&self, other: Vec<Box<dyn NetBackend>>) -> Result<()> {
+    /// `InvalidArgument`, and it back: it is of another size, or does not know what the guest's driver was offered.
+    pub fn put_ready(&self, other: Vec<Box<dyn NetBackend>>) -> std::result::Result<(), Refused> {
+        match self.takes(&other) {
+            Ok(()) => *self.spare() = other,
+            Err(error) => return Err((error, other)),
+        }
+        Ok(())
+    }
+
+    fn takes(&self, other: &[Box<dyn NetBackend>]) -> Result<()> {
         let invalid =
             |why: String| Err(Error::new(ErrorKind::InvalidArgument, format!("{}: {why}", self.id)));
         if other.len() != self.counters.len() {
@@ -140,7 +151,6 @@ impl Control {
         if self.vhost == Vhost::Required && other.iter().any(|one| one.tap().is_none()) {
             return invalid("vhost is required, and the other network is no TAP interface".into());
         }
-        *self.spare() = other;
         Ok(())
     }
 

@@ -170,6 +170,12 @@ impl Net {
             || TimerFd::new().map_err(|e| Error::errno_of(format!("{id}: creating a timer (timerfd)"), e));
         let timers = Timers { retry: timer()?, limit: timer()? };
         let Some(pair) = self.pairs.get_mut(index) else { return Ok(()) };
+        let mergeable = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
+        let (may, takes) = header::accepted(features & self.features);
+        // Where it is: one that panics stays until the VM goes.
+        if let State::Idle(parts, _) = &mut pair.state {
+            parts.backend.set_offloads(takes);
+        }
         let (mut parts, overflow) = match std::mem::replace(&mut pair.state, State::Lost) {
             State::Idle(parts, overflow) => (parts, overflow),
             other => {
@@ -177,9 +183,6 @@ impl Net {
                 return Err(self.refused("is active already, or its event loop has ended"));
             }
         };
-        let mergeable = features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
-        let (may, takes) = header::accepted(features & self.features);
-        parts.backend.set_offloads(takes);
         if let Some(vhost) = &mut parts.vhost {
             vhost.begin(features, memory);
         }

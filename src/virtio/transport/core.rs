@@ -316,6 +316,10 @@ impl Core {
         matches!(self.service, Service::Active | Service::Paused(_))
     }
 
+    pub fn device_id(&self) -> &str {
+        self.device.id()
+    }
+
     /// Takes the queues back from the device until [`Core::resume`].
     ///
     /// # Errors

@@ -71,6 +71,11 @@ impl VirtioPci {
         Ok(Arc::new(Self(Mutex::new(state))))
     }
 
+    /// The device's own.
+    pub fn id(&self) -> String {
+        lock(&self.0).core.device_id().to_owned()
+    }
+
     /// Stops the device until [`VirtioPci::resume`]. Waits for its request in progress. Of a device that
     /// is not active: nothing.
     ///

@@ -210,7 +210,7 @@ fn another_network_takes_the_place_of_one_while_the_card_is_served() {
     b.give(&[1600]);
     let change = |b: &mut Bench| {
         let (other, far) = Pair::new();
-        b.net.control.put_ready(vec![Box::new(other)]).unwrap();
+        assert!(b.net.control.put_ready(vec![Box::new(other)]).is_ok());
         // As the transport does it.
         let queues = b.net.deactivate();
         b.net.refit();
@@ -230,12 +230,12 @@ fn another_network_takes_the_place_of_one_while_the_card_is_served() {
         b.give(&[1600]);
     }
     let two = || -> Vec<Box<dyn NetBackend>> { (0..2).map(|_| Box::new(Pair::new().0) as _).collect() };
-    let error = b.net.control.put_ready(two()).unwrap_err();
+    let (error, _) = b.net.control.put_ready(two()).unwrap_err();
     assert!(error.to_string().contains("has 1 pairs of queues, and the network 2"), "{error}");
     b.net.control.offer(Offloads::CSUM);
     // A socket knows none.
     let socket = crate::net::adopt("net0", UnixDatagram::pair().unwrap().0.into(), &Place::Caller).unwrap();
-    let error = b.net.control.put_ready(vec![socket]).unwrap_err();
+    let (error, _) = b.net.control.put_ready(vec![socket]).unwrap_err();
     assert!(error.to_string().contains("net0: the guest's driver was offered"), "{error}");
     assert!(b.net.control.spare().is_empty());
 }
