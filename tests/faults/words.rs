@@ -3,7 +3,7 @@
 use crate::Kind;
 
 /// Of these, an error has one. A call is made for several things.
-const CALLS: [(libc::c_long, &[&str]); 36] = [
+const CALLS: [(libc::c_long, &[&str]); 37] = [
     (libc::SYS_read, &["reading", "read"]),
     (libc::SYS_pread64, &["reading", "read"]),
     (libc::SYS_fstat, &["reading", "opening"]),
@@ -31,6 +31,8 @@ const CALLS: [(libc::c_long, &[&str]); 36] = [
     (libc::SYS_pipe2, &["creating a pipe"]),
     (libc::SYS_epoll_create1, &["event loop", "epoll"]),
     (libc::SYS_epoll_ctl, &["event loop", "epoll"]),
+    // An embedder's own loop; others make it again.
+    (libc::SYS_epoll_wait, &["dispatching"]),
     (libc::SYS_timerfd_create, &["timerfd"]),
     (libc::SYS_socket, &["rtnetlink", "connecting to", "SIOCGIFINDEX"]),
     (libc::SYS_connect, &["rtnetlink", "connecting to"]),
