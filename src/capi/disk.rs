@@ -244,7 +244,7 @@ pub type vmbed_progress_fn = Option<unsafe extern "C" fn(user: *mut c_void, behi
 /// ended; then, and where this fails, the image is gone. Blocks for as long as the disk's size takes.
 ///
 /// VMBED_ERR_UNSUPPORTED of a disk of code of yours, VMBED_ERR_BUSY while it is being saved already, VMBED_ERR_INVALID_STATE
-/// where the VM is freed meanwhile.
+/// where the VM is freed meanwhile. Where the VM cannot be resumed, it stays paused, and the error's text says so.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn vmbed_vm_save_disk(
     vm: *const vmbed_vm,

@@ -69,11 +69,11 @@ unsafe impl Sized_ for vmbed_reclaim_options {
 }
 
 /// Says what to do with the VMs of a host when its memory gets short; NULL, as in the beginning: nothing. One thread,
-/// `vmbed-reclaim`, does it, until the last end of this host is freed, which waits for it (in a callback, it ends soon after). Each step is an event of the VM
+/// `vmbed-reclaim`, does it, until the last end of this host is freed, which waits for it. Each step is an event of the VM
 /// that it is about, VMBED_EVENT_MEMORY_PRESSURE. With NULL, VMs that it has paused go on, and balloons are asked for no more
 /// than vmbed_vm_set_balloon() said. Blocks for as long as a step takes: a pause up to 10 s. Another `sandbox` than before begins with
-/// another thread, and the one before ends as with NULL. In a callback it waits for nothing: what is said here of an end comes soon
-/// after.
+/// another thread, and the one before ends as with NULL. In a callback it does not wait for the one before: what is said here of
+/// an end comes soon after.
 ///
 /// VMBED_ERR_INVALID_ARGUMENT with every bad field; VMBED_ERR_EXHAUSTED where the process is out of threads or descriptors;
 /// VMBED_ERR_UNSUPPORTED and VMBED_ERR_BUSY where this kernel has not, or gives not, what the sandbox takes. What was set before goes

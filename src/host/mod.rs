@@ -140,7 +140,7 @@ impl Host {
     ///
     /// `docs/overcommit.md` has the stages, and who gives first. Blocks for as long as a step takes: a pause up to 10 s. Another
     /// [`sandbox`](ReclaimConfig::sandbox) than before begins with another thread, and the one before ends as with `None`. In a
-    /// callback it waits for nothing: what is said here of an end comes soon after.
+    /// callback it does not wait for the one before: what is said here of an end comes soon after.
     ///
     /// # Errors
     /// `InvalidArgument` that names every bad field; `Exhausted` where the process is out of threads or file descriptors;

@@ -19,7 +19,6 @@ use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, Gues
 use crate::config::{BackingConfig, HugePages};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::lock;
-use crate::sys::log;
 use crate::sys::memory::{Advice, advise, discard_anonymous, punch_hole};
 use crate::sys::residency::{self as pages, Pages};
 use crate::sys::{sigbus, thread};
@@ -234,12 +233,12 @@ impl Memory {
     }
 
     /// Gives everything back to the host, of a guest that will not run any more: it reads zero from now on.
-    pub fn discard_all(&self) {
-        for region in self.iter() {
-            if let Err(error) = self.give_back(region.start_addr().raw_value(), region.len()) {
-                log::warn!("giving a guest's memory back: {error}");
-            }
-        }
+    ///
+    /// # Errors
+    /// What the host says of one region; the others are given back.
+    pub fn discard_all(&self) -> io::Result<()> {
+        let given = self.iter().map(|region| self.give_back(region.start_addr().raw_value(), region.len()));
+        given.fold(Ok(()), |all, one| all.and(one.map(drop)))
     }
 
     /// Pages out about `bytes` of what is there, from `cursor` on (an offset into all regions together), piece by piece,

@@ -64,7 +64,7 @@ fn paging_out_goes_around_once_and_keeps_the_content() {
         assert_eq!(memory.read_obj::<u8>(GuestAddress(page << 12)).unwrap(), page as u8 | 1);
     }
     assert_eq!(memory.page_out(0, u64::MAX, Instant::now()).next, 2 << 20, "one piece at least");
-    memory.discard_all();
+    memory.discard_all().unwrap();
     assert_eq!(memory.page_out(0, 1, later).named, 0);
 }
 
@@ -95,7 +95,7 @@ fn anonymous_memory_is_counted_to_the_page() {
     assert_eq!(memory.discard(1 << 12, 5 << 12).unwrap(), 2 << 12);
     assert_eq!(memory.read_obj::<u8>(GuestAddress(5 << 12)).unwrap(), 0);
     assert_eq!(memory.read_obj::<u8>(GuestAddress(0)).unwrap(), 7);
-    memory.discard_all();
+    memory.discard_all().unwrap();
     assert_eq!(memory.backing(), 0);
 }
 

@@ -137,8 +137,8 @@ impl Board {
     /// `TimedOut` where it does not stand within [`BOUND`].
     pub fn refit_net(&self, index: usize) -> Result<()> {
         // Disks come first, then cards.
-        let function = self.virtio.get(self.disks.len() + index);
-        function.map_or(Ok(()), |function| function.refit(Instant::now() + BOUND))
+        let Some(function) = self.virtio.get(self.disks.len() + index) else { return Ok(()) };
+        self.guarded(function, |function| function.refit(Instant::now() + BOUND))?
     }
 
     pub fn ioapic(&self) -> Option<Arc<Ioapic>> {
@@ -151,14 +151,16 @@ impl Board {
     /// `TimedOut` where something has not ended by the deadline: every device goes on serving.
     pub fn pause(&self, deadline: Instant) -> Result<()> {
         let paused = self.virtio.iter().try_for_each(|d| self.guarded(d, |d| d.pause(deadline))?);
-        paused.inspect_err(|_| self.resume())
+        paused.inspect_err(|_| drop(self.resume()))
     }
 
-    pub fn resume(&self) {
-        for device in &self.virtio {
-            // Those behind it go on, until the VM has ended.
-            let _ = self.guarded(device, |device| device.resume());
-        }
+    /// Lets them go on.
+    ///
+    /// # Errors
+    /// `Internal` where one panicked: the VM ends, and the others go on until it has.
+    pub fn resume(&self) -> Result<()> {
+        let resumed = self.virtio.iter().map(|device| self.guarded(device, |device| device.resume()));
+        resumed.fold(Ok(()), Result::and)
     }
 
     /// A panic, of vmbed's or of code of the embedder's behind the device, is the end of the VM and of nothing else.

@@ -17,6 +17,9 @@ use crate::virtio::balloon::Control;
 /// How long a guest that took memory back by itself is left alone.
 const PEACE: Duration = Duration::from_secs(30);
 
+/// How often a VM is asked to go on at the end.
+const ATTEMPTS: u32 = 3;
+
 /// Every VM that has been built and not dropped.
 #[derive(Default)]
 pub(crate) struct Herd(Mutex<BTreeMap<u64, Arc<Place>>>);
@@ -137,13 +140,20 @@ impl Herd {
         }
     }
 
-    /// Lets a VM go on that was paused so.
-    pub fn resume(&self, id: u64) {
-        let resumed = self.with(id, |machine, _| machine.resume());
-        if let Some(Err(error)) = resumed {
+    /// Lets a VM go on that was paused so; whether it stands no longer for that.
+    pub fn resume(&self, id: u64) -> bool {
+        let resumed = self.with(id, |machine, _| {
+            let stays = || machine.state() == VmState::Paused && machine.end.cause.get().is_none();
+            machine.resume().map_err(|error| (error, stays()))
+        });
+        let Some(Err((error, stays))) = resumed else { return true };
+        if stays {
+            log::warn!("{}, which was paused for want of memory: {error}", VmId(id));
+        } else {
             // The embedder was faster, or it has ended.
             log::debug!("resuming a VM that was paused for want of memory: {error}");
         }
+        !stays
     }
 
     /// Stops a victim. Never blocks; its memory is given back with [`clear`](Self::clear), once it has ended.
@@ -163,12 +173,14 @@ impl Herd {
     pub fn clear(&self, id: u64) -> bool {
         let cleared = self.with(id, |machine, _| {
             let ended = machine.state() == VmState::Stopped(StopCause::MemoryPressure);
-            if ended {
-                machine.memory.discard_all();
-            }
-            ended || matches!(machine.state(), VmState::Stopped(_))
+            let given = if ended { machine.memory.discard_all() } else { Ok(()) };
+            (ended || matches!(machine.state(), VmState::Stopped(_)), given)
         });
-        cleared.unwrap_or(true)
+        // Outside: a logger may drop the VM.
+        if let Some((_, Err(error))) = &cleared {
+            log::warn!("giving a guest's memory back: {error}");
+        }
+        cleared.is_none_or(|(cleared, _)| cleared)
     }
 
     /// Has the paused ones go on, and asks nothing more of anybody; says `why` it was failed, if so. VMs on which somebody works, who may
@@ -181,8 +193,9 @@ impl Herd {
             if let Some(why) = why {
                 self.with(id, |machine, _| machine.tell(EventKind::ReclaimFailed { why: why.to_owned() }));
             }
-            if paused.contains_key(&id) {
-                self.resume(id);
+            // What fails may do so once.
+            if paused.contains_key(&id) && !(0..ATTEMPTS).any(|_| self.resume(id)) {
+                log::error!("{} stays paused: nobody has it go on but its embedder", VmId(id));
             }
             self.with(id, |machine, _| machine.board.balloon.as_ref().map(|control| control.set_extra(0)));
         }

@@ -228,14 +228,20 @@ impl Machine {
         }
         if let Err(error) = self.board.pause(Instant::now() + BOUND) {
             self.end.gate.set(Target::Run);
-            return Err(error.context(format!("pause: not within {BOUND:?}, so the VM goes on running")));
+            let late = error.kind() == ErrorKind::TimedOut;
+            let late = if late {
+                format!(": not within {BOUND:?}, so the VM goes on running")
+            } else {
+                String::new()
+            };
+            return Err(error.context(format!("pause{late}")));
         }
         let paused = clock::stop(&self.vm);
         match paused {
             Ok(clock) => control.clock = Some(clock),
             Err(error) => {
                 // Nothing changed, as every failed call promises.
-                self.board.resume();
+                let _ = self.board.resume();
                 self.end.gate.set(Target::Run);
                 return Err(error.context("pause"));
             }
@@ -255,8 +261,9 @@ impl Machine {
         if let Some(clock) = &control.clock {
             clock::resume(&self.vm, &self.vcpus, clock).map_err(|e| e.context("resume"))?;
         }
-        self.board.resume();
+        let resumed = self.board.resume();
         control.clock = None;
+        resumed.map_err(|e| e.context("resume: the VM ends"))?;
         self.set_unless_stopped(VmState::Running, EventKind::Resumed);
         self.end.gate.set(Target::Run);
         Ok(())

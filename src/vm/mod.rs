@@ -302,7 +302,8 @@ impl Vm {
     ///
     /// # Errors
     /// `InvalidArgument` when there is no such disk; `Unsupported` of a disk of code of yours; `Busy` while it is being saved
-    /// already; `InvalidState` where C frees the VM meanwhile; as [`pause`](Self::pause); what the host answers where the image cannot be made or written.
+    /// already; `InvalidState` where C frees the VM meanwhile; as [`pause`](Self::pause); what the host answers where the image cannot be
+    /// made or written, or the VM cannot be resumed: then it stays paused, and the text says so.
     pub fn save_disk(
         &self,
         index: usize,
@@ -335,6 +336,9 @@ impl Vm {
         }
         let begun = disk.begin_saving(copy);
         if paused && let Err(error) = self.resume() {
+            if self.state() == VmState::Paused {
+                return Err(error.context("saving a disk: its VM stays paused"));
+            }
             // Somebody else has resumed or ended it.
             log::debug!("resuming a VM whose disk is saved: {error}");
         }

@@ -35,9 +35,12 @@ const TARGET: &str = module_path!();
 #[derive(Default)]
 pub(super) struct Reclaim {
     running: Mutex<Option<Running>>,
-    /// Who changes it, one after the other.
-    setting: Mutex<()>,
+    /// Of each thread there was whether it is over, as far as it may not be; and of which process they are.
+    past: Mutex<(u64, Vec<Over>)>,
 }
+
+/// Whether a thread will do nothing any more.
+type Over = Arc<AtomicBool>;
 
 struct Running {
     shared: Arc<Shared>,
@@ -46,14 +49,12 @@ struct Running {
     supervisor: Option<Arc<Supervisor>>,
     sandbox: ReclaimSandbox,
     process: u64,
-    /// Does nothing before this one has ended.
-    next: Option<Arc<Shared>>,
 }
 
 struct Shared {
     config: Mutex<ReclaimConfig>,
-    /// The one before has ended: before that, nothing is done.
-    may_begin: AtomicBool,
+    /// Those before it: until they are over, nothing is done.
+    before: Vec<Over>,
     ending: AtomicBool,
     failed: AtomicBool,
     bell: EventFd,
@@ -75,8 +76,6 @@ impl Reclaim {
         samples: &Arc<Samples>,
     ) -> Result<()> {
         config.map_or(Ok(()), ReclaimConfig::validate)?;
-        // Not in callbacks: who has this may be waiting for them.
-        let _one = (!own::is_inside_any()).then(|| lock(&self.setting));
         let Some(config) = config else {
             let ended = lock(&self.running).take();
             drop(ended);
@@ -89,14 +88,25 @@ impl Reclaim {
             fd::ring(&running.shared.bell);
             return Ok(());
         }
-        let begun = Running::begin(config, herd, samples)?;
-        let next = begun.shared.clone();
-        match lock(&self.running).replace(begun) {
-            // Dropped without the lock: who ends a thread waits for it.
-            Some(before) => before.give_way_to(next),
-            None => next.begin(),
-        }
+        let begun = Running::begin(config, herd, samples, self.next())?;
+        // Without the lock, as above: who ends a thread waits for it.
+        let ended = lock(&self.running).replace(begun);
+        drop(ended);
         Ok(())
+    }
+
+    /// Those that may not be over, and the place of one more.
+    fn next(&self) -> (Vec<Over>, Over) {
+        let mut past = lock(&self.past);
+        let (process, all) = &mut *past;
+        // A child of a fork has none of its parent's.
+        if *process != fork::process() {
+            (*process, *all) = (fork::process(), Vec::new());
+        }
+        all.retain(|over| !over.load(Ordering::Acquire));
+        let (before, own) = (all.clone(), Over::default());
+        all.push(own.clone());
+        (before, own)
     }
 
     /// What is in force of its sandbox, if it has one.
@@ -121,12 +131,19 @@ impl Reclaim {
 }
 
 impl Running {
-    fn begin(config: &ReclaimConfig, herd: &Arc<Herd>, samples: &Arc<Samples>) -> Result<Self> {
+    fn begin(
+        config: &ReclaimConfig,
+        herd: &Arc<Herd>,
+        samples: &Arc<Samples>,
+        (before, over): (Vec<Over>, Over),
+    ) -> Result<Self> {
+        // Also where it never begins.
+        let ends = Ends(over);
         let failed = |what: &str, e| Error::os(format!("{what} of {NAME}"), e);
         let bell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|e| failed("creating the eventfd", e))?;
         let shared = Arc::new(Shared {
             config: Mutex::new(config.clone()),
-            may_begin: AtomicBool::new(false),
+            before,
             ending: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             bell,
@@ -142,25 +159,21 @@ impl Running {
         let (door, waiting) = door.unzip();
         let worker = Worker::new(shared.clone(), watch, supervisor.clone());
         let body = move || {
+            let _ends = ends;
             if door.is_none_or(Door::enter) {
                 worker.run();
             }
         };
         let thread = thread::spawn(NAME.to_owned(), body).map_err(|e| failed("starting the thread", e))?;
         let (thread, sandbox, process) = (Some(thread), config.sandbox, fork::process());
-        let begun = Self { shared, thread, supervisor, sandbox, process, next: None };
+        let begun = Self { shared, thread, supervisor, sandbox, process };
         waiting.map_or(Ok(()), Waiting::finish)?;
         Ok(begun)
     }
 
-    /// Ends, and has the other one begin then.
-    fn give_way_to(mut self, next: Arc<Shared>) {
-        self.next = Some(next);
-    }
-
     /// Whether its thread can do that from now on. One that is confined stays so, and one that has failed does nothing.
     fn goes_on_with(&self, config: &ReclaimConfig) -> bool {
-        self.sandbox == config.sandbox && !self.shared.is_ending()
+        self.sandbox == config.sandbox && !self.shared.is_ending() && self.process == fork::process()
     }
 }
 
@@ -196,30 +209,36 @@ impl Drop for Running {
             return;
         }
         self.shared.end();
-        let (Some(thread), next) = (thread, self.next.take()) else { return };
+        let Some(thread) = thread else { return };
         // A callback that it may be waiting for must not wait for it.
-        if !own::is_inside_any() {
-            return end(thread, supervisor, next);
+        let is_own = thread.thread().id() == std::thread::current().id();
+        if !own::is_inside_any() && !is_own {
+            return end(thread, supervisor);
         }
-        let kept = (supervisor.clone(), next.clone());
-        let reaper = thread::spawn("vmbed-reaper".to_owned(), move || end(thread, supervisor, next));
+        let kept = supervisor.clone();
+        let reaper = thread::spawn("vmbed-reaper".to_owned(), move || end(thread, supervisor));
         if let Err(error) = reaper {
-            kept.1.iter().for_each(|next| next.begin());
             // To drop the last of it here would wait for this thread.
-            std::mem::forget(kept.0);
+            std::mem::forget(kept);
             log::error!("no thread to end {NAME}, which a callback has ended: {error}");
         }
     }
 }
 
-/// Waits for the thread, then for those that are there for it. Then the next one begins.
-fn end(thread: JoinHandle<()>, supervisor: Option<Arc<Supervisor>>, next: Option<Arc<Shared>>) {
+/// Waits for the thread, then for those that are there for it.
+fn end(thread: JoinHandle<()>, supervisor: Option<Arc<Supervisor>>) {
     let _ = thread.join();
     if let Some(supervisor) = supervisor {
         supervisor.stop();
     }
-    if let Some(next) = next {
-        next.begin();
+}
+
+/// The thread's last act, however it ends.
+struct Ends(Over);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
     }
 }
 
@@ -234,9 +253,8 @@ impl Shared {
         fd::ring(&self.bell);
     }
 
-    fn begin(&self) {
-        self.may_begin.store(true, Ordering::Release);
-        fd::ring(&self.bell);
+    fn may_begin(&self) -> bool {
+        self.before.iter().all(|over| over.load(Ordering::Acquire))
     }
 
     /// The same, since it cannot be trusted to go on. VMs hear of it, unless it was to end anyway. Where everything may be done.
@@ -271,10 +289,11 @@ impl Shared {
         }
     }
 
-    /// Has it go on. Where everything may be done.
+    /// Has it go on; where that fails, the next look does so again. Where everything may be done.
     fn resume(&self, vm: u64) {
-        self.herd.resume(vm);
-        lock(&self.paused).remove(&vm);
+        if self.herd.resume(vm) {
+            lock(&self.paused).remove(&vm);
+        }
     }
 }
 

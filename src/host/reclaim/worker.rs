@@ -8,7 +8,6 @@ use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ::log::Level;
@@ -82,6 +81,8 @@ pub(super) struct Worker {
     /// Where VMs are paused, and go on: that calls code of devices, some of which is the embedder's.
     outside: Place,
     start: Instant,
+    /// Whether those before it are over.
+    begun: bool,
     /// Victims that have not given their memory back yet.
     stopped: BTreeSet<u64>,
     /// When the host was looked at: the last time, and the time before. What a plan answers to began between the two.
@@ -93,7 +94,8 @@ impl Worker {
     pub fn new(shared: Arc<Shared>, watch: Watch, supervisor: Option<Arc<Supervisor>>) -> Self {
         let start = Instant::now();
         let outside = supervisor.as_ref().map_or(Place::Caller, |supervisor| supervisor.outside());
-        Self { shared, watch, supervisor, outside, start, stopped: BTreeSet::new(), looks: [start; 2] }
+        let (begun, stopped) = (false, BTreeSet::new());
+        Self { shared, watch, supervisor, outside, start, begun, stopped, looks: [start; 2] }
     }
 
     pub fn run(mut self) {
@@ -106,7 +108,9 @@ impl Worker {
                 .map_or_else(|| format!("panicked: {}", panic_text(&*panic)), |cause| cause.to_string());
             self.elsewhere(move |shared| shared.fail(&why));
         }
-        self.elsewhere(Shared::undo);
+        if self.begun {
+            self.elsewhere(Shared::undo);
+        }
     }
 
     /// Does that where everything may be done, and waits for it.
@@ -122,9 +126,13 @@ impl Worker {
             #[cfg(feature = "internals")]
             std::mem::take(&mut *lock(&self.shared.calls)).into_iter().for_each(|call| call());
             let config = lock(&self.shared.config).clone();
-            let busy = self.shared.may_begin.load(Ordering::Acquire) && self.turn(&config.thresholds());
+            self.begun = self.begun || self.shared.may_begin();
             // While something is under way, what came of it is looked at sooner.
-            let time = if busy { config.interval.min(Duration::from_millis(50)) } else { config.interval };
+            let time = match self.begun.then(|| self.turn(&config.thresholds())) {
+                Some(false) => config.interval,
+                Some(true) => config.interval.min(Duration::from_millis(50)),
+                None => Duration::from_millis(10),
+            };
             self.watch.wait(time);
             let _ = self.shared.bell.read();
         }

@@ -125,7 +125,11 @@ impl Control {
     /// `InvalidArgument`, and it back: it is of another size, or does not know what the guest's driver was offered.
     pub fn put_ready(&self, other: Vec<Box<dyn NetBackend>>) -> std::result::Result<(), Refused> {
         match self.takes(&other) {
-            Ok(()) => *self.spare() = other,
+            Ok(()) => {
+                let before = std::mem::replace(&mut *self.spare(), other);
+                // With no lock held: it may be the embedder's.
+                drop(before);
+            }
             Err(error) => return Err((error, other)),
         }
         Ok(())

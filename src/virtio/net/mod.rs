@@ -175,6 +175,7 @@ impl Net {
         // Where it is: one that panics stays until the VM goes.
         if let State::Idle(parts, _) = &mut pair.state {
             parts.backend.set_offloads(takes);
+            parts.backend.set_active(self.control.uses(index));
         }
         let (mut parts, overflow) = match std::mem::replace(&mut pair.state, State::Lost) {
             State::Idle(parts, overflow) => (parts, overflow),
@@ -189,7 +190,7 @@ impl Net {
         let rx = Rx::new(rx, mergeable, takes, overflow, (self.control.clone(), index));
         let tx = Tx::new(tx, may, (self.control.clone(), index));
         let mut worker = Worker::new(rx, tx, memory.clone(), signals.clone(), parts, timers);
-        worker.set_active(self.control.uses(index));
+        worker.begin(self.control.uses(index));
         pair.state = State::Active(pair.place.attach(worker, self.control.id())?);
         Ok(())
     }

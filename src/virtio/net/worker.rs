@@ -96,9 +96,14 @@ impl Worker {
 
     /// The driver begins to use this pair, or ends. What it sends meanwhile is dropped.
     pub fn set_active(&mut self, active: bool) {
+        self.backend.set_active(active);
+        self.begin(active);
+    }
+
+    /// The same, of which the network knows.
+    pub fn begin(&mut self, active: bool) {
         self.active = active;
         self.stop_kernel();
-        self.backend.set_active(active);
         // Its own loop looks at everything again.
         self.rx.queue.rearm();
         if let Some(vhost) = &self.vhost {
