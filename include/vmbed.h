@@ -998,7 +998,7 @@ int32_t vmbed_vm_set_disk_rate(const vmbed_vm *vm,
  * ended; then, and where this fails, the image is gone. Blocks for as long as the disk's size takes.
  *
  * VMBED_ERR_UNSUPPORTED of a disk of code of yours, VMBED_ERR_BUSY while it is being saved already, VMBED_ERR_INVALID_STATE
- * where the VM is freed meanwhile.
+ * where the VM is freed meanwhile. Where the VM cannot be resumed, it stays paused, and the error's text says so.
  */
 int32_t vmbed_vm_save_disk(const vmbed_vm *vm,
                            uint32_t index,
@@ -2505,11 +2505,11 @@ typedef struct {
 
 /**
  * Says what to do with the VMs of a host when its memory gets short; NULL, as in the beginning: nothing. One thread,
- * `vmbed-reclaim`, does it, until the last end of this host is freed, which waits for it (in a callback, it ends soon after). Each step is an event of the VM
+ * `vmbed-reclaim`, does it, until the last end of this host is freed, which waits for it. Each step is an event of the VM
  * that it is about, VMBED_EVENT_MEMORY_PRESSURE. With NULL, VMs that it has paused go on, and balloons are asked for no more
  * than vmbed_vm_set_balloon() said. Blocks for as long as a step takes: a pause up to 10 s. Another `sandbox` than before begins with
- * another thread, and the one before ends as with NULL. In a callback it waits for nothing: what is said here of an end comes soon
- * after.
+ * another thread, and the one before ends as with NULL. In a callback it does not wait for the one before: what is said here of
+ * an end comes soon after.
  *
  * VMBED_ERR_INVALID_ARGUMENT with every bad field; VMBED_ERR_EXHAUSTED where the process is out of threads or descriptors;
  * VMBED_ERR_UNSUPPORTED and VMBED_ERR_BUSY where this kernel has not, or gives not, what the sandbox takes. What was set before goes

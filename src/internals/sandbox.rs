@@ -2,7 +2,7 @@
 //! The sandbox's own tests: what its lists are worth, and code of theirs on its threads.
 
 use crate::host::Host;
-pub use crate::sandbox::learn::{begin as learn, unlisted, unneeded};
+pub use crate::sandbox::learn::{begin as learn, shown, unlisted, unneeded};
 use crate::vm::{Vm, VmBuilder};
 
 /// Lets code of the caller's run in the sandbox.

@@ -82,6 +82,19 @@ pub fn unneeded() -> Vec<String> {
     found
 }
 
+/// The rules that say why no run shows them, and that one has.
+pub fn shown() -> Vec<String> {
+    let mut found = Vec::new();
+    for duty in calls::DUTIES {
+        for (at, rule) in calls::of(duty).enumerate() {
+            if rule.unseen.is_some() && SEEN[duty as usize][at].load(Ordering::SeqCst) {
+                found.push(told(duty, rule));
+            }
+        }
+    }
+    found
+}
+
 /// What was called and is on no list.
 pub fn unlisted() -> Vec<String> {
     let places = STRANGE.iter().map(|place| place.each_ref().map(|number| number.load(Ordering::SeqCst)));

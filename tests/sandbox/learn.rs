@@ -43,6 +43,7 @@ pub fn inside() {
         halting,
         console,
         disks,
+        resets,
         saves,
         limits,
         cards,
@@ -62,6 +63,9 @@ pub fn inside() {
     }
     for line in sandbox::unneeded() {
         println!("WRONG: not needed: {line}");
+    }
+    for line in sandbox::shown() {
+        println!("seen all the same: {line}");
     }
     println!("all seen");
 }
@@ -172,6 +176,29 @@ fn disks() {
                 let vm = start(host().builder(config), &steps);
                 hear(&vm, 1);
                 let _ = vm.pause().and_then(|()| vm.resume());
+                assert_eq!(ends(&vm), StopCause::GuestReset);
+            }
+        }
+    }
+}
+
+/// Drivers that reset a disk amid requests, and amid an image's growth.
+fn resets() {
+    let mut steps = Vec::new();
+    for round in 0..6 {
+        steps.extend([0, 1, 2, 3].map(|at| (Op::BeginWrite, (round * 4 + at) * 8, 8, 7)));
+        steps.push((Op::Reset, 0, 0, 0));
+    }
+    for format in [DiskFormat::Raw, DiskFormat::Qcow2] {
+        for engine in [DiskEngine::Sync, DiskEngine::IoUring] {
+            for cache in [CacheMode::Writeback, CacheMode::Writethrough, CacheMode::Direct] {
+                let image = Scratch::new("reset");
+                create_disk(&image.0, format, Bytes(SIZE), None).unwrap();
+                let mut disk = image.config();
+                (disk.format, disk.engine, disk.cache) = (format, engine, cache);
+                let mut config = pc();
+                config.disks = vec![disk];
+                let vm = start(host().builder(config), &steps);
                 assert_eq!(ends(&vm), StopCause::GuestReset);
             }
         }
