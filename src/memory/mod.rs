@@ -237,8 +237,11 @@ impl Memory {
     /// # Errors
     /// What the host says of one region; the others are given back.
     pub fn discard_all(&self) -> io::Result<()> {
-        let given = self.iter().map(|region| self.give_back(region.start_addr().raw_value(), region.len()));
-        given.fold(Ok(()), |all, one| all.and(one.map(drop)))
+        let mut given = Ok(());
+        for region in self.iter() {
+            given = given.and(self.give_back(region.start_addr().raw_value(), region.len()).map(drop));
+        }
+        given
     }
 
     /// Pages out about `bytes` of what is there, from `cursor` on (an offset into all regions together), piece by piece,

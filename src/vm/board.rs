@@ -159,8 +159,11 @@ impl Board {
     /// # Errors
     /// `Internal` where one panicked: the VM ends, and the others go on until it has.
     pub fn resume(&self) -> Result<()> {
-        let resumed = self.virtio.iter().map(|device| self.guarded(device, |device| device.resume()));
-        resumed.fold(Ok(()), Result::and)
+        let mut resumed = Ok(());
+        for device in &self.virtio {
+            resumed = resumed.and(self.guarded(device, |device| device.resume()));
+        }
+        resumed
     }
 
     /// A panic, of vmbed's or of code of the embedder's behind the device, is the end of the VM and of nothing else.
