@@ -16,7 +16,7 @@ use vmbed::{
 
 use crate::guests::Op;
 use crate::life::{LONG, SPINS, bare, ends, host, pc, start, wait_until};
-use crate::refuse::{FORBIDDEN, bystander, lives};
+use crate::refuse::{bystander, forbidden, lives};
 use crate::{part, trial};
 
 pub fn add(trials: &mut Vec<Trial>) {
@@ -67,7 +67,7 @@ fn failure(vm: &Vm) -> String {
 fn refused() {
     let (host, other) = (host(), bystander());
     let vm = spins(&host, |_| ());
-    for (name, call) in FORBIDDEN {
+    for (name, call) in forbidden(4) {
         host.set_reclaim(Some(&pauses())).unwrap();
         wait_until("the VM to be paused", || vm.state() == VmState::Paused);
         let error = sandbox::on_reclaim(&host, call).expect("it is there").expect_err(name);

@@ -58,7 +58,7 @@ const EXECUTABLE: i64 = (libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC) a
 const OWN_MEMORY: i64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as i64;
 
 /// Calls that no thread may make: others, and those on the lists with arguments that are not.
-pub const FORBIDDEN: [Forbidden; 21] = [
+const FORBIDDEN: [Forbidden; 21] = [
     ("mmap", || raw(libc::SYS_mmap, [0, 4096, EXECUTABLE, OWN_MEMORY])),
     ("mmap", || raw(libc::SYS_mmap, [0, 4096, libc::PROT_READ.into(), libc::MAP_SHARED.into()])),
     ("mprotect", || raw(libc::SYS_mprotect, [0, 4096, EXECUTABLE, 0])),
@@ -81,6 +81,28 @@ pub const FORBIDDEN: [Forbidden; 21] = [
     ("clone", || std::thread::Builder::new().spawn(|| ()).map(drop)),
     ("kill", || kill_process(*OWN, Signal::CONT).map_err(Into::into)),
 ];
+
+const RUN: Forbidden = ("ioctl", || raw(libc::SYS_ioctl, [-1, 0xae80, 0, 0]));
+const SYNC: Forbidden = ("fdatasync", || raw(libc::SYS_fdatasync, [-1, 0, 0, 0]));
+const WRITE: Forbidden = ("pwrite64", || raw(libc::SYS_pwrite64, [-1, 0, 0, 0]));
+const RING: Forbidden = ("io_uring_enter", || raw(libc::SYS_io_uring_enter, [-1, 0, 0, 0]));
+const SEND: Forbidden = ("sendto", || raw(libc::SYS_sendto, [-1, 0, 0, 0]));
+const TURN: Forbidden = ("epoll_wait", || raw(libc::SYS_epoll_wait, [-1, 0, 0, 0]));
+const HOLE: Forbidden = ("fallocate", || raw(libc::SYS_fallocate, [-1, 3, 0, 4096]));
+
+/// Calls that threads of other kinds may make: of vCPUs, the console and cards, disks, the balloon, and the one that reclaims memory.
+const OF_OTHERS: [&[Forbidden]; 5] = [
+    &[SEND, TURN],
+    &[RUN, SYNC, WRITE, RING, HOLE],
+    &[RUN, SEND],
+    &[RUN, SYNC, WRITE, RING, SEND],
+    &[RUN, SYNC, WRITE, RING, SEND],
+];
+
+/// What that kind of thread may not.
+pub fn forbidden(kind: usize) -> impl Iterator<Item = Forbidden> {
+    FORBIDDEN.iter().chain(OF_OTHERS[kind]).copied()
+}
 
 /// A VM that goes on meanwhile.
 pub fn bystander() -> Vm {
@@ -126,7 +148,7 @@ impl Device for Calls {
 
 fn vcpus() {
     let other = bystander();
-    for (name, call) in FORBIDDEN {
+    for (name, call) in forbidden(0) {
         // out 0x10, al; jmp $
         let builder = host().builder(bare(&[0xe6, 0x10, 0xeb, 0xfe]));
         let outcome = Outcome::default();
@@ -142,7 +164,7 @@ fn vcpus() {
 
 fn loops(index: usize) {
     let other = bystander();
-    for (name, call) in FORBIDDEN {
+    for (name, call) in forbidden(1 + index) {
         let image = Scratch::disk();
         let mut config = pc();
         config.disks = vec![image.config()];
