@@ -121,7 +121,8 @@ impl Saving {
         }
         let Some(mut target) = state.target.take() else { return Ok(()) };
         let State { path, memory, pieces, .. } = &mut *state;
-        perform(&mut *target, memory, pieces, BlockOp::Flush, 0, 0).map_err(|e| failed(path, e))?;
+        perform(&mut *target, memory, pieces, BlockOp::Flush, 0, 0)
+            .map_err(|e| failed(path, "flushing it", e))?;
         state.path = PathBuf::new();
         Ok(())
     }
@@ -153,23 +154,26 @@ impl State {
         if is_there || !self.ahead.insert(chunk) {
             return;
         }
-        if let Err(error) = self.try_copy(chunk * CHUNK) {
-            self.failed = Some(failed(&self.path, error));
+        if let Err((what, error)) = self.try_copy(chunk * CHUNK) {
+            self.failed = Some(failed(&self.path, what, error));
         }
     }
 
-    fn try_copy(&mut self, offset: u64) -> io::Result<()> {
+    fn try_copy(&mut self, offset: u64) -> std::result::Result<(), (&'static str, io::Error)> {
+        let reading = |error| ("reading the disk", error);
         let Some(target) = &mut self.target else { return Ok(()) };
         let length = CHUNK.min(self.size - offset) / Sectors::SIZE * Sectors::SIZE;
-        perform(&mut *self.source, &self.memory, &mut self.pieces, BlockOp::Read, offset, length)?;
+        perform(&mut *self.source, &self.memory, &mut self.pieces, BlockOp::Read, offset, length)
+            .map_err(reading)?;
         let bytes = &mut self.bytes[..length as usize];
-        self.memory.read_slice(bytes, GuestAddress(0)).map_err(io::Error::other)?;
+        self.memory.read_slice(bytes, GuestAddress(0)).map_err(|e| reading(io::Error::other(e)))?;
         // The image is made of zeroes.
         if bytes.iter().all(|byte| *byte == 0) {
             return Ok(());
         }
         let write = BlockOp::Write { durable: false };
-        perform(&mut **target, &self.memory, &mut self.pieces, write, offset, length)
+        let written = perform(&mut **target, &self.memory, &mut self.pieces, write, offset, length);
+        written.map_err(|error| ("writing the image", error))
     }
 }
 
@@ -179,8 +183,8 @@ impl Drop for State {
     }
 }
 
-fn failed(path: &Path, error: io::Error) -> Error {
-    Error::os(format!("saving a disk to {}", path.display()), error)
+fn failed(path: &Path, what: &str, error: io::Error) -> Error {
+    Error::os(format!("saving a disk to {}: {what}", path.display()), error)
 }
 
 /// Does one request, and waits for it.

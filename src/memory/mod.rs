@@ -104,8 +104,8 @@ impl Memory {
     fn prefault(&self, huge: bool) -> Result<()> {
         let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
         let share = (self.size() / cpus.min(16)).max(PREFAULT_LEAST).next_multiple_of(HUGE);
-        let failed = |e| {
-            let why = format!("prefaulting {} bytes of guest memory", self.size());
+        let failed = |(what, e): (&str, io::Error)| {
+            let why = format!("prefaulting {} bytes of guest memory{what}", self.size());
             Error::new(ErrorKind::Exhausted, why).with_source(e)
         };
         let parts = self.iter().enumerate().flat_map(|(index, region)| {
@@ -122,13 +122,13 @@ impl Memory {
         let threads: Vec<io::Result<_>> = parts.enumerate().map(fill).collect();
         // All have ended before anything is said.
         let wait = |started: io::Result<(JoinHandle<()>, Receiver<io::Result<()>>)>| {
-            let (thread, answer) = started?;
-            let panicked = || io::Error::other("a thread that fills memory panicked");
+            let (thread, answer) = started.map_err(|e| (": starting a thread", e))?;
+            let panicked = || ("", io::Error::other("a thread that fills memory panicked"));
             thread.join().map_err(|_| panicked())?;
-            answer.recv().map_err(|_| panicked())?
+            answer.recv().map_err(|_| panicked())?.map_err(|e| ("", e))
         };
         let ended: Vec<_> = threads.into_iter().map(wait).collect();
-        ended.into_iter().collect::<io::Result<()>>().map_err(failed)?;
+        ended.into_iter().collect::<std::result::Result<(), _>>().map_err(failed)?;
         if huge {
             self.iter().for_each(|region| backing::collapse(region, 0..region.len()));
         }

@@ -106,6 +106,8 @@ pub struct Stage {
 impl Stage {
     fn new(life: Life) -> Self {
         let directory = Self::path(std::process::id());
+        // Of a child of the same number that was ended.
+        let _ = std::fs::remove_dir_all(&directory);
         std::fs::create_dir(&directory).unwrap();
         let code = std::fs::read(std::env::var_os(GUEST).unwrap()).unwrap();
         let stage = Self { life, directory, code };

@@ -3,22 +3,27 @@
 use crate::Kind;
 
 /// Of these, an error has one. A call is made for several things.
-const CALLS: [(libc::c_long, &[&str]); 37] = [
+const CALLS: [(libc::c_long, &[&str]); 39] = [
     (libc::SYS_read, &["reading", "read"]),
     (libc::SYS_pread64, &["reading", "read"]),
+    (libc::SYS_preadv, &["reading"]),
+    (libc::SYS_pwritev2, &["writing"]),
     (libc::SYS_fstat, &["reading", "opening"]),
-    (libc::SYS_statx, &["reading", "opening", "the kernel '", "the initrd '"]),
+    (libc::SYS_statx, &["reading", "opening", "its metadata", "the kernel '", "the initrd '"]),
     (libc::SYS_lseek, &["reading", "opening"]),
-    (libc::SYS_openat, &["opening", "cannot be opened", "reading", "making", "the kernel '", "the initrd '"]),
+    (
+        libc::SYS_openat,
+        &["opening", "cannot be opened", "reading", "is read from", "making", "the kernel '", "the initrd '"],
+    ),
     (libc::SYS_pwrite64, &["writing", "making"]),
     (libc::SYS_write, &["writing", "making"]),
-    (libc::SYS_fallocate, &["allocating", "making", "size"]),
-    (libc::SYS_ftruncate, &["memfd", "size", "making"]),
+    (libc::SYS_fallocate, &["allocating", "making", "size", "growing", "writing"]),
+    (libc::SYS_ftruncate, &["memfd", "size", "making", "growing"]),
     (libc::SYS_fsync, &["flushing", "making", "writing"]),
     (libc::SYS_fdatasync, &["flushing", "making", "writing"]),
-    (libc::SYS_fcntl, &["memfd", "duplicating", "event loop", "lock", "nonblocking"]),
+    (libc::SYS_fcntl, &["memfd", "duplicating", "event loop", "lock", "nonblocking", "its thread"]),
     (libc::SYS_mmap, &["mapping", "KVM_CREATE_VCPU", "starting the thread", "io_uring"]),
-    (libc::SYS_madvise, &["advising", "MADV_MERGEABLE"]),
+    (libc::SYS_madvise, &["advising", "MADV_MERGEABLE", "prefaulting"]),
     (libc::SYS_mbind, &["mbind"]),
     (libc::SYS_memfd_create, &["memfd"]),
     (libc::SYS_clone3, &["starting the thread", "starting its thread", "starting a thread"]),

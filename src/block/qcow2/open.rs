@@ -136,7 +136,7 @@ fn store(name: &str, file: &File, layer: usize) -> Result<Store> {
 
 fn bad(name: &str, error: io::Error) -> Error {
     if error.raw_os_error().is_some() {
-        return Error::os(format!("{name}: reading it"), error);
+        return Error::os(format!("{name}: reading or writing its metadata"), error);
     }
     let why = format!("{name}: is no qcow2 image that can be used");
     Error::new(ErrorKind::InvalidArgument, why).with_source(error)
