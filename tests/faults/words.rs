@@ -13,7 +13,16 @@ const CALLS: [(libc::c_long, &[&str]); 39] = [
     (libc::SYS_lseek, &["reading", "opening"]),
     (
         libc::SYS_openat,
-        &["opening", "cannot be opened", "reading", "is read from", "making", "the kernel '", "the initrd '"],
+        &[
+            "opening",
+            "cannot be opened",
+            "ours to open",
+            "reading",
+            "is read from",
+            "making",
+            "the kernel '",
+            "the initrd '",
+        ],
     ),
     (libc::SYS_pwrite64, &["writing", "making"]),
     (libc::SYS_write, &["writing", "making"]),
