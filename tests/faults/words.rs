@@ -41,7 +41,10 @@ const CALLS: [(libc::c_long, &[&str]); 39] = [
     (libc::SYS_landlock_restrict_self, &["Landlock"]),
     (libc::SYS_landlock_create_ruleset, &["Landlock"]),
     (libc::SYS_sched_setaffinity, &["sched_setaffinity"]),
-    (libc::SYS_eventfd2, &["eventfd", "event loop", "epoll set", "its thread", "doorbells"]),
+    (
+        libc::SYS_eventfd2,
+        &["eventfd", "event loop", "epoll set", "its thread", "doorbells", "starting a capture"],
+    ),
     (libc::SYS_pipe2, &["creating a pipe"]),
     (libc::SYS_epoll_create1, &["event loop", "epoll"]),
     (libc::SYS_epoll_ctl, &["event loop", "epoll"]),
