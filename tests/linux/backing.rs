@@ -7,7 +7,7 @@ use libtest_mimic::Trial;
 use vmbed::{BackingKind, BalloonConfig, Bytes, ErrorKind, Host, VmState};
 
 use crate::assets::KERNELS;
-use crate::balloon::{filled, wait_until};
+use crate::balloon::{filled, filled_by, wait_until};
 use crate::cage::Setting;
 use crate::guest::{Guest, LONG, config};
 use crate::trial;
@@ -59,7 +59,8 @@ fn gone() {
     let other = Guest::start_on(&host, config(KERNELS[0], "echo other=runs; read go; echo other=went"));
     for by_guest in [false, true] {
         let pool = Setting::of(Path::new(POOL).join("nr_hugepages"), "130");
-        let mut config = filled(BalloonConfig::default(), "read go");
+        // What was freed in huge pages lies side by side, and so do the pages that a balloon takes of it.
+        let mut config = filled_by(BalloonConfig::default(), "size=250m,huge=always", "read go");
         config.backing.kind = BackingKind::Huge2M;
         let guest = Guest::start_on(&host, config);
         guest.wait_for("now=freed");

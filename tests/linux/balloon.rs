@@ -18,8 +18,13 @@ pub fn add(trials: &mut Vec<Trial>) {
 
 /// A guest of 256 MiB that has filled 120 MiB and freed them again when it says so.
 pub fn filled(balloon: BalloonConfig, then: &str) -> VmConfig {
+    filled_by(balloon, "size=250m", then)
+}
+
+/// The same, of a tmpfs with those options.
+pub fn filled_by(balloon: BalloonConfig, options: &str, then: &str) -> VmConfig {
     let script = format!(
-        "mkdir -p /mnt; mount -t tmpfs -o size=250m none /mnt
+        "mkdir -p /mnt; mount -t tmpfs -o {options} none /mnt
         dd if=/dev/urandom of=/mnt/fill bs=1M count=120 2>/dev/null
         rm /mnt/fill; echo 3 >/proc/sys/vm/drop_caches
         echo now=freed

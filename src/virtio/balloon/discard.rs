@@ -44,10 +44,25 @@ impl Discarder {
 
     /// Gives pages back, which are sorted for it. Pages may be held until the next call, or until [`flush`](Self::flush).
     pub fn pages(&mut self, pfns: &mut [u32]) {
+        let of = |page: u64| page / HUGE;
+        // What is held comes first, and where the driver was last is held then: it goes on there, at whichever addresses.
+        let held = self.held.as_ref().map(|held| of(held.start));
+        let last = pfns.last().map(|pfn| of(u64::from(*pfn) * PAGE));
         pfns.sort_unstable();
+        for turn in 0..3 {
+            let turn_of = |page: u64| match Some(of(page)) {
+                at if at == held => 0,
+                at if at == last => 2,
+                _ => 1,
+            };
+            self.runs(pfns.iter().map(|pfn| u64::from(*pfn) * PAGE).filter(|page| turn_of(*page) == turn));
+        }
+    }
+
+    /// Pages in the order of their addresses.
+    fn runs(&mut self, pages: impl Iterator<Item = u64>) {
         let mut run: Option<Range<u64>> = None;
-        for pfn in pfns {
-            let page = u64::from(*pfn) * PAGE;
+        for page in pages {
             if !self.memory.is_ram(page, PAGE) {
                 self.outcome.ignored += 1;
                 continue;
@@ -183,6 +198,16 @@ mod tests {
             assert_eq!(discarder.take_outcome(), want);
             assert_eq!(gone(&memory).len(), 1024);
         }
+    }
+
+    #[test]
+    fn huge_pages_are_whole_in_whatever_order_they_are_taken() {
+        let (memory, mut discarder) = full(true);
+        // A driver that begins with a few others, and goes from one huge page to the next lower one amid its requests.
+        let all: Vec<u32> = (1024..1124).chain(512..1024).chain(0..512).collect();
+        all.chunks(256).for_each(|request| discarder.pages(&mut request.to_vec()));
+        assert_eq!((discarder.take_calls(), discarder.is_holding()), (3, false));
+        assert_eq!(gone(&memory).len(), all.len());
     }
 
     #[test]
