@@ -35,7 +35,7 @@ const REASONS: [(&str, &[&str]); 15] = [
     ("changes", &["and so can only be read"]),
     ("based", &["is based on", "too many in backing"]),
     ("data_file", &["keeps its data"]),
-    ("unreadable", &["reading it"]),
+    ("unreadable", &["reading or writing its metadata"]),
 ];
 /// Requests that were answered with an error: of each kind, and those that change a disk that is only read.
 const FAILED: [&str; 4] = ["read_failed", "write_failed", "clear_failed", "readonly"];
