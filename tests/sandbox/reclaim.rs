@@ -16,7 +16,7 @@ use vmbed::{
 
 use crate::guests::Op;
 use crate::life::{LONG, SPINS, bare, ends, host, pc, start, wait_until};
-use crate::refuse::{bystander, forbidden, lives};
+use crate::refuse::{KEPT, bystander, forbidden, lives};
 use crate::{part, trial};
 
 pub fn add(trials: &mut Vec<Trial>) {
@@ -256,22 +256,6 @@ impl NetBackend for Telling {
         }
     }
 }
-
-/// Remembers on which thread it was called with what.
-struct Remembers(Mutex<Vec<(String, String)>>);
-
-impl log::Log for Remembers {
-    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
-        true
-    }
-    fn log(&self, record: &log::Record<'_>) {
-        let thread = std::thread::current().name().unwrap_or_default().to_owned();
-        self.0.lock().unwrap().push((thread, record.args().to_string()));
-    }
-    fn flush(&self) {}
-}
-
-static KEPT: Remembers = Remembers(Mutex::new(Vec::new()));
 
 fn is_running(thread: &str) -> bool {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();

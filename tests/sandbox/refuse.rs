@@ -307,7 +307,7 @@ fn foreign() {
 }
 
 /// Keeps on which thread it was called with what.
-struct Keeps(Mutex<Vec<(String, String)>>);
+pub struct Keeps(pub Mutex<Vec<(String, String)>>);
 
 impl log::Log for Keeps {
     fn enabled(&self, _: &log::Metadata<'_>) -> bool {
@@ -320,7 +320,7 @@ impl log::Log for Keeps {
     fn flush(&self) {}
 }
 
-static KEPT: Keeps = Keeps(Mutex::new(Vec::new()));
+pub static KEPT: Keeps = Keeps(Mutex::new(Vec::new()));
 
 fn logger() {
     log::set_logger(&KEPT).unwrap();
