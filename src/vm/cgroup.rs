@@ -85,8 +85,10 @@ fn own() -> Result<PathBuf> {
     let path = path.ok_or_else(|| Error::new(ErrorKind::Unsupported, why("the process has no own one")))?;
     let root = Path::new("/sys/fs/cgroup");
     // Where version 1 is mounted there, version 2 may be below.
-    let root = if root.join("cgroup.controllers").exists() { root.to_owned() } else { root.join("unified") };
-    Ok(root.join(path))
+    let sign = root.join("cgroup.controllers");
+    let is_second = sign.try_exists();
+    let is_second = is_second.map_err(|e| Error::os(why(&format!("looking for {}", sign.display())), e))?;
+    Ok(if is_second { root.join(path) } else { root.join("unified").join(path) })
 }
 
 fn failed(path: &Path, what: &str, error: io::Error) -> Error {

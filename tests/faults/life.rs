@@ -10,8 +10,10 @@ use vmbed::{
     Access, BareBoot, Bytes, CpuMode, Device, ErrorKind, Event, EventKind, Platform, StopCause, Vm, VmConfig,
 };
 
+use crate::disks;
 use crate::driven::{self, Far};
 use crate::holdings::Holdings;
+use crate::machine;
 use crate::others::{self, Server};
 use crate::supervisor::{ARMED, HIT, seen, watch};
 use crate::{Fault, GUEST, guests};
@@ -44,12 +46,20 @@ pub enum Life {
     Wired,
     /// A port of a switch with two ways out, and its capture.
     Switched,
+    /// A disk, a network and a console of the embedder's, with limits.
+    Own,
+    /// Images on images, one of them encrypted.
+    Layered,
+    /// A program's first VM.
+    Cold,
     /// The sandbox, a disk that writes through, and a network in user space that goes away and comes back; then another one.
     Sandboxed,
+    /// In the lab: a cgroup, a card that the kernel serves, a block device, huge pages of the pool.
+    Machine,
 }
 
 impl Life {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 13] = [
         Self::Ring,
         Self::Calls,
         Self::Qcow2,
@@ -58,7 +68,11 @@ impl Life {
         Self::Memory,
         Self::Wired,
         Self::Switched,
+        Self::Own,
+        Self::Layered,
+        Self::Cold,
         Self::Sandboxed,
+        Self::Machine,
     ];
 
     pub fn name(self) -> &'static str {
@@ -71,7 +85,11 @@ impl Life {
             Self::Memory => "memory",
             Self::Wired => "wired",
             Self::Switched => "switched",
+            Self::Own => "own",
+            Self::Layered => "layered",
+            Self::Cold => "cold",
             Self::Sandboxed => "sandboxed",
+            Self::Machine => "machine",
         }
     }
 
@@ -89,7 +107,11 @@ impl Life {
             Self::Memory => others::memory(stage, works),
             Self::Wired => others::wired(stage),
             Self::Switched => others::switched(stage),
+            Self::Own => disks::own(stage),
+            Self::Layered => disks::layered(stage, works),
+            Self::Cold => others::cold(),
             Self::Sandboxed => others::sandboxed(stage),
+            Self::Machine => machine::live(stage, works),
         }
     }
 }
@@ -189,11 +211,15 @@ fn feed() {
 type Errand = Box<dyn FnOnce() + Send>;
 static ERRANDS: OnceLock<Sender<Errand>> = OnceLock::new();
 
-/// Does what is the test's own on another such thread.
+/// Has what is the test's own done on another such thread, some time.
+pub fn later(what: impl FnOnce() + Send + 'static) {
+    ERRANDS.get().unwrap().send(Box::new(what)).unwrap();
+}
+
+/// Does what is the test's own there.
 pub fn aside<T: Send + 'static>(what: impl FnOnce() -> T + Send + 'static) -> T {
     let (done, result) = channel();
-    let errand = move || drop(done.send(what()));
-    ERRANDS.get().unwrap().send(Box::new(errand)).unwrap();
+    later(move || drop(done.send(what())));
     result.recv().expect("what is the test's own goes well")
 }
 
@@ -218,7 +244,9 @@ pub fn lead(fault: Fault) {
     std::thread::spawn(move || waiting.into_iter().for_each(|errand| errand()));
     std::thread::spawn(feed);
     watch(fault);
-    stage.life.live(&stage, false).unwrap_or_else(|error| panic!("without a fault: {error}"));
+    if fault.life != Life::Cold {
+        stage.life.live(&stage, false).unwrap_or_else(|error| panic!("without a fault: {error}"));
+    }
     aside(keep);
     ARMED.store(true, Ordering::SeqCst);
     let result = stage.life.live(&stage, true);
@@ -231,8 +259,8 @@ pub fn lead(fault: Fault) {
     if HIT.load(Ordering::SeqCst) > 0 {
         println!("hit");
     }
-    for (kind, count) in seen() {
-        println!("made {} {} {count}", kind.number, kind.request);
+    for (kind, place, count) in seen() {
+        println!("made {} {} {place} {count}", kind.number, kind.request);
     }
     if !PANICKED.load(Ordering::SeqCst) {
         println!("done");
@@ -245,7 +273,9 @@ fn gives_back(life: Life) {
     let end = Instant::now() + LONG;
     loop {
         let now = Holdings::now();
-        let fits = now.maps <= before.maps + MAPS && now.allocated <= before.allocated + ROOM;
+        // What a program has but once.
+        let once = if life == Life::Cold { 4 * ROOM } else { ROOM };
+        let fits = now.maps <= before.maps + MAPS && now.allocated <= before.allocated + once;
         // A handler of SIGBUS whose bell does not work has lost its thread.
         let handles = life == Life::Memory && now.descriptors < before.descriptors;
         if fits && (now.counts() == before.counts() || handles) {

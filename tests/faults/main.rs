@@ -3,17 +3,20 @@
 //! to move (seccomp's user notifications). Then it must end within its deadline, without a panic, with what it had before, and where its guest was
 //! told that something is on the disk, it is. Of what was interrupted or came short nobody hears.
 //!
-//! A trial for each kind of call, in the first life that has it, and for those of its calls that can come short in each of the first three.
-//! `VMBED_FAULTS=all` has every kind in every life, and goes on until no call of the kind is left (`ENDLESS` are those that are never at an
-//! end).
+//! A trial for each kind of call in each life: of every line of src that makes it, the first one fails, in the first life that has
+//! that line; what can come short does so in each of the first three lives. `VMBED_FAULTS=all` has every kind in every life, and goes on
+//! until no call of the kind is left (`ENDLESS` are those that are never at an end); `VMBED_FAULTS=list` says which calls come from where.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::process::{Command, ExitCode, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use libtest_mimic::{Arguments, Trial};
 
+mod callers;
+mod disks;
 mod driven;
 #[path = "../guests/elf.rs"]
 mod elf;
@@ -22,22 +25,24 @@ mod guests;
 #[path = "../holdings/mod.rs"]
 mod holdings;
 mod life;
+mod machine;
 mod others;
 mod part;
+mod places;
 mod sites;
 mod supervisor;
+mod sweep;
 mod wire;
 mod words;
 
-use life::{Life, Stage};
+use life::Life;
 use part::Part;
+use places::Places;
+use sweep::{Counts, FAULTS, child, kinds, sweep, wants_all};
 
 /// What a child is told: how it lives, which kind of call, which of them, what that answers.
 const FAULT: &str = "VMBED_FAULT";
 const GUEST: &str = "VMBED_FAULT_GUEST";
-
-/// Interrupted, out of something, broken, not now, forbidden.
-const ERRORS: [i32; 5] = [libc::EINTR, libc::ENOMEM, libc::EIO, libc::EAGAIN, libc::EPERM];
 
 /// Calls that a signal may end before they have done anything. They are made again, and nobody hears of it.
 const INTERRUPTIBLE: [libc::c_long; 23] = [
@@ -66,35 +71,6 @@ const INTERRUPTIBLE: [libc::c_long; 23] = [
     libc::SYS_getrandom,
 ];
 
-/// What others make first for something else: the kernel's file, the bell of SIGBUS, the clock where a disk is saved, rtnetlink's answers, a
-/// network in user space.
-const AGAIN: [(Life, Kind); 5] = [
-    (Life::Linux, Kind::of(libc::SYS_pread64, 0)),
-    (Life::Memory, Kind::of(libc::SYS_read, 0)),
-    (Life::Memory, Kind::of(libc::SYS_ioctl, KVM_SET_CLOCK)),
-    (Life::Wired, Kind::of(libc::SYS_recvfrom, 0)),
-    (Life::Sandboxed, Kind::of(libc::SYS_connect, 0)),
-];
-
-/// Calls that are made again and again for as long as a VM lives, all of them for the same: at an exit of its guest, at a turn of a loop, with a
-/// kick, for a look of the reclaim's at the memory, for an eventfd or a frame. More than a hundred of them are the more of these.
-const ENDLESS: [libc::c_long; 11] = [
-    libc::SYS_epoll_wait,
-    libc::SYS_rt_sigtimedwait,
-    libc::SYS_rt_sigpending,
-    libc::SYS_sysinfo,
-    libc::SYS_pread64,
-    libc::SYS_read,
-    libc::SYS_write,
-    libc::SYS_recvfrom,
-    libc::SYS_recvmsg,
-    libc::SYS_sendmsg,
-    libc::SYS_sendto,
-];
-const KVM_RUN: u32 = 0xae80;
-const KVM_SET_CLOCK: u32 = 0x4030_ae7b;
-const PAGEMAP_SCAN: u32 = 0xc060_6610;
-
 /// A kind of system call: its number, and for an ioctl what it asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct Kind {
@@ -106,6 +82,9 @@ impl Kind {
     /// Stands where an ioctl says what it asks for: those of the calls that can come short.
     const PART: u32 = u32::MAX;
 
+    /// Stands there for calls that give back, which are not answered.
+    const KEPT: u32 = u32::MAX - 1;
+
     const fn of(number: libc::c_long, request: u32) -> Self {
         Self { number: number as u32, request }
     }
@@ -114,6 +93,7 @@ impl Kind {
     fn name(self) -> String {
         match (self.request, self.number as libc::c_long) {
             (Self::PART, number) => format!("part_{number}"),
+            (Self::KEPT, number) => format!("kept_{number}"),
             (request, libc::SYS_ioctl) => format!("ioctl_{request:#x}"),
             (_, number) => format!("call_{number}"),
         }
@@ -157,31 +137,36 @@ impl Answer {
     }
 }
 
-/// One call that does not do what it should.
+/// Stands where it does not matter which place of src a call comes from.
+const ANYWHERE: u32 = u32::MAX;
+
+/// One call that does not do what it should: the nth of its kind, from a place or from anywhere.
 #[derive(Clone, Copy, Debug)]
 struct Fault {
     life: Life,
     kind: Kind,
+    place: u32,
     nth: u64,
     answer: Answer,
 }
 
 impl Fault {
+    const NONE: Self =
+        Self { life: Life::Ring, kind: Kind::of(0, 0), place: ANYWHERE, nth: 0, answer: Answer::Error(0) };
+
     fn parse(text: &str) -> Self {
         let numbers: Vec<i64> = text.split(' ').map(|n| n.parse().expect("a number")).collect();
-        let [life, number, request, nth, answer] = numbers[..] else { panic!("{text:?} is no fault") };
-        let kind = Kind { number: number as u32, request: request as u32 };
-        Self { life: Life::ALL[life as usize], kind, nth: nth as u64, answer: Answer::of(answer) }
+        let [life, number, request, place, nth, answer] = numbers[..] else { panic!("{text:?} is no fault") };
+        let (life, kind) =
+            (Life::ALL[life as usize], Kind { number: number as u32, request: request as u32 });
+        Self { life, kind, place: place as u32, nth: nth as u64, answer: Answer::of(answer) }
     }
 
     fn text(&self) -> String {
-        let Self { life, kind, nth, answer } = self;
-        format!("{} {} {} {nth} {}", *life as usize, kind.number, kind.request, answer.number())
+        let Self { life, kind, place, nth, answer } = self;
+        format!("{} {} {} {place} {nth} {}", *life as usize, kind.number, kind.request, answer.number())
     }
 }
-
-/// Calls that were answered.
-static FAULTS: AtomicU64 = AtomicU64::new(0);
 
 fn main() -> ExitCode {
     if let Ok(fault) = std::env::var(FAULT) {
@@ -189,174 +174,160 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let arguments = Arguments::from_args();
-    let guest = guests::virtio(std::path::Path::new(env!("CARGO_TARGET_TMPDIR")));
-    // SAFETY: no other thread is there yet.
-    #[expect(unsafe_code, reason = "set_var is unsafe beside other threads")]
-    unsafe {
-        std::env::set_var(GUEST, &guest);
+    let files = Files::make();
+    let mut plan = Plan::new(Places::of_this_program());
+    let known = machine::known();
+    let is_here = |life: &Life| (*life == Life::Machine) == known.is_some();
+    plan.sweep(Life::ALL.into_iter().filter(is_here), known.as_ref());
+    if known.is_none() {
+        plan.everything();
     }
-    let mut trials = Vec::new();
-    let (mut everywhere, mut calls) = (BTreeSet::<Kind>::new(), 0);
-    for life in Life::ALL {
-        // One without a fault: which calls there are.
-        let said = child(&Fault { life, kind: Kind::default(), nth: 0, answer: Answer::Error(0) });
-        assert!(
-            said.contains("it went well") && !said.contains("MISSED"),
-            "{life:?} without a fault:\n{said}"
-        );
-        let kinds = kinds(&said);
-        let whole = kinds.iter().filter(|(kind, _)| kind.request != Kind::PART);
-        calls += whole.map(|(_, count)| count).sum::<u64>();
-        for (&kind, &count) in &kinds {
-            // What another life has, too, is swept there.
-            let several = kind.request == Kind::PART && life.has_parts() || AGAIN.contains(&(life, kind));
-            if everywhere.insert(kind) || several || wants_all() {
-                let name = format!("{}_{}", life.name(), kind.name());
-                trials.push(Trial::test(name, move || {
-                    sweep(life, kind, count);
-                    Ok(())
-                }));
+    let code = libtest_mimic::run(&arguments, std::mem::take(&mut plan.trials)).exit_code();
+    drop(files);
+    plan.report(known.is_some());
+    let told = arguments.filter.is_none() && !arguments.list && known.is_none();
+    let wrong = if told { plan.unreached() } else { Vec::new() };
+    wrong.iter().for_each(|line| println!("{line}"));
+    if wrong.is_empty() { code } else { ExitCode::FAILURE }
+}
+
+/// What the children need, gone in the end.
+struct Files {
+    own: Vec<PathBuf>,
+}
+
+impl Files {
+    fn make() -> Self {
+        // In the lab the outer program has made them.
+        if std::env::var_os(GUEST).is_some() {
+            return Self { own: Vec::new() };
+        }
+        let guest = guests::virtio(Path::new(env!("CARGO_TARGET_TMPDIR")));
+        let (places, images) = (guest.with_extension("places"), guest.with_extension("images"));
+        std::fs::write(&places, Places::of_this_program().text()).expect("a file of places");
+        disks::make_images(&images);
+        // SAFETY: no other thread is there yet.
+        #[expect(unsafe_code, reason = "set_var is unsafe beside other threads")]
+        unsafe {
+            std::env::set_var(GUEST, &guest);
+            std::env::set_var(callers::PLACES, &places);
+            std::env::set_var(disks::BELOW, &images);
+        }
+        Self { own: vec![guest, places, images] }
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        for path in &self.own {
+            let _ = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+        }
+    }
+}
+
+/// What is to be tried.
+struct Plan {
+    places: Arc<Places>,
+    /// From where calls of each kind fail.
+    swept: BTreeMap<Kind, BTreeSet<u32>>,
+    calls: u64,
+    lives: usize,
+    trials: Vec<Trial>,
+}
+
+impl Plan {
+    fn new(places: Places) -> Self {
+        Self { places: Arc::new(places), swept: BTreeMap::new(), calls: 0, lives: 0, trials: Vec::new() }
+    }
+
+    /// Each kind of call in each of the lives, from the places that no other life, and nobody elsewhere, has tried.
+    fn sweep(&mut self, lives: impl Iterator<Item = Life>, elsewhere: Option<&BTreeSet<u32>>) {
+        for life in lives {
+            // One without a fault: which calls there are.
+            let said = child(&Fault { life, ..Fault::NONE });
+            assert!(
+                said.contains("it went well") && !said.contains("MISSED"),
+                "{life:?} without a fault:\n{said}"
+            );
+            self.lives += 1;
+            if std::env::var("VMBED_FAULTS").is_ok_and(|which| which == "list") {
+                self.list(life, &said);
+            }
+            for (kind, from) in kinds(&said) {
+                self.calls += if kind.request == Kind::PART { 0 } else { from[&ANYWHERE] };
+                let known = self.swept.entry(kind).or_default();
+                // What another life has, too, is swept there.
+                let punches = kind == Kind::of(libc::SYS_fallocate, 0) && life == Life::Qcow2;
+                let again = kind.request == Kind::PART && life.has_parts() || punches || wants_all();
+                let is_new = |place: &u32| elsewhere.is_none_or(|known| !known.contains(place));
+                let here =
+                    from.into_iter().filter(|(place, _)| known.insert(*place) && is_new(place) || again);
+                let (here, places): (Counts, _) = (here.collect(), self.places.clone());
+                if !here.is_empty() && kind.request != Kind::KEPT {
+                    self.trials.push(Trial::test(format!("{}_{}", life.name(), kind.name()), move || {
+                        sweep(life, kind, &here, &places);
+                        Ok(())
+                    }));
+                }
             }
         }
     }
-    let made = everywhere.clone();
-    let kinds = everywhere.iter().filter(|kind| kind.request != Kind::PART).map(|kind| kind.name());
-    let kinds: Vec<_> = kinds.collect();
-    trials.push(Trial::test("calls_of_every_kind_are_made", move || {
-        let parts = everywhere.iter().filter(|kind| kind.request == Kind::PART).count();
-        assert!(everywhere.len() - parts > 45, "{} kinds of calls: {everywhere:?}", everywhere.len());
-        assert!(parts > 7, "{parts} of them can come short: {everywhere:?}");
-        Ok(())
-    }));
-    trials.push(Trial::test("every_place_that_calls_the_kernel_is_reached", move || {
-        let wrong = sites::wrong(&made);
-        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-        Ok(())
-    }));
-    let code = libtest_mimic::run(&arguments, trials).exit_code();
-    let (lives, faults) = (Life::ALL.len(), FAULTS.load(Ordering::Relaxed));
-    if faults > 0 {
-        println!(
-            "{lives} lives, {calls} calls of {} kinds, {faults} of them answered: {kinds:?}",
-            kinds.len()
-        );
-    }
-    let _ = std::fs::remove_file(guest);
-    code
-}
 
-/// What a child said of the calls that it made.
-fn kinds(said: &str) -> BTreeMap<Kind, u64> {
-    let lines = said.lines().filter_map(|line| line.strip_prefix("made "));
-    lines
-        .map(|line| {
-            let numbers: Vec<u64> = line.split(' ').map(|n| n.parse().unwrap()).collect();
-            (Kind { number: numbers[0] as u32, request: numbers[1] as u32 }, numbers[2])
-        })
-        .collect()
-}
-
-fn wants_all() -> bool {
-    std::env::var("VMBED_FAULTS").is_ok_and(|which| which == "all")
-}
-
-/// What the `nth` of a kind answers, one life each.
-fn answers(kind: Kind, nth: u64) -> Vec<Answer> {
-    if kind.request == Kind::PART {
-        let rings = i64::from(kind.number) == libc::SYS_io_uring_enter;
-        let broken = rings.then_some(Answer::Part(Part::Broken));
-        return Answer::PARTS.into_iter().chain(broken).collect();
-    }
-    // Another one for each kind, and for the next of the same.
-    let other = ERRORS[1 + (u64::from(kind.number) + nth) as usize % 4];
-    let errors = match nth {
-        1 if wants_all() => ERRORS.to_vec(),
-        2 if !wants_all() => vec![other],
-        _ => vec![libc::EINTR, other],
-    };
-    errors.into_iter().map(Answer::Error).collect()
-}
-
-fn sweep(life: Life, kind: Kind, count: u64) {
-    // Of many that are alike, the first ones.
-    let most = if !wants_all() {
-        count.min(2)
-    } else if ENDLESS.contains(&kind.number.into()) || [KVM_RUN, PAGEMAP_SCAN].contains(&kind.request) {
-        count.min(100)
-    } else {
-        count
-    };
-    let (mut hit, mut wrong) = (0, Vec::new());
-    let told = format!("told of {}\n", Part::ERROR);
-    for nth in 1..=most {
-        for answer in answers(kind, nth) {
-            let fault = Fault { life, kind, nth, answer };
-            let said = child(&fault);
-            let answered = u64::from(said.lines().any(|line| line == "hit"));
-            hit += answered;
-            FAULTS.fetch_add(answered, Ordering::Relaxed);
-            let bad =
-                |line: &&str| ["LEAK", "PANIC", "STUCK", "LOST", "HANGS"].iter().any(|w| line.contains(w));
-            if let Some(line) = said.lines().find(bad) {
-                wrong.push(format!("{fault:?}: {line}\n{said}"));
-            } else if !said.contains("done") {
-                wrong.push(format!("{fault:?}: it ended before it was done:\n{said}"));
-            } else if let Some(error) = unnamed(&said, kind, answer) {
-                wrong.push(format!("{fault:?}: it does not say what failed: {error}\n{said}"));
-            } else if answer == Answer::Part(Part::Broken) && !said.contains(&told) {
-                wrong.push(format!("{fault:?}: its embedder was not told:\n{said}"));
-            } else if answer.is_routine(kind) && (!said.contains("it went well") || said.contains("MISSED")) {
-                wrong.push(format!("{fault:?}: that is none of its user's business:\n{said}"));
+    /// Which calls a life makes from where.
+    fn list(&self, life: Life, said: &str) {
+        for (kind, from) in kinds(said) {
+            for (place, count) in from.iter().filter(|(place, _)| **place != ANYWHERE) {
+                println!("{} {} {count} from {}", life.name(), kind.name(), self.places.name(*place));
             }
         }
     }
-    assert!(wrong.is_empty(), "{} of them:\n{}", wrong.len(), wrong.join("\n"));
-    assert!(hit > 0, "none of the calls was made");
-}
 
-/// An error that does not say what was tried and what the kernel answered.
-fn unnamed(said: &str, kind: Kind, answer: Answer) -> Option<&str> {
-    let Answer::Error(errno) = answer else { return None };
-    let error = said.lines().find_map(|line| line.strip_prefix("error: "))?;
-    (!words::say(error, kind, errno)).then_some(error)
-}
-
-/// One life; what it said, on both of its streams.
-fn child(fault: &Fault) -> String {
-    let program = std::env::current_exe().expect("this program");
-    let mut command = Command::new(&program);
-    if fault.life == Life::Wired {
-        command = Command::new("unshare");
-        command.args(["--net", "--map-root-user"]).arg(program);
+    /// The places that lives without a fault come by.
+    fn reached(&self) -> BTreeSet<u32> {
+        self.swept.values().flatten().copied().collect()
     }
-    command.env(FAULT, fault.text()).stdin(Stdio::null());
-    let log = std::env::temp_dir().join(format!(
-        "vmbed-fault-{}-{:?}",
-        std::process::id(),
-        std::thread::current().id()
-    ));
-    let file = std::fs::File::create(&log).expect("a file for what it says");
-    command.stdout(file.try_clone().expect("again")).stderr(file);
-    let mut child = command.spawn().expect("this program starts");
-    let end = Instant::now() + Duration::from_secs(180);
-    let ended = loop {
-        if let Some(status) = child.try_wait().expect("waiting for it") {
-            break Some(status);
+
+    /// Trials of the whole.
+    fn everything(&mut self) {
+        let swept: Vec<Kind> = self.swept.keys().copied().collect();
+        self.trials.push(Trial::test("calls_of_every_kind_are_made", move || {
+            let parts = swept.iter().filter(|kind| kind.request == Kind::PART).count();
+            assert!(swept.len() - parts > 45, "{} kinds of calls: {swept:?}", swept.len());
+            assert!(parts > 7, "{parts} of them can come short: {swept:?}");
+            Ok(())
+        }));
+        let reached = self.reached();
+        // First, since it takes longest.
+        self.trials.insert(
+            0,
+            Trial::test("what_takes_a_machine_of_its_own", move || {
+                machine::in_a_lab(&reached);
+                Ok(())
+            }),
+        );
+    }
+
+    /// What is wrong with the list of places that are not reached.
+    fn unreached(&self) -> Vec<String> {
+        sites::wrong(&self.places, &self.reached())
+    }
+
+    fn report(&self, in_the_lab: bool) {
+        if in_the_lab {
+            machine::report(&self.reached());
         }
-        if Instant::now() > end {
-            let _ = child.kill();
-            let _ = child.wait();
-            break None;
+        let is_kind = |kind: &&Kind| ![Kind::PART, Kind::KEPT].contains(&kind.request);
+        let kinds: Vec<_> = self.swept.keys().filter(is_kind).map(|kind| kind.name()).collect();
+        let faults = FAULTS.load(Ordering::Relaxed);
+        if faults > 0 {
+            let reached = self.places.all.len() - self.places.unreached(&self.reached()).count();
+            println!(
+                "{} lives, {} calls of {} kinds from {reached} of {} lines, {faults} of them answered: {kinds:?}",
+                self.lives,
+                self.calls,
+                kinds.len(),
+                self.places.all.len(),
+            );
         }
-        std::thread::sleep(Duration::from_millis(5));
-    };
-    let said = String::from_utf8_lossy(&std::fs::read(&log).unwrap_or_default()).into_owned();
-    let _ = std::fs::remove_file(log);
-    // Where it could not.
-    let _ = std::fs::remove_dir_all(Stage::path(child.id()));
-    match ended {
-        Some(status) if status.success() => said,
-        Some(status) => format!("{said}\nit ended with {status}: PANIC or worse"),
-        None => format!("{said}\nHANGS: not ended after three minutes"),
     }
 }

@@ -6,9 +6,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use vmbed::{
-    BackingKind, BalloonConfig, BridgeOptions, Bytes, CacheMode, ConsoleKind, DiskConfig, DiskEngine,
-    DiskFormat, Dispatcher, Host, HugePages, LinuxBoot, NetConfig, Network, PortOptions, ReclaimConfig,
-    ReclaimSandbox, SandboxConfig, Switch, TapOptions, Vm, VmBuilder, VmConfig, Wiring,
+    BackingKind, BalloonConfig, BareBoot, BridgeOptions, Bytes, CacheMode, ConsoleKind, CpuMode, DiskConfig,
+    DiskEngine, DiskFormat, Dispatcher, Host, HostConfig, HugePages, LinuxBoot, NetConfig, Network, Platform,
+    PortOptions, ReclaimConfig, ReclaimSandbox, SandboxConfig, Switch, TapOptions, Vm, VmBuilder, VmConfig,
+    Wiring,
 };
 
 use crate::driven::{FRAME, Far, SENT, SIZE, arrival};
@@ -16,7 +17,7 @@ use crate::guests::{self, Op, script};
 use crate::life::{FAR, Life, SERVER, Stage, Told, aside, end_of, exercise, expect, keep, lock, remove};
 use crate::wire;
 
-type Step = (Op, u32, u32, u32);
+pub type Step = (Op, u32, u32, u32);
 
 /// What some of them begin with.
 pub fn prepare(stage: &Stage) {
@@ -41,7 +42,7 @@ fn pipe() -> (std::io::PipeReader, std::io::PipeWriter) {
 }
 
 /// What came through it, all of whose writers are gone.
-fn heard(mut pipe: std::io::PipeReader) -> Vec<u8> {
+pub fn heard(mut pipe: impl Read + Send + 'static) -> Vec<u8> {
     aside(move || {
         let mut bytes = Vec::new();
         pipe.read_to_end(&mut bytes).unwrap();
@@ -50,7 +51,7 @@ fn heard(mut pipe: std::io::PipeReader) -> Vec<u8> {
 }
 
 /// Has nothing of it left before what was tried is answered.
-fn end(host: Host, vm: Vm, ended: vmbed::Result<impl Sized>) -> vmbed::Result<()> {
+pub fn end(host: Host, vm: Vm, ended: vmbed::Result<impl Sized>) -> vmbed::Result<()> {
     let stopped = vm.stop();
     drop(vm);
     drop(host);
@@ -127,7 +128,7 @@ fn turn(stage: &Stage, input: &std::io::PipeReader, output: &std::io::PipeWriter
 const PRINTS: [Step; 2] = [(Op::Random, 0, 64, 0), (Op::Print, 0, 16, b'x' as u32)];
 
 /// With that script.
-fn ready(builder: VmBuilder, steps: &[Step]) -> vmbed::Result<Vm> {
+pub fn ready(builder: VmBuilder, steps: &[Step]) -> vmbed::Result<Vm> {
     let vm = builder.pio_doorbell("said", guests::SAY, 1).build()?;
     vm.write_memory(guests::SCRIPT, &script(steps))?;
     Ok(vm)
@@ -151,6 +152,7 @@ pub fn memory(stage: &Stage, works: bool) -> vmbed::Result<()> {
 fn remember(stage: &Stage) -> vmbed::Result<()> {
     vmbed::create_disk(stage.file("made"), DiskFormat::Raw, Bytes(SIZE), None)?;
     let host = Host::open()?;
+    no_pool(stage, &host);
     let mut reclaim = ReclaimConfig::default();
     (reclaim.balloon_below, reclaim.page_out_below) = (Bytes(u64::MAX / 4), Bytes(u64::MAX / 4));
     (reclaim.interval, reclaim.sandbox) = (Duration::from_millis(10), ReclaimSandbox::IfPresent);
@@ -168,6 +170,7 @@ fn remember(stage: &Stage) -> vmbed::Result<()> {
     let vm = ready(host.builder(config), &steps)?;
     let lived = vm.start().and_then(|()| {
         vm.resize_disk(0, Bytes(2 * SIZE))?;
+        vm.save_disk(0, stage.file("ended"), DiskFormat::Raw, |_, _| false)?;
         vm.save_disk(0, stage.file("saved"), DiskFormat::Qcow2, |_, _| true)?;
         exercise(&vm)?;
         host.set_reclaim(None)
@@ -175,6 +178,28 @@ fn remember(stage: &Stage) -> vmbed::Result<()> {
     let _ = host.usage();
     end(host, vm, lived)
 }
+
+/// Asks for huge pages of a pool that has few or none.
+fn no_pool(stage: &Stage, host: &Host) {
+    let mut config = stage.pc();
+    (config.backing.kind, config.memory) = (BackingKind::Huge1G, Bytes::gib(1));
+    let _ = host.build(config);
+}
+
+/// A program's first VM: two processors, of a host that keeps another one for others.
+pub fn cold() -> vmbed::Result<()> {
+    let mut config = HostConfig::default();
+    config.dedicated_cpus = vec![a_processor()];
+    let host = Host::open_with(config)?;
+    let mut config = VmConfig::bare(BareBoot::new(CpuMode::Real, 0x1000, SPINS));
+    (config.platform, config.cpus.count) = (Platform::Pc, 2);
+    let vm = host.build(config)?;
+    let ended = vm.start().and_then(|()| vm.stop());
+    end(host, vm, ended)
+}
+
+/// cli; jmp $
+const SPINS: [u8; 3] = [0xfa, 0xeb, 0xfe];
 
 pub fn wired(stage: &Stage) -> vmbed::Result<()> {
     let wiring = Wiring::new()?;
@@ -207,21 +232,33 @@ fn plug_in(stage: &Stage) -> vmbed::Result<()> {
     end(host, vm, lived)
 }
 
-/// A network in user space: hangs up on its first guest, and has frames for the others.
+/// A network in user space: hangs up on its first guest after a while, and has frames for the others.
 pub struct Server {
     listener: UnixListener,
-    hangs_up: bool,
+    /// When it has a guest: in how many turns it hangs up.
+    hangs_up: Option<u32>,
     guests: Vec<UnixStream>,
+}
+
+/// Waits a while until it has a guest that it has not hung up on.
+fn is_back() {
+    for _ in 0..300 {
+        if lock(&SERVER).as_ref().is_some_and(|server| server.hangs_up.is_none() && !server.guests.is_empty())
+        {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 impl Server {
     /// Begins one, in that file.
-    fn begin(stage: &Stage, hangs_up: bool) {
+    fn begin(stage: &Stage) {
         let path = stage.file("stream");
         aside(move || {
             let listener = UnixListener::bind(path).unwrap();
             listener.set_nonblocking(true).unwrap();
-            *lock(&SERVER) = Some(Self { listener, hangs_up, guests: Vec::new() });
+            *lock(&SERVER) = Some(Self { listener, hangs_up: Some(20), guests: Vec::new() });
         });
     }
 
@@ -233,9 +270,15 @@ impl Server {
     pub fn turn(&mut self) {
         if let Ok((guest, _)) = self.listener.accept() {
             guest.set_nonblocking(true).unwrap();
-            if !std::mem::take(&mut self.hangs_up) {
-                self.guests.push(guest);
+            self.guests.push(guest);
+        }
+        if let Some(turns) = &mut self.hangs_up {
+            *turns -= u32::from(!self.guests.is_empty());
+            if *turns == 0 {
+                self.guests.clear();
+                self.hangs_up = None;
             }
+            return;
         }
         let frame = [&[0, 0, 0, FRAME as u8][..], &arrival()].concat();
         self.guests.retain_mut(|guest| match guest.write(&frame) {
@@ -246,7 +289,7 @@ impl Server {
 }
 
 pub fn switched(stage: &Stage) -> vmbed::Result<()> {
-    Server::begin(stage, false);
+    Server::begin(stage);
     let captured = stage.file("captured");
     let file = aside(|| File::create(captured).unwrap());
     let lived = join(stage, file);
@@ -269,12 +312,13 @@ fn join(stage: &Stage, file: File) -> vmbed::Result<()> {
     let vm = ready(host.builder(config).net_port(0, &port), &steps)?;
     *lock(&FAR) = Some(far);
     let lived = vm.start().and_then(|()| exercise(&vm));
+    is_back();
     end(host, vm, lived)?;
     capture.finish().map(drop)
 }
 
 pub fn sandboxed(stage: &Stage) -> vmbed::Result<()> {
-    Server::begin(stage, true);
+    Server::begin(stage);
     let lived = confine(stage);
     *lock(&FAR) = None;
     Server::end(stage);

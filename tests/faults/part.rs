@@ -84,7 +84,7 @@ fn comes_in_parts(fd: RawFd, ready: libc::c_short) -> bool {
         return false;
     }
     let stream = match stat.st_mode & libc::S_IFMT {
-        libc::S_IFREG => return true,
+        libc::S_IFREG => return !is_whole(fd),
         libc::S_IFIFO => true,
         libc::S_IFSOCK => {
             let mut length = size_of_val(&kind) as libc::socklen_t;
@@ -98,6 +98,14 @@ fn comes_in_parts(fd: RawFd, ready: libc::c_short) -> bool {
     let mut poll = libc::pollfd { fd, events: ready, revents: 0 };
     // SAFETY: one entry, and the count says so.
     stream && unsafe { libc::poll(&raw mut poll, 1, 0) } == 1 && poll.revents == ready
+}
+
+/// Whether what is written there is of a cgroup: its files take a value whole or not at all (kernfs).
+fn is_whole(fd: RawFd) -> bool {
+    // SAFETY: all zeroes is one.
+    let mut system: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: a number, and a place for the answer.
+    unsafe { libc::fstatfs(fd, &raw mut system) == 0 && system.f_type == libc::CGROUP2_SUPER_MAGIC }
 }
 
 impl Transfer<'_> {

@@ -2,10 +2,11 @@
 #![expect(unsafe_code, reason = "seccomp's user notifications have no safe wrapper")]
 
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 
+use crate::callers::{self, place};
 use crate::part::{self, transfer};
-use crate::{Answer, Fault, Kind};
+use crate::{ANYWHERE, Answer, Fault, Kind};
 
 /// Calls that are made as they are, for one of these reasons:
 const PASSED: [libc::c_long; 22] = [
@@ -45,19 +46,30 @@ pub static ARMED: AtomicBool = AtomicBool::new(false);
 pub static HIT: AtomicU64 = AtomicU64::new(0);
 static LISTENER: AtomicI32 = AtomicI32::new(-1);
 
-const KINDS: usize = 256;
-static SEEN: [(AtomicU64, AtomicU64); KINDS] = [const { (AtomicU64::new(0), AtomicU64::new(0)) }; KINDS];
+/// Calls of a kind from a place, or from anywhere.
+struct Seen {
+    kind: AtomicU64,
+    place: AtomicU32,
+    count: AtomicU64,
+}
 
-/// What was called, and how often.
-pub fn seen() -> impl Iterator<Item = (Kind, u64)> {
-    let used = SEEN.iter().map(|(key, count)| (key.load(Ordering::SeqCst), count.load(Ordering::SeqCst)));
-    used.take_while(|(_, count)| *count > 0)
-        .map(|(key, count)| (Kind { number: (key >> 32) as u32, request: key as u32 }, count))
+const ROOM: usize = 4096;
+static SEEN: [Seen; ROOM] =
+    [const { Seen { kind: AtomicU64::new(0), place: AtomicU32::new(0), count: AtomicU64::new(0) } }; ROOM];
+
+/// What was called, from where, and how often.
+pub fn seen() -> impl Iterator<Item = (Kind, u32, u64)> {
+    SEEN.iter().filter(|seen| seen.count.load(Ordering::SeqCst) > 0).map(|seen| {
+        let kind = seen.kind.load(Ordering::SeqCst);
+        let kind = Kind { number: (kind >> 32) as u32, request: kind as u32 };
+        (kind, seen.place.load(Ordering::SeqCst), seen.count.load(Ordering::SeqCst))
+    })
 }
 
 /// Has this thread's calls, and those of the threads that it starts, be seen by another one that is started here.
 pub fn watch(fault: Fault) {
     part::learn();
+    callers::learn();
     std::thread::spawn(move || supervise(fault));
     // SAFETY: integers go in.
     assert_eq!(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }, 0);
@@ -122,7 +134,7 @@ fn supervise(fault: Fault) {
         // SAFETY: as above.
         let mut answer: libc::seccomp_notif_resp = unsafe { std::mem::zeroed() };
         answer.id = call.id;
-        match decide(&fault, &call.data) {
+        match decide(&fault, &call) {
             Some(result) if result < 0 => answer.error = result as i32,
             Some(result) => answer.val = result,
             None => answer.flags = libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32,
@@ -133,16 +145,28 @@ fn supervise(fault: Fault) {
 }
 
 /// What the call comes to: its result, or an error below zero. `None`: it is made as it is.
-fn decide(fault: &Fault, call: &libc::seccomp_data) -> Option<i64> {
+fn decide(fault: &Fault, notice: &libc::seccomp_notif) -> Option<i64> {
+    let call = &notice.data;
     // What is not heard of any more gives back, too: it fails for its arguments alone.
     let forgets =
         libc::c_long::from(call.nr) == libc::SYS_epoll_ctl && call.args[1] as i32 == libc::EPOLL_CTL_DEL;
-    if !ARMED.load(Ordering::SeqCst) || forgets {
+    if !ARMED.load(Ordering::SeqCst) {
         return None;
     }
-    let request = if libc::c_long::from(call.nr) == libc::SYS_ioctl { call.args[1] as u32 } else { 0 };
+    let request = if forgets {
+        Kind::KEPT
+    } else if libc::c_long::from(call.nr) == libc::SYS_ioctl {
+        call.args[1] as u32
+    } else {
+        0
+    };
     let kind = Kind { number: call.nr as u32, request };
-    let is_it = |kind: Kind| count(kind) == Some(fault.nth) && kind == fault.kind;
+    let place = place(notice.pid);
+    let is_it = |kind: Kind| {
+        let (all, here) = (count(kind, ANYWHERE), count(kind, place));
+        let nth = if fault.place == ANYWHERE { all } else { here };
+        kind == fault.kind && (fault.place == ANYWHERE || fault.place == place) && nth == Some(fault.nth)
+    };
     let hit = || {
         HIT.fetch_add(1, Ordering::SeqCst);
         eprintln!("answered: {} {:x?}", call.nr, call.args);
@@ -163,13 +187,16 @@ fn decide(fault: &Fault, call: &libc::seccomp_data) -> Option<i64> {
     None
 }
 
-/// Counts a call; which of its kind it is.
-fn count(kind: Kind) -> Option<u64> {
+/// Counts a call; which of its kind it is. This thread alone counts.
+fn count(kind: Kind, place: u32) -> Option<u64> {
     let key = u64::from(kind.number) << 32 | u64::from(kind.request);
-    let place = SEEN
-        .iter()
-        .find(|(seen, count)| count.load(Ordering::SeqCst) == 0 || seen.load(Ordering::SeqCst) == key);
-    let (seen, count) = place?;
-    seen.store(key, Ordering::SeqCst);
-    Some(count.fetch_add(1, Ordering::SeqCst) + 1)
+    let begin = (key ^ u64::from(place) << 13).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+    let is_free = |seen: &&Seen| {
+        let own = seen.kind.load(Ordering::SeqCst) == key && seen.place.load(Ordering::SeqCst) == place;
+        own || seen.count.load(Ordering::SeqCst) == 0
+    };
+    let seen = (0..ROOM).map(|step| &SEEN[(begin as usize + step) % ROOM]).find(is_free)?;
+    seen.kind.store(key, Ordering::SeqCst);
+    seen.place.store(place, Ordering::SeqCst);
+    Some(seen.count.fetch_add(1, Ordering::SeqCst) + 1)
 }

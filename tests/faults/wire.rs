@@ -39,3 +39,11 @@ pub fn packets(name: &str) -> File {
     done(unsafe { libc::bind(file.as_raw_fd(), (&raw const address).cast(), length) }, "binding it");
     file
 }
+
+/// Has the kernel keep as little as it can of what is sent there.
+pub fn narrow(socket: &impl AsRawFd) {
+    let (least, size): (libc::c_int, _) = (1, size_of::<libc::c_int>() as libc::socklen_t);
+    let (fd, at) = (socket.as_raw_fd(), (&raw const least).cast());
+    // SAFETY: one int, of the size that is said, which lives until the call returns.
+    done(unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, at, size) }, "SO_SNDBUF");
+}

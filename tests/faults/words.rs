@@ -3,14 +3,14 @@
 use crate::Kind;
 
 /// Of these, an error has one. A call is made for several things.
-const CALLS: [(libc::c_long, &[&str]); 39] = [
+const CALLS: [(libc::c_long, &[&str]); 41] = [
     (libc::SYS_read, &["reading", "read"]),
-    (libc::SYS_pread64, &["reading", "read"]),
+    (libc::SYS_pread64, &["reading", "read", "growing"]),
     (libc::SYS_preadv, &["reading"]),
     (libc::SYS_pwritev2, &["writing"]),
     (libc::SYS_fstat, &["reading", "opening"]),
-    (libc::SYS_statx, &["reading", "opening", "its metadata", "the kernel '", "the initrd '"]),
-    (libc::SYS_lseek, &["reading", "opening"]),
+    (libc::SYS_statx, &["reading", "opening", "its metadata", "the kernel '", "the initrd '", "looking for"]),
+    (libc::SYS_lseek, &["reading", "opening", "growing", "finding its size"]),
     (
         libc::SYS_openat,
         &[
@@ -22,15 +22,20 @@ const CALLS: [(libc::c_long, &[&str]); 39] = [
             "making",
             "the kernel '",
             "the initrd '",
+            "cgroup: ",
         ],
     ),
     (libc::SYS_pwrite64, &["writing", "making"]),
-    (libc::SYS_write, &["writing", "making"]),
+    (libc::SYS_write, &["writing", "making", "enabling the cpu controller"]),
+    (libc::SYS_mkdir, &["cgroup: ", "making"]),
     (libc::SYS_fallocate, &["allocating", "making", "size", "growing", "writing"]),
     (libc::SYS_ftruncate, &["memfd", "size", "making", "growing"]),
     (libc::SYS_fsync, &["flushing", "making", "writing"]),
     (libc::SYS_fdatasync, &["flushing", "making", "writing"]),
-    (libc::SYS_fcntl, &["memfd", "duplicating", "event loop", "lock", "nonblocking", "its thread"]),
+    (
+        libc::SYS_fcntl,
+        &["memfd", "duplicating", "event loop", "lock", "nonblocking", "its thread", "finding its size"],
+    ),
     (libc::SYS_mmap, &["mapping", "KVM_CREATE_VCPU", "starting the thread", "io_uring"]),
     (libc::SYS_madvise, &["advising", "MADV_MERGEABLE", "prefaulting"]),
     (libc::SYS_mbind, &["mbind"]),
@@ -40,6 +45,7 @@ const CALLS: [(libc::c_long, &[&str]); 39] = [
     (libc::SYS_seccomp, &["SECCOMP_SET_MODE_FILTER"]),
     (libc::SYS_landlock_restrict_self, &["Landlock"]),
     (libc::SYS_landlock_create_ruleset, &["Landlock"]),
+    (libc::SYS_sched_getaffinity, &["asking for this thread's CPUs"]),
     (libc::SYS_sched_setaffinity, &["sched_setaffinity"]),
     (
         libc::SYS_eventfd2,
@@ -61,7 +67,7 @@ const CALLS: [(libc::c_long, &[&str]); 39] = [
     (libc::SYS_socketpair, &["the test's own"]),
 ];
 
-const REQUESTS: [(u32, &[&str]); 29] = [
+const REQUESTS: [(u32, &[&str]); 34] = [
     (libc::FIONBIO as u32, &["rtnetlink", "the test's own"]),
     (libc::SIOCGIFINDEX as u32, &["SIOCGIFINDEX"]),
     (libc::TUNSETIFF as u32, &["TUNSETIFF", "making it", "belongs to someone else"]),
@@ -92,6 +98,11 @@ const REQUESTS: [(u32, &[&str]); 29] = [
     (0x4030_ae7b, &["KVM_SET_CLOCK"]),
     (0x4018_aee1, &["TSC offset"]),
     (0x4018_aee2, &["TSC offset"]),
+    (0x4004_ae99, &["KVM_SET_MP_STATE"]),
+    (0xaf01, &["VHOST_SET_OWNER"]),
+    (0x8008_af00, &["VHOST_GET_FEATURES"]),
+    (0x4008_af00, &["VHOST_SET_FEATURES"]),
+    (0x4008_af03, &["VHOST_SET_MEM_TABLE"]),
 ];
 
 /// What KVM is asked for before anything else. Its crate has no errno of these, and the error says what the kernel lacks.

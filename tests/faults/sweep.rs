@@ -1,0 +1,186 @@
+//! One kind of call in one life, again and again, each time with another one that fails.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::life::{Life, Stage, lock};
+use crate::part::Part;
+use crate::places::Places;
+use crate::{ANYWHERE, Answer, FAULT, Fault, Kind, machine, words};
+
+/// Interrupted, out of something, broken, not now, forbidden.
+const ERRORS: [i32; 5] = [libc::EINTR, libc::ENOMEM, libc::EIO, libc::EAGAIN, libc::EPERM];
+
+/// Calls that are made again and again for as long as a VM lives, all of them for the same: at an exit of its guest, at a turn of a loop, with a
+/// kick, for a look of the reclaim's at the memory, for an eventfd or a frame. More than a hundred of them are the more of these.
+const ENDLESS: [libc::c_long; 11] = [
+    libc::SYS_epoll_wait,
+    libc::SYS_rt_sigtimedwait,
+    libc::SYS_rt_sigpending,
+    libc::SYS_sysinfo,
+    libc::SYS_pread64,
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+];
+const KVM_RUN: u32 = 0xae80;
+const PAGEMAP_SCAN: u32 = 0xc060_6610;
+
+/// Calls that were answered.
+pub static FAULTS: AtomicU64 = AtomicU64::new(0);
+/// The places that lives with a fault come by.
+pub static AFTER: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
+
+/// How many calls come from which place.
+pub type Counts = BTreeMap<u32, u64>;
+/// What a child said of the calls that it made.
+pub fn kinds(said: &str) -> BTreeMap<Kind, Counts> {
+    let mut kinds = BTreeMap::<Kind, Counts>::new();
+    for line in said.lines().filter_map(|line| line.strip_prefix("made ")) {
+        let numbers: Vec<u64> = line.split(' ').map(|n| n.parse().unwrap()).collect();
+        let kind = Kind { number: numbers[0] as u32, request: numbers[1] as u32 };
+        kinds.entry(kind).or_default().insert(numbers[2] as u32, numbers[3]);
+    }
+    kinds
+}
+
+pub fn wants_all() -> bool {
+    std::env::var("VMBED_FAULTS").is_ok_and(|which| which == "all")
+}
+
+/// What the `nth` of a kind answers, one life each.
+fn answers(kind: Kind, nth: u64) -> Vec<Answer> {
+    if kind.request == Kind::PART {
+        let rings = i64::from(kind.number) == libc::SYS_io_uring_enter;
+        let broken = rings.then_some(Answer::Part(Part::Broken));
+        return Answer::PARTS.into_iter().chain(broken).collect();
+    }
+    // Another one for each kind, and for the next of the same.
+    let other = ERRORS[1 + (u64::from(kind.number) + nth) as usize % 4];
+    let mut errors = if nth == 1 && wants_all() { ERRORS.to_vec() } else { vec![libc::EINTR, other] };
+    if i64::from(kind.number) == libc::SYS_fallocate {
+        // File systems without holes.
+        errors.push(libc::EOPNOTSUPP);
+    }
+    errors.into_iter().map(Answer::Error).collect()
+}
+
+/// Which calls of a kind are answered, and from where: the first of each place; of `VMBED_FAULTS=all`, all.
+fn which(kind: Kind, from: &Counts) -> Vec<(u32, u64)> {
+    let first = |most: u64| {
+        let of = move |(place, count): (&u32, &u64)| {
+            (1..=most.min(*count)).map(move |nth| (*place, nth)).collect::<Vec<_>>()
+        };
+        from.iter().filter(|(place, _)| **place != ANYWHERE).flat_map(of).collect::<Vec<_>>()
+    };
+    if !wants_all() {
+        return first(1);
+    }
+    let all = from[&ANYWHERE];
+    if ENDLESS.contains(&kind.number.into()) || [KVM_RUN, PAGEMAP_SCAN].contains(&kind.request) {
+        // Of many that are alike, the first ones.
+        let more = first(if all > 100 { 10 } else { 0 });
+        return (1..=all.min(100)).map(|nth| (ANYWHERE, nth)).chain(more).collect();
+    }
+    (1..=all).map(|nth| (ANYWHERE, nth)).collect()
+}
+
+pub fn sweep(life: Life, kind: Kind, from: &Counts, places: &Places) {
+    let (mut hit, mut wrong) = (0, Vec::new());
+    for (place, nth) in which(kind, from) {
+        for answer in answers(kind, nth) {
+            let fault = Fault { life, kind, place, nth, answer };
+            let mut said = child(&fault);
+            let is_hit = |said: &str| said.lines().any(|line| line == "hit");
+            // What threads do together they do in another order now and then.
+            for _ in 0..2 {
+                if is_wrong(&said, kind, answer).is_none() && !is_hit(&said) {
+                    said = child(&fault);
+                }
+            }
+            let answered = u64::from(is_hit(&said));
+            hit += answered;
+            FAULTS.fetch_add(answered, Ordering::Relaxed);
+            lock(&AFTER).extend(kinds(&said).values().flat_map(|from| from.keys()));
+            if let Some(what) = is_wrong(&said, kind, answer) {
+                wrong.push(format!("{fault:?}, from {}: {what}\n{said}", places.name(place)));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{} of them:\n{}", wrong.len(), wrong.join("\n"));
+    assert!(hit > 0, "none of the calls was made");
+}
+
+/// What is wrong with what a child said.
+fn is_wrong(said: &str, kind: Kind, answer: Answer) -> Option<String> {
+    let bad = |line: &&str| ["LEAK", "PANIC", "STUCK", "LOST", "HANGS"].iter().any(|w| line.contains(w));
+    let told = format!("told of {}\n", Part::ERROR);
+    if let Some(line) = said.lines().find(bad) {
+        Some(line.to_owned())
+    } else if !said.contains("done") {
+        Some("it ended before it was done".into())
+    } else if let Some(error) = unnamed(said, kind, answer) {
+        Some(format!("it does not say what failed: {error}"))
+    } else if answer == Answer::Part(Part::Broken) && !said.contains(&told) {
+        Some("its embedder was not told".into())
+    } else if answer.is_routine(kind) && (!said.contains("it went well") || said.contains("MISSED")) {
+        Some("that is none of its user's business".into())
+    } else {
+        None
+    }
+}
+
+/// An error that does not say what was tried and what the kernel answered.
+fn unnamed(said: &str, kind: Kind, answer: Answer) -> Option<&str> {
+    let Answer::Error(errno) = answer else { return None };
+    let error = said.lines().find_map(|line| line.strip_prefix("error: "))?;
+    (!words::say(error, kind, errno)).then_some(error)
+}
+
+/// One life; what it said, on both of its streams.
+pub fn child(fault: &Fault) -> String {
+    let program = std::env::current_exe().expect("this program");
+    let mut command = Command::new(&program);
+    if fault.life == Life::Wired {
+        command = Command::new("unshare");
+        command.args(["--net", "--map-root-user"]).arg(program);
+    } else if fault.life == Life::Machine {
+        command = machine::caged(&program);
+    }
+    command.env(FAULT, fault.text()).stdin(Stdio::null());
+    let log = std::env::temp_dir().join(format!(
+        "vmbed-fault-{}-{:?}",
+        std::process::id(),
+        std::thread::current().id()
+    ));
+    let file = std::fs::File::create(&log).expect("a file for what it says");
+    command.stdout(file.try_clone().expect("again")).stderr(file);
+    let mut child = command.spawn().expect("this program starts");
+    let end = Instant::now() + Duration::from_secs(180);
+    let ended = loop {
+        if let Some(status) = child.try_wait().expect("waiting for it") {
+            break Some(status);
+        }
+        if Instant::now() > end {
+            let _ = child.kill();
+            let _ = child.wait();
+            break None;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    let said = String::from_utf8_lossy(&std::fs::read(&log).unwrap_or_default()).into_owned();
+    let _ = std::fs::remove_file(log);
+    // Where it could not.
+    let _ = std::fs::remove_dir_all(Stage::path(child.id()));
+    match ended {
+        Some(status) if status.success() => said,
+        Some(status) => format!("{said}\nit ended with {status}: PANIC or worse"),
+        None => format!("{said}\nHANGS: not ended after three minutes"),
+    }
+}
