@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{StopCause, StopLine};
-use crate::sys::{fd, lock};
+use crate::sys::{fd, lock, log};
 pub use dispatcher::Dispatcher;
 use dispatcher::Mirror;
 
@@ -183,7 +183,7 @@ impl EventLoop {
         let (own, seen) = (calls.clone(), ending.clone());
         let thread = spawn(Box::new(move || {
             while !seen.load(Ordering::Acquire) {
-                // EINTR cannot be told from worse here; the flag above ends the loop either way.
+                // An interruption is none of the errors. The flag above ends the loop either way.
                 if manager.run().is_err() {
                     std::thread::yield_now();
                 }
@@ -299,19 +299,37 @@ pub(crate) enum Place {
 }
 
 impl Place {
-    /// Whether its VM is coming to its end. Where there is none, nobody could say so: always.
-    pub fn is_ending(&self) -> bool {
-        match self {
-            Self::Loop(_, stop) => stop.is_pulled(),
-            Self::Caller => true,
-        }
+    /// Says whether its VM is coming to its end. Where there is none, nobody could say so: always. For what [`run`](Self::run) does it has
+    /// no loop, whose thread must not be the last to have it.
+    pub fn ending(&self) -> impl Fn() -> bool + Send + use<> {
+        let stop = match self {
+            Self::Loop(_, stop) => Some(stop.clone()),
+            Self::Caller => None,
+        };
+        move || stop.as_ref().is_none_or(StopLine::is_pulled)
     }
 
     /// Does `f` on the thread that calls its workers, where that is the VM's, and waits for what it returns.
     pub fn run<R: Send + 'static>(&self, f: impl FnOnce() -> R + Send + 'static) -> Result<R> {
+        self.meanwhile(f)()
+    }
+
+    /// The same, while the caller goes on: the second closure waits.
+    pub fn meanwhile<'a, R: Send + 'static>(
+        &'a self,
+        f: impl FnOnce() -> R + Send + 'static,
+    ) -> Box<dyn FnOnce() -> Result<R> + 'a> {
         match self {
-            Self::Loop(event_loop, _) => event_loop.meanwhile(f)(),
-            Self::Caller => Ok(f()),
+            Self::Loop(event_loop, _) => event_loop.meanwhile(f),
+            Self::Caller => Box::new(move || Ok(f())),
+        }
+    }
+
+    /// What was to be done there for `device` has failed, which is a defect: it ends the VM.
+    pub fn fault(&self, device: &str, error: &Error) {
+        log::warn!("{device}: {error}");
+        if let Self::Loop(_, stop) = self {
+            stop.pull(StopCause::DeviceFault { device: device.to_owned(), why: error.to_string() });
         }
     }
 

@@ -42,6 +42,8 @@ pub enum Op {
     Header,
     Random,
     Print,
+    Pairs,
+    Interrupts,
 }
 
 /// What comes of a step: the worst status, the bytes that the device wrote, the sum of what it read.

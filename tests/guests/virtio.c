@@ -1,6 +1,6 @@
 /*
  * A bare guest that does with a disk, a card, a balloon, a console and a source of random bytes what a script in its memory says, without
- * interrupts: for tests of what stands behind them. The test puts the script at SCRIPT before it starts the VM and finds a result for each step
+ * hearing interrupts: for tests of what stands behind them. The test puts the script at SCRIPT before it starts the VM and finds a result for each step
  * at RESULTS; the last step resets the machine. mod.rs builds it and has the same script in Rust.
  */
 #include "bare.h"
@@ -13,7 +13,7 @@
 #define SIZE 16           /* entries of each queue, four for a request */
 #define SAY 0x10          /* a port of the test's */
 
-enum { END, READ, WRITE, FLUSH, BEGIN_READ, FINISH, SEND, RECEIVE, RESET, TELL, BEGIN_WRITE, INFLATE, DEFLATE, ACCOUNT, ASKED, TARGET, DISCARD, ZERO, HEADER, RANDOM, PRINT };
+enum { END, READ, WRITE, FLUSH, BEGIN_READ, FINISH, SEND, RECEIVE, RESET, TELL, BEGIN_WRITE, INFLATE, DEFLATE, ACCOUNT, ASKED, TARGET, DISCARD, ZERO, HEADER, RANDOM, PRINT, PAIRS, INTERRUPTS };
 
 struct step {
     u32 op, sector, sectors, fill;
@@ -35,13 +35,13 @@ struct queue {
 struct device {
     u32 place;
     volatile u8 *common, *own;
-    struct queue queues[3];
+    struct queue queues[5];
 };
 
 static struct device disk, card, balloon, source, console;
 /* What the card's driver knows of offloads, and the header in front of the frames that it sends. */
 static u32 offloads, header[3];
-static u16 pending;
+static u16 pairs = 1, pending;
 
 static void die(u8 why)
 {
@@ -130,7 +130,8 @@ static struct device *the_disk(void)
 static struct device *the_card(void)
 {
     if (!card.common)
-        setup(&card, 0x1041, 2, offloads, RINGS + 0x10000);
+        /* With CTRL_VQ and MQ where it has several pairs. */
+        setup(&card, 0x1041, pairs > 1 ? 2 * pairs + 1 : 2, offloads | (pairs > 1 ? 1 << 17 | 1 << 22 : 0), RINGS + 0x80000);
     return &card;
 }
 
@@ -260,6 +261,39 @@ static void set_header(const struct step *step)
     header[0] = step->sector, header[1] = step->sectors, header[2] = step->fill;
 }
 
+/* Has the driver begin again and use both of the card's pairs; the status that the device answers with. */
+static void use_pairs(struct result *result)
+{
+    volatile u8 *command = (volatile u8 *)(DATA + 0xd0000UL);
+    card.common = 0, pairs = 2;
+    struct queue *queue = &the_card()->queues[2 * pairs];
+    command[0] = 4, command[1] = 0; /* VIRTIO_NET_CTRL_MQ, VQ_PAIRS_SET */
+    command[2] = (u8)pairs, command[3] = 0, command[4] = 0xff;
+    put(queue, 0, (u64)command, 4, 1), put(queue, 1, (u64)command + 4, 1, 2);
+    offer(queue, 0);
+    done(queue, &result->length);
+    result->status = command[4];
+}
+
+/* Lets the disk's first vector and COM1's interrupts through; they are not taken. */
+static void let_interrupts(void)
+{
+    u32 place = the_disk()->place, next = config(place, 0x34) & 0xff;
+    while ((config(place, next) & 0xff) != 0x11)
+        if (!(next = config(place, next) >> 8 & 0xff))
+            die('x');
+    u32 table = config(place, next + 4);
+    volatile u32 *entry = (volatile u32 *)((config(place, 0x10 + 4 * (table & 7)) & ~15UL) + (table & ~7u));
+    out32(0xcf8, 0x80000000u | place << 11 | next);
+    out32(0xcfc, config(place, next) | 1u << 31);
+    entry[0] = 0xfee00000, entry[1] = 0, entry[2] = 0x41, entry[3] = 0;
+    volatile u32 *ioapic = (volatile u32 *)0xfec00000UL;
+    ioapic[0] = 0x11 + 2 * 4, ioapic[4] = 0;
+    ioapic[0] = 0x10 + 2 * 4, ioapic[4] = 0x31;
+    out8(0x3f9, 3); /* what is received, and room to send */
+    out8(0x3f8, 'x');
+}
+
 /* Gives `sectors` pages from page `sector` on to the balloon, filled before, or takes them back. */
 static void move_pages(const struct step *step, struct result *result)
 {
@@ -318,6 +352,8 @@ __attribute__((section(".text.startup"))) void guest(void)
         case SEND:
         case RECEIVE: transfer(step, result); break;
         case HEADER: set_header(step); break;
+        case PAIRS: use_pairs(result); break;
+        case INTERRUPTS: let_interrupts(); break;
         case RESET: disk.common = 0, pending = 0, the_disk(); break;
         case INFLATE:
         case DEFLATE: move_pages(step, result); break;

@@ -11,6 +11,7 @@ mod guests;
 mod jailed;
 mod learn;
 mod life;
+mod rare;
 mod reclaim;
 mod refuse;
 
@@ -21,6 +22,10 @@ fn main() -> ExitCode {
     match std::env::var(PART).as_deref() {
         Ok("learn") => {
             learn::inside();
+            return ExitCode::SUCCESS;
+        }
+        Ok("one arena") => {
+            learn::one_arena();
             return ExitCode::SUCCESS;
         }
         Ok("files") => {
@@ -68,6 +73,9 @@ fn part(name: &str) -> String {
     let mut command = Command::new("unshare");
     command.args(["--net", "--map-root-user"]).arg(std::env::current_exe().expect("this program"));
     command.env(PART, name).stdin(Stdio::null());
+    if name == "one arena" {
+        command.env("MALLOC_ARENA_MAX", "1");
+    }
     said(command, Duration::from_secs(300))
 }
 

@@ -92,7 +92,7 @@ const HOLE: Forbidden = ("fallocate", || raw(libc::SYS_fallocate, [-1, 3, 0, 409
 
 /// Calls that threads of other kinds may make: of vCPUs, the console and cards, disks, the balloon, and the one that reclaims memory.
 const OF_OTHERS: [&[Forbidden]; 5] = [
-    &[SEND, TURN],
+    &[SYNC, WRITE, RING, HOLE, SEND, TURN],
     &[RUN, SYNC, WRITE, RING, HOLE],
     &[RUN, SEND],
     &[RUN, SYNC, WRITE, RING, SEND],

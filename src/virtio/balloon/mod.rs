@@ -168,9 +168,11 @@ impl VirtioDevice for Balloon {
             return Vec::new();
         };
         let mut queues: Vec<Option<Queue>> = self.queue_sizes.iter().map(|_| None).collect();
-        match worker.detach() {
-            Ok(worker) => {
-                let (mut mine, kept) = worker.finish();
+        // What is held is given back on its own thread: whoever stops it, as a vCPU does, makes no call for it.
+        let worker = worker.detach().inspect_err(|error| log::warn!("{}: {error}", self.id));
+        let Ok(worker) = worker else { return queues };
+        match self.place.run(move || worker.finish()) {
+            Ok((mut mine, kept)) => {
                 for (queue, number) in mine.all().into_iter().zip(numbers) {
                     if let Some(place) = number.and_then(|number| queues.get_mut(number)) {
                         *place = queue.take();
@@ -178,7 +180,7 @@ impl VirtioDevice for Balloon {
                 }
                 self.state = State::Idle(kept);
             }
-            Err(error) => log::warn!("{}: {error}", self.id),
+            Err(error) => self.place.fault(&self.id, &error),
         }
         queues
     }
@@ -188,8 +190,10 @@ impl VirtioDevice for Balloon {
             *kept = Kept::default();
         }
         // The next driver knows nothing of what the last one gave back.
-        if let Some(memory) = self.memory.take() {
-            memory.restore(0, u64::MAX, || !self.place.is_ending());
+        if let Some(memory) = self.memory.take().filter(Memory::is_pooled) {
+            let ending = self.place.ending();
+            let restored = self.place.run(move || memory.restore(0, u64::MAX, || !ending()));
+            let _ = restored.inspect_err(|error| self.place.fault(&self.id, error));
         }
         self.control.reset();
     }

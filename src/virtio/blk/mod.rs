@@ -1,7 +1,7 @@
 #![forbid(unsafe_code)]
 //! virtio-blk (5.2): a disk.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use virtio_bindings::bindings::virtio_blk::{
@@ -61,6 +61,36 @@ enum State {
     Active(Attached<Worker>),
     /// Its backend went down with the loop that it was on.
     Lost,
+}
+
+impl Lane {
+    /// Its worker, which runs no more.
+    fn take(&mut self, id: &str) -> Option<Worker> {
+        match std::mem::replace(&mut self.state, State::Lost) {
+            State::Active(worker) => worker.detach().inspect_err(|error| log::warn!("{id}: {error}")).ok(),
+            other => {
+                self.state = other;
+                None
+            }
+        }
+    }
+
+    /// Begins to end it; the closure waits for its queue. `last` is of all the disk's lanes.
+    fn end<'a>(
+        &'a mut self,
+        id: &'a str,
+        worker: Worker,
+        last: Arc<OnceLock<Instant>>,
+    ) -> impl FnOnce() -> Option<Queue> + 'a {
+        let (place, state) = (&self.place, &mut self.state);
+        let ending = place.ending();
+        let finished = place.meanwhile(move || worker.finish(ending, &last));
+        move || {
+            let (queue, backend) = finished().inspect_err(|error| place.fault(id, error)).ok()?;
+            *state = State::Idle(backend);
+            Some(queue)
+        }
+    }
 }
 
 impl Blk {
@@ -131,34 +161,15 @@ impl Blk {
         config
     }
 
-    /// Every lane's worker goes back, and its queue.
+    /// Every lane's worker goes back, and its queue. What is in flight is waited for, and ended, on the lane's own thread: whoever
+    /// stops a disk, as a vCPU does whose driver resets it, makes no call for it.
     fn stop(&mut self) -> Vec<Option<Queue>> {
+        let (id, last) = (self.control.id(), Arc::<OnceLock<_>>::default());
         // All stop before any is waited for.
-        let taken: Vec<_> = self
-            .lanes
-            .iter_mut()
-            .map(|lane| match std::mem::replace(&mut lane.state, State::Lost) {
-                State::Active(worker) => Some(worker.detach()),
-                other => {
-                    lane.state = other;
-                    None
-                }
-            })
-            .collect();
-        let mut last = None;
-        let finish = |(lane, taken): (&mut Lane, Option<Result<Worker>>)| match taken? {
-            Ok(worker) => {
-                let place = &lane.place;
-                let (queue, backend) = worker.finish(|| place.is_ending(), &mut last);
-                lane.state = State::Idle(backend);
-                Some(queue)
-            }
-            Err(error) => {
-                log::warn!("{}: {error}", self.control.id());
-                None
-            }
-        };
-        self.lanes.iter_mut().zip(taken).map(finish).collect()
+        let taken: Vec<_> = self.lanes.iter_mut().map(|lane| lane.take(id)).collect();
+        let end = |(lane, worker): (_, Option<Worker>)| Some(Lane::end(lane, id, worker?, last.clone()));
+        let ended: Vec<_> = self.lanes.iter_mut().zip(taken).map(end).collect();
+        ended.into_iter().map(|wait| wait?()).collect()
     }
 
     fn begin(&mut self, index: usize, queue: Queue, features: u64, parts: &Activation) -> Result<()> {

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use event_manager::{EventSet, Events};
@@ -219,10 +219,10 @@ impl Worker {
     pub fn finish(
         mut self,
         ending: impl Fn() -> bool,
-        last: &mut Option<Instant>,
+        last: &OnceLock<Instant>,
     ) -> (Queue, Box<dyn Backend>) {
         while !self.settle(Instant::now() + LOOK) {
-            if ending() && Instant::now() >= *last.get_or_insert_with(|| Instant::now() + PATIENCE) {
+            if ending() && Instant::now() >= *last.get_or_init(|| Instant::now() + PATIENCE) {
                 self.disk.abandon();
             }
         }
