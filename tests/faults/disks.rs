@@ -80,8 +80,15 @@ pub fn layered(stage: &Stage, works: bool) -> vmbed::Result<()> {
     lived
 }
 
-const READS: [Step; 4] =
-    [(Op::Read, 3, 2, 0), (Op::Write, 3, 2, 7), (Op::Flush, 0, 0, 0), (Op::Read, 2, 3, 0)];
+const STEPS: [Step; 6] = [
+    (Op::Read, 3, 2, 0),
+    (Op::Write, 3, 2, 7),
+    (Op::Flush, 0, 0, 0),
+    (Op::Read, 2, 3, 0),
+    // Lets interrupts through, and holds them back.
+    (Op::Interrupts, 0, 0, 0),
+    (Op::Interrupts, 0, 0, 1),
+];
 
 /// Two disks, one of which is based on an encrypted image, both of which grow.
 fn stack(one: &Path, two: &Path, stage: &Stage, works: bool) -> vmbed::Result<()> {
@@ -98,7 +105,7 @@ fn stack(one: &Path, two: &Path, stage: &Stage, works: bool) -> vmbed::Result<()
             .unlocked_by(PASSPHRASE),
         DiskConfig::qcow2(two).based_on(&raw.path, raw.format),
     ];
-    let steps = if works { &READS[..] } else { &[] };
+    let steps = if works { &STEPS[..] } else { &[] };
     let vm = ready(host.builder(config), steps)?;
     let lived = vm.start().and_then(|()| {
         vm.resize_disk(0, Bytes(2 * SIZE))?;
@@ -156,7 +163,7 @@ pub fn own(stage: &Stage) -> vmbed::Result<()> {
             (near, far, listens, output, file)
         }
     });
-    *lock(&FAR) = Some(Far::Slow(far));
+    *lock(&FAR) = Some(Far::Slow(far, 0));
     let lived = bring(stage, &near, &output, &file);
     *lock(&FAR) = None;
     aside(move || drop((near, output, file)));
@@ -182,6 +189,7 @@ fn bring(stage: &Stage, near: &UnixDatagram, output: &UnixStream, file: &File) -
         (Op::Print, 0, 16, b'x' as u32),
     ];
     // More than the socket has room for.
+    steps.push((Op::Room, 0, 0, 0));
     steps.extend([(Op::Send, 0, FRAME as u32, SENT.into()); 24]);
     // A driver that begins anew amid a request.
     steps.extend([(Op::BeginRead, 3, 2, 0), (Op::Reset, 0, 0, 0), (Op::Read, 3, 2, 0)]);

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 
 use vmbed::{BackingKind, BalloonConfig, Bytes, CgroupConfig, DiskConfig, Host, NetConfig, Vhost};
 
@@ -16,6 +17,9 @@ use crate::{GUEST, callers, disks, wire};
 
 /// In the lab: the places that are reached outside.
 const KNOWN: &str = "VMBED_FAULT_KNOWN";
+
+/// The places that are reached there.
+pub static REACHED: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
 
 /// Those places, in the lab.
 pub fn known() -> Option<BTreeSet<u32>> {
@@ -40,22 +44,23 @@ pub fn in_a_lab(reached: &BTreeSet<u32>) {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let said = text(&output.stdout);
     assert!(output.status.success(), "{}: {said}{}", output.status, text(&output.stderr));
-    for line in said.lines() {
-        if let Some(numbers) = line.strip_prefix("places ") {
-            lock(&AFTER).extend(numbers.split(' ').map(|number| number.parse::<u32>().unwrap()));
-        }
+    for (word, those) in [("reached", &REACHED), ("after", &AFTER)] {
+        let numbers = said.lines().find_map(|line| line.strip_prefix(word)).expect("places").split(' ');
+        lock(those).extend(numbers.filter(|n| !n.is_empty()).map(|n| n.parse::<u32>().unwrap()));
     }
     println!("in the lab: {}", said.lines().rfind(|line| line.contains(" lives, ")).unwrap_or("nothing"));
 }
 
 /// Says outside what is reached.
 pub fn report(reached: &BTreeSet<u32>) {
-    let all: BTreeSet<_> = reached.union(&lock(&AFTER)).copied().collect();
-    let all: Vec<_> = all.iter().map(u32::to_string).collect();
-    println!("places {}", all.join(" "));
+    for (word, those) in [("reached", reached), ("after", &*lock(&AFTER))] {
+        let numbers: Vec<_> = those.iter().map(u32::to_string).collect();
+        println!("{word} {}", numbers.join(" "));
+    }
 }
 
 const CARD: &str = "vnet9";
+const CGROUP: &str = "/sys/fs/cgroup/vmbed-faults";
 
 /// A child in a network namespace and in a cgroup of its own, with what there is but once for a machine.
 pub fn caged(program: &Path) -> Command {
@@ -81,6 +86,11 @@ fn run(words: &[&str]) -> String {
 pub fn live(stage: &Stage, works: bool) -> vmbed::Result<()> {
     let image = stage.disk();
     let (device, far) = aside(move || {
+        // As if the process had this number before, and as if nobody had asked for the controller yet.
+        for id in 1..4 {
+            let _ = std::fs::create_dir(format!("{CGROUP}/vmbed-{}-{id}", std::process::id()));
+        }
+        let _ = std::fs::write(format!("{CGROUP}/cgroup.subtree_control"), "-cpu");
         // Not there yet, or of the life before.
         let _ = Command::new("ip").args(["tuntap", "add", CARD, "mode", "tap"]).output();
         run(&["ip", "link", "set", CARD, "up"]);
@@ -88,7 +98,11 @@ pub fn live(stage: &Stage, works: bool) -> vmbed::Result<()> {
     });
     let lived = bring(stage, &device, far, works);
     *lock(&FAR) = None;
-    aside(move || run(&["losetup", "--detach", device.to_str().unwrap()]));
+    aside(move || {
+        (1..4)
+            .for_each(|id| drop(std::fs::remove_dir(format!("{CGROUP}/vmbed-{}-{id}", std::process::id()))));
+        run(&["losetup", "--detach", device.to_str().unwrap()])
+    });
     lived
 }
 

@@ -309,7 +309,7 @@ impl Plan {
 
     /// What is wrong with the list of places that are not reached.
     fn unreached(&self) -> Vec<String> {
-        sites::wrong(&self.places, &self.reached())
+        sites::wrong(&self.places, &self.reached().union(&life::lock(&machine::REACHED)).copied().collect())
     }
 
     fn report(&self, in_the_lab: bool) {

@@ -21,7 +21,7 @@ enum Why {
 use Why::{After, Cannot, Elsewhere, Here};
 
 /// File and function, and what of its calls is not come by.
-const EXCUSED: [(&str, &str, Why); 35] = [
+const EXCUSED: [(&str, &str, Why); 33] = [
     ("block/create.rs", "create_disk", After),
     ("block/engine/uring.rs", "finish", Cannot(IN_PARTS)),
     ("block/engine/uring.rs", "submit", Cannot("a flush, which does not go this way")),
@@ -34,7 +34,6 @@ const EXCUSED: [(&str, &str, Why); 35] = [
     ("reactor/dispatcher.rs", "remove", Cannot(GIVES_BACK)),
     ("sys/fd.rs", "is_nonblocking", After),
     ("sys/fd.rs", "is_writable", After),
-    ("sys/fd.rs", "wait_readable", Cannot(FOR_SECONDS)),
     ("sys/fork.rs", "make_page", Here(ANONYMOUS)),
     ("sys/image.rs", "pure_write_zeroes", After),
     ("sys/image.rs", "resize", Cannot("the library asks for it in nothing that is done with an image here")),
@@ -59,7 +58,6 @@ const EXCUSED: [(&str, &str, Why); 35] = [
     ("vm/answers.rs", "answer", Here(ONE_LISTENER)),
     ("vm/answers.rs", "hear", Here(ONE_LISTENER)),
     ("vm/answers.rs", "new", Here(ONE_LISTENER)),
-    ("vm/cgroup.rs", "make", After),
     ("vm/supervisor.rs", "process", Here(ONE_LISTENER)),
 ];
 

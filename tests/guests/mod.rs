@@ -44,6 +44,7 @@ pub enum Op {
     Print,
     Pairs,
     Interrupts,
+    Room,
 }
 
 /// What comes of a step: the worst status, the bytes that the device wrote, the sum of what it read.

@@ -13,7 +13,7 @@
 #define SIZE 16           /* entries of each queue, four for a request */
 #define SAY 0x10          /* a port of the test's */
 
-enum { END, READ, WRITE, FLUSH, BEGIN_READ, FINISH, SEND, RECEIVE, RESET, TELL, BEGIN_WRITE, INFLATE, DEFLATE, ACCOUNT, ASKED, TARGET, DISCARD, ZERO, HEADER, RANDOM, PRINT, PAIRS, INTERRUPTS };
+enum { END, READ, WRITE, FLUSH, BEGIN_READ, FINISH, SEND, RECEIVE, RESET, TELL, BEGIN_WRITE, INFLATE, DEFLATE, ACCOUNT, ASKED, TARGET, DISCARD, ZERO, HEADER, RANDOM, PRINT, PAIRS, INTERRUPTS, ROOM };
 
 struct step {
     u32 op, sector, sectors, fill;
@@ -253,6 +253,14 @@ static void transfer(const struct step *step, struct result *result)
         result->sum += frame[i];
 }
 
+/* Room for a frame that nobody waits for. */
+static void make_room(void)
+{
+    struct queue *queue = &the_card()->queues[0];
+    put(queue, 0, DATA + 0x80000UL, 2048, 2);
+    offer(queue, 0);
+}
+
 /* Frames are sent behind these 12 bytes from here on. The first has the driver begin again, as one that knows CSUM and TSO4, both ways. */
 static void set_header(const struct step *step)
 {
@@ -275,8 +283,8 @@ static void use_pairs(struct result *result)
     result->status = command[4];
 }
 
-/* Lets the disk's first vector and COM1's interrupts through; they are not taken. */
-static void let_interrupts(void)
+/* Lets the disk's first vector and COM1's interrupts through; they are not taken. With `fill`, has the vector wait again, and looks whether it does. */
+static void let_interrupts(const struct step *step)
 {
     u32 place = the_disk()->place, next = config(place, 0x34) & 0xff;
     while ((config(place, next) & 0xff) != 0x11)
@@ -284,6 +292,12 @@ static void let_interrupts(void)
             die('x');
     u32 table = config(place, next + 4);
     volatile u32 *entry = (volatile u32 *)((config(place, 0x10 + 4 * (table & 7)) & ~15UL) + (table & ~7u));
+    if (step->fill) {
+        u32 waiting = config(place, next + 8);
+        entry[3] = 1;
+        (void)*(volatile u32 *)((config(place, 0x10 + 4 * (waiting & 7)) & ~15UL) + (waiting & ~7u));
+        return;
+    }
     out32(0xcf8, 0x80000000u | place << 11 | next);
     out32(0xcfc, config(place, next) | 1u << 31);
     entry[0] = 0xfee00000, entry[1] = 0, entry[2] = 0x41, entry[3] = 0;
@@ -353,7 +367,8 @@ __attribute__((section(".text.startup"))) void guest(void)
         case RECEIVE: transfer(step, result); break;
         case HEADER: set_header(step); break;
         case PAIRS: use_pairs(result); break;
-        case INTERRUPTS: let_interrupts(); break;
+        case INTERRUPTS: let_interrupts(step); break;
+        case ROOM: make_room(); break;
         case RESET: disk.common = 0, pending = 0, the_disk(); break;
         case INFLATE:
         case DEFLATE: move_pages(step, result); break;
