@@ -243,7 +243,8 @@ static BALLOON: &[Rule] = &[
     any(Sysno::epoll_wait),
     any(Sysno::epoll_ctl),
     any(Sysno::timerfd_settime),
-    with(Sysno::fallocate, &[(1, Is::Number(0))]).unseen("memory of the pool of huge pages: tests/linux"),
+    with(Sysno::fallocate, &[(1, Is::Number(0))])
+        .unseen("memory of the pool of huge pages, which an administrator makes"),
     with(Sysno::fallocate, &[(1, Is::Number(HOLE))]),
     with(Sysno::madvise, &[(2, Is::Number(libc::MADV_FREE as u32))]),
     ioctl(&[(1, Is::Number(PAGEMAP_SCAN))]),
@@ -255,7 +256,7 @@ static BALLOON: &[Rule] = &[
 /// paused, and go on, on a thread outside.
 static RECLAIM: &[Rule] = &[
     any(Sysno::epoll_wait),
-    any(Sysno::epoll_ctl).unseen("the cgroup whose pressure is watched is removed"),
+    any(Sysno::epoll_ctl).unseen("the cgroup, of version 2, whose pressure is watched is removed"),
     // The machine's memory, the cgroup's, and a guest's page tables before Linux 6.7: from files that were opened before.
     any(Sysno::pread64),
     any(Sysno::sysinfo),
