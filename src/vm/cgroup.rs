@@ -26,11 +26,13 @@ impl Cgroup {
     pub fn make(id: VmId, config: &CgroupConfig) -> Result<Self> {
         let parent = config.parent.clone().map_or_else(own, Ok)?;
         let path = parent.join(format!("vmbed-{}-{}", std::process::id(), id.0));
-        let made = fs::create_dir(&path).or_else(|error| match error.kind() {
+        let mut made = fs::create_dir(&path);
+        if made.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AlreadyExists) {
             // Of a process that had this number before, and was killed: nobody is in it.
-            std::io::ErrorKind::AlreadyExists if fs::remove_dir(&path).is_ok() => fs::create_dir(&path),
-            _ => Err(error),
-        });
+            let left = "removing it, which a process of the same number left behind";
+            fs::remove_dir(&path).map_err(|e| Error::os(format!("cgroup: {}: {left}", path.display()), e))?;
+            made = fs::create_dir(&path);
+        }
         made.map_err(|e| failed(&path, "making it", e))?;
         let made = Self { path, process: fork::process() };
         // Before the parent's controllers: with processes in it, it can have threaded children only.

@@ -43,11 +43,11 @@ pub fn in_a_lab(reached: &BTreeSet<u32>) {
     let output = command.arg(std::env::current_exe().unwrap()).output().expect("tests/lab/run");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let said = text(&output.stdout);
-    assert!(output.status.success(), "{}: {said}{}", output.status, text(&output.stderr));
     for (word, those) in [("reached", &REACHED), ("after", &AFTER)] {
-        let numbers = said.lines().find_map(|line| line.strip_prefix(word)).expect("places").split(' ');
+        let numbers = said.lines().find_map(|line| line.strip_prefix(word)).unwrap_or_default().split(' ');
         lock(those).extend(numbers.filter(|n| !n.is_empty()).map(|n| n.parse::<u32>().unwrap()));
     }
+    assert!(output.status.success(), "{}: {said}{}", output.status, text(&output.stderr));
     println!("in the lab: {}", said.lines().rfind(|line| line.contains(" lives, ")).unwrap_or("nothing"));
 }
 

@@ -3,7 +3,7 @@
 use crate::Kind;
 
 /// Of these, an error has one. A call is made for several things.
-const CALLS: [(libc::c_long, &[&str]); 41] = [
+const CALLS: [(libc::c_long, &[&str]); 42] = [
     (libc::SYS_read, &["reading", "read"]),
     (libc::SYS_pread64, &["reading", "read", "growing"]),
     (libc::SYS_preadv, &["reading"]),
@@ -27,6 +27,7 @@ const CALLS: [(libc::c_long, &[&str]); 41] = [
     ),
     (libc::SYS_pwrite64, &["writing", "making"]),
     (libc::SYS_write, &["writing", "making", "enabling the cpu controller"]),
+    (libc::SYS_rmdir, &["removing it"]),
     (libc::SYS_mkdir, &["cgroup: ", "making"]),
     (libc::SYS_fallocate, &["allocating", "making", "size", "growing", "writing"]),
     (libc::SYS_ftruncate, &["memfd", "size", "making", "growing"]),
