@@ -26,7 +26,8 @@ pub fn learn() {
 ///
 /// What an earlier call has left on the stack may be taken for a later one's: then that was made, too.
 pub fn place(thread: u32) -> u32 {
-    let Some((stack, instruction)) = registers(thread) else { return 0 };
+    // It says what it calls before it sleeps.
+    let Some((stack, instruction)) = (0..100_000).find_map(|_| registers(thread)) else { return 0 };
     if let Some(place) = of(instruction) {
         return place;
     }
@@ -48,7 +49,7 @@ fn of(address: u64) -> Option<u32> {
     returns.binary_search_by_key(&address, |(at, _)| *at).ok().map(|index| returns[index].1)
 }
 
-/// Its stack pointer, and the instruction that it goes on with.
+/// Its stack pointer, and the instruction that it goes on with; not yet where it runs.
 fn registers(thread: u32) -> Option<(u64, u64)> {
     let (mut path, mut text) = ([0u8; 64], [0u8; 256]);
     write!(&mut path[..63], "/proc/self/task/{thread}/syscall").ok()?;
@@ -60,6 +61,10 @@ fn registers(thread: u32) -> Option<(u64, u64)> {
         length
     };
     let text = std::str::from_utf8(text.get(..usize::try_from(length).ok()?)?).ok()?;
+    if text.starts_with("running") {
+        std::thread::yield_now();
+        return None;
+    }
     let mut last = text.trim().rsplit(' ').map(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16));
     let instruction = last.next()?.ok()?;
     Some((last.next()?.ok()?, instruction))

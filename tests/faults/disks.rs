@@ -163,15 +163,19 @@ pub fn own(stage: &Stage) -> vmbed::Result<()> {
             (near, far, listens, output, file)
         }
     });
-    *lock(&FAR) = Some(Far::Slow(far, 0));
-    let lived = bring(stage, &near, &output, &file);
+    let lived = bring(stage, (&near, far), &output, &file);
     *lock(&FAR) = None;
     aside(move || drop((near, output, file)));
     expect(others::heard(listens) == [b'x'; 16], "what was printed");
     lived
 }
 
-fn bring(stage: &Stage, near: &UnixDatagram, output: &UnixStream, file: &File) -> vmbed::Result<()> {
+fn bring(
+    stage: &Stage,
+    (near, far): (&UnixDatagram, UnixDatagram),
+    output: &UnixStream,
+    file: &File,
+) -> vmbed::Result<()> {
     let memory = Arc::new(Mutex::new(vec![0; SIZE as usize]));
     let host = Host::open()?;
     let mut config = stage.pc();
@@ -194,6 +198,9 @@ fn bring(stage: &Stage, near: &UnixDatagram, output: &UnixStream, file: &File) -
     // A driver that begins anew amid a request.
     steps.extend([(Op::BeginRead, 3, 2, 0), (Op::Reset, 0, 0, 0), (Op::Read, 3, 2, 0)]);
     let vm = ready(builder.net_fd(0, near)?.console_output(output)?, &steps)?;
-    let lived = vm.start().and_then(|()| end_of(&vm));
+    let lived = vm.start().and_then(|()| {
+        *lock(&FAR) = Some(Far::Slow(far, 0));
+        end_of(&vm)
+    });
     end(host, vm, lived)
 }
