@@ -382,9 +382,11 @@ mod tests {
     fn any_access_is_answered() {
         let rig = Rig::new();
         rig.program(3, 0x33);
-        for select in 0..=255 {
+        // Miri takes a thousand times as long.
+        let (selects, far, near) = if cfg!(miri) { (51, 0x800, 8) } else { (1, 4, 1) };
+        for select in (0..=255).step_by(selects) {
             rig.ioapic.write(Access::at(IOREGSEL), &[select]).unwrap();
-            for offset in (0..0x1000).step_by(4).chain(0..0x50) {
+            for offset in (0..0x1000).step_by(far).chain((0..0x50).step_by(near)) {
                 for size in 0..=8 {
                     let mut data = vec![0xff; size];
                     rig.ioapic.read(Access::at(offset), &mut data).unwrap();

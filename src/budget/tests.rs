@@ -193,6 +193,7 @@ fn page() -> String {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "hundreds of claims, of which the issue's example has enough")]
 fn the_pages_example_has_the_right_numbers() {
     let page = page();
     let shape = Shape { memory: Bytes::gib(1), vcpus: 1, threads: 2, rings: 1, nested_paging: true };
@@ -407,7 +408,10 @@ fn step(real: &Arc<Ledger>, consumers: &mut Vec<Consumer>, naive: &mut Naive, st
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+    // Miri takes a thousand times as long.
+    #![proptest_config(ProptestConfig {
+        cases: if cfg!(miri) { 4 } else { 2000 }, failure_persistence: None, ..ProptestConfig::default()
+    })]
 
     #[test]
     fn any_history_is_judged_as_on_paper(

@@ -15,6 +15,8 @@ use crate::reactor::panic_text;
 mod arguments;
 mod balloon;
 mod block;
+#[cfg(test)]
+mod calls;
 mod config;
 #[cfg(feature = "internals")]
 pub(crate) mod crossed;

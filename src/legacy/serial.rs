@@ -191,6 +191,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "fills a queue of 4 KiB byte by byte, which takes minutes")]
     fn input_that_the_guest_does_not_read_is_bounded_and_not_lost() {
         let rig = Rig::new();
         let bytes: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();

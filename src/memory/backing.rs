@@ -148,7 +148,8 @@ pub(super) fn collapse(region: &GuestRegionMmap, offsets: Range<u64>) {
 
 /// What reads the page tables of this process, where only they know what is there.
 pub(super) fn pagemap(config: &BackingConfig) -> Result<Option<File>> {
-    if config.kind != BackingKind::Anonymous {
+    // Miri has no page tables to read.
+    if config.kind != BackingKind::Anonymous || cfg!(miri) {
         return Ok(None);
     }
     let why = "backing.kind is Anonymous: what is there of it is read from /proc/self/pagemap";

@@ -74,7 +74,12 @@ impl Memory {
     /// `size` bytes on sealed memfds, at the addresses that [`layout::ram`] gives.
     #[cfg(any(test, feature = "internals"))]
     pub fn new(size: u64) -> Result<Self> {
-        Self::on(size, &BackingConfig::default())
+        let mut config = BackingConfig::default();
+        if cfg!(miri) {
+            // It has no memfds.
+            config.kind = crate::config::BackingKind::Anonymous;
+        }
+        Self::on(size, &config)
     }
 
     /// `size` bytes of what the configuration says. With `prefault`, all of it is there on return.

@@ -76,6 +76,10 @@ pub(crate) fn advise(region: &MmapRegion, offset: usize, len: usize, advice: Adv
         Advice::Mergeable => libc::MADV_MERGEABLE,
         Advice::Populate => libc::MADV_POPULATE_WRITE,
     };
+    // Miri knows no advice, and nothing depends on any being followed.
+    if cfg!(miri) {
+        return Ok(());
+    }
     // SAFETY: the range lies within a live mapping (checked above), and none of these advices changes
     // its content or unmaps anything.
     let result = unsafe { libc::madvise(region.as_ptr().add(offset).cast(), len, advice) };
@@ -158,8 +162,14 @@ fn fallocate(file: &File, mode: i32, offset: u64, len: u64) -> io::Result<()> {
 
 /// Address space with nothing in it. What is mapped inside goes with it when it is dropped.
 pub(crate) fn reserve(size: usize) -> io::Result<MmapRegion> {
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    MmapRegion::build(None, size, libc::PROT_NONE, flags).map_err(io::Error::other)
+    // Miri maps whole memory only, and nothing over it: so it is there from the start.
+    let (prot, more) = if cfg!(miri) {
+        (libc::PROT_READ | libc::PROT_WRITE, 0)
+    } else {
+        (libc::PROT_NONE, libc::MAP_NORESERVE)
+    };
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | more;
+    MmapRegion::build(None, size, prot, flags).map_err(io::Error::other)
 }
 
 /// What [`map_inside`] maps.
@@ -195,7 +205,8 @@ pub(crate) fn map_inside(
     let at = reserved.as_ptr().wrapping_add(start);
     // SAFETY: MAP_FIXED replaces pages of our own empty reservation only (checked above), which nobody
     // has a pointer into.
-    let mapped = unsafe { libc::mmap(at.cast(), size, prot, flags | libc::MAP_FIXED, fd, 0) };
+    let map = || unsafe { libc::mmap(at.cast(), size, prot, flags | libc::MAP_FIXED, fd, 0) };
+    let mapped = if cfg!(miri) { at.cast() } else { map() };
     if mapped == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
