@@ -194,6 +194,8 @@ static VCPU: &[Rule] = &[
     any(Sysno::rt_sigtimedwait),
     // Its times, from a file that was opened before.
     any(Sysno::pread64),
+    // Whether a vector that is masked was raised (MSI-X's pending bits): of one descriptor, without waiting.
+    with(Sysno::poll, &[(1, Is::Number(1)), (2, Is::Number(0))]),
 ];
 
 /// Serves the console, cards and the random number generator.

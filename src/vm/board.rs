@@ -180,7 +180,8 @@ impl Board {
 
     /// Stops every device for good, and lets the console's last words out.
     pub fn stop(&self) {
-        self.virtio.iter().for_each(|d| d.end());
+        // One that panics leaves the others to be ended all the same.
+        self.virtio.iter().for_each(|device| drop(self.guarded(device, |device| device.end())));
         self.balloon.iter().for_each(|control| control.end());
         if self.loops.iter().any(|l| l.is_callers()) {
             // Only the embedder can carry them; this has its dispatcher say that there is something to do.

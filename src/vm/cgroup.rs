@@ -29,9 +29,16 @@ impl Cgroup {
         let mut made = fs::create_dir(&path);
         if made.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AlreadyExists) {
             // Of a process that had this number before, and was killed: nobody is in it.
-            let left = "removing it, which a process of the same number left behind";
-            fs::remove_dir(&path).map_err(|e| Error::os(format!("cgroup: {}: {left}", path.display()), e))?;
-            made = fs::create_dir(&path);
+            match fs::remove_dir(&path) {
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                    let why = format!("cgroup: {}: another process of this number is in it", path.display());
+                    return Err(Error::os(why, error));
+                }
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(failed(&path, "removing it, which another process left behind", error));
+                }
+                _ => made = fs::create_dir(&path),
+            }
         }
         made.map_err(|e| failed(&path, "making it", e))?;
         let made = Self { path, process: fork::process() };

@@ -138,7 +138,7 @@ impl BlockBackend for Ram {
     fn submit(&mut self, mut request: BlockRequest) {
         let memory = self.0.clone();
         later(move || {
-            std::thread::sleep(Duration::from_millis(3));
+            std::thread::sleep(Duration::from_millis(15));
             let at = request.offset() as usize..(request.offset() + request.len()) as usize;
             match request.op() {
                 BlockOp::Read => drop(request.copy_from(0, &lock(&memory)[at])),

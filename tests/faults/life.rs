@@ -15,7 +15,7 @@ use crate::driven::{self, Far};
 use crate::holdings::Holdings;
 use crate::machine;
 use crate::others::{self, Server};
-use crate::supervisor::{ARMED, HIT, seen, watch};
+use crate::supervisor::{ARMED, FULL, HIT, HIT_FROM, seen, watch};
 use crate::{Fault, GUEST, guests};
 
 /// Whatever is under way has this long, on a machine that has other things to do.
@@ -257,8 +257,9 @@ pub fn lead(fault: Fault) {
     }
     gives_back(stage.life);
     if HIT.load(Ordering::SeqCst) > 0 {
-        println!("hit");
+        println!("hit {}", HIT_FROM.load(Ordering::SeqCst));
     }
+    assert!(!FULL.load(Ordering::SeqCst), "more kinds and places of calls than there is room for");
     for (kind, place, count) in seen() {
         println!("made {} {} {place} {count}", kind.number, kind.request);
     }

@@ -12,23 +12,28 @@ use crate::driven::{FRAME, Far, SENT, SIZE};
 use crate::guests::Op;
 use crate::life::{FAR, Stage, aside, end_of, lock};
 use crate::others::{end, ready};
-use crate::sweep::AFTER;
-use crate::{GUEST, callers, disks, wire};
+use crate::sweep::{AFTER, HITS};
+use crate::{GUEST, Kind, Swept, callers, disks, wire};
 
-/// In the lab: the places that are reached outside.
+/// In the lab: what is swept outside, as `number:request:place`.
 const KNOWN: &str = "VMBED_FAULT_KNOWN";
 
-/// The places that are reached there.
-pub static REACHED: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
-
-/// Those places, in the lab.
-pub fn known() -> Option<BTreeSet<u32>> {
+/// That, in the lab.
+pub fn known() -> Option<Swept> {
     let known = std::env::var(KNOWN).ok()?;
-    Some(known.split(' ').map(|number| number.parse().expect("numbers of places")).collect())
+    let machine = std::fs::read_to_string("/proc/cmdline").unwrap();
+    assert!(machine.contains("vmbed.lab=1"), "{KNOWN} is for the lab alone: this changes its machine");
+    let mut swept = Swept::new();
+    for triple in known.split(' ') {
+        let numbers: Vec<u32> = triple.split(':').map(|number| number.parse().expect("a number")).collect();
+        let kind = Kind { number: numbers[0], request: numbers[1] };
+        swept.entry(kind).or_default().insert(numbers[2]);
+    }
+    Some(swept)
 }
 
-/// Runs this program in a lab, for what is not reached here.
-pub fn in_a_lab(reached: &BTreeSet<u32>) {
+/// Runs this program in a lab, for what is not swept here.
+pub fn in_a_lab(swept: &Swept) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let fetched = Command::new(root.join("tests/assets/fetch")).status().expect("tests/assets/fetch");
     assert!(fetched.success(), "tests/assets/fetch: {fetched}");
@@ -38,24 +43,29 @@ pub fn in_a_lab(reached: &BTreeSet<u32>) {
     for name in [GUEST, callers::PLACES, disks::BELOW, "VMBED_FAULTS"] {
         command.args(std::env::var(name).ok().map(|value| format!("{name}={value}")));
     }
-    let known: Vec<_> = reached.iter().map(u32::to_string).collect();
+    let of = |(kind, from): (&Kind, &BTreeSet<u32>)| {
+        from.iter().map(|place| format!("{}:{}:{place}", kind.number, kind.request)).collect::<Vec<_>>()
+    };
+    let known: Vec<_> = swept.iter().flat_map(of).collect();
     command.arg(format!("{KNOWN}={}", known.join(" ")));
     let output = command.arg(std::env::current_exe().unwrap()).output().expect("tests/lab/run");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let said = text(&output.stdout);
-    for (word, those) in [("reached", &REACHED), ("after", &AFTER)] {
-        let numbers = said.lines().find_map(|line| line.strip_prefix(word)).unwrap_or_default().split(' ');
-        lock(those).extend(numbers.filter(|n| !n.is_empty()).map(|n| n.parse::<u32>().unwrap()));
+    for (word, those) in OUTCOMES {
+        let line = said.lines().rev().find_map(|line| line.strip_prefix(word)).unwrap_or_default();
+        lock(those).extend(line.split(' ').filter_map(|number| number.parse::<u32>().ok()));
     }
     assert!(output.status.success(), "{}: {said}{}", output.status, text(&output.stderr));
     println!("in the lab: {}", said.lines().rfind(|line| line.contains(" lives, ")).unwrap_or("nothing"));
 }
 
-/// Says outside what is reached.
-pub fn report(reached: &BTreeSet<u32>) {
-    for (word, those) in [("reached", reached), ("after", &*lock(&AFTER))] {
-        let numbers: Vec<_> = those.iter().map(u32::to_string).collect();
-        println!("{word} {}", numbers.join(" "));
+const OUTCOMES: [(&str, &Mutex<BTreeSet<u32>>); 2] = [("places-hit ", &HITS), ("places-after ", &AFTER)];
+
+/// Says outside what came of it.
+pub fn report() {
+    for (word, those) in OUTCOMES {
+        let numbers: Vec<_> = lock(those).iter().map(u32::to_string).collect();
+        println!("{word}{}", numbers.join(" "));
     }
 }
 

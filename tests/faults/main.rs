@@ -38,7 +38,7 @@ mod words;
 use life::Life;
 use part::Part;
 use places::Places;
-use sweep::{Counts, FAULTS, child, kinds, sweep, wants_all};
+use sweep::{Counts, FAULTS, HITS, child, kinds, sweep, wants_all, went_well};
 
 /// What a child is told: how it lives, which kind of call, which of them, what that answers.
 const FAULT: &str = "VMBED_FAULT";
@@ -225,11 +225,13 @@ impl Drop for Files {
     }
 }
 
+/// From where calls of each kind are to fail.
+type Swept = BTreeMap<Kind, BTreeSet<u32>>;
+
 /// What is to be tried.
 struct Plan {
     places: Arc<Places>,
-    /// From where calls of each kind fail.
-    swept: BTreeMap<Kind, BTreeSet<u32>>,
+    swept: Swept,
     calls: u64,
     lives: usize,
     trials: Vec<Trial>,
@@ -241,14 +243,11 @@ impl Plan {
     }
 
     /// Each kind of call in each of the lives, from the places that no other life, and nobody elsewhere, has tried.
-    fn sweep(&mut self, lives: impl Iterator<Item = Life>, elsewhere: Option<&BTreeSet<u32>>) {
+    fn sweep(&mut self, lives: impl Iterator<Item = Life>, elsewhere: Option<&Swept>) {
         for life in lives {
             // One without a fault: which calls there are.
             let said = child(&Fault { life, ..Fault::NONE });
-            assert!(
-                said.contains("it went well") && !said.contains("MISSED"),
-                "{life:?} without a fault:\n{said}"
-            );
+            assert!(went_well(&said) && !said.contains("MISSED"), "{life:?} without a fault:\n{said}");
             self.lives += 1;
             if std::env::var("VMBED_FAULTS").is_ok_and(|which| which == "list") {
                 self.list(life, &said);
@@ -259,6 +258,7 @@ impl Plan {
                 // What another life has, too, is swept there.
                 let punches = kind == Kind::of(libc::SYS_fallocate, 0) && life == Life::Qcow2;
                 let again = kind.request == Kind::PART && life.has_parts() || punches || wants_all();
+                let elsewhere = elsewhere.and_then(|known| known.get(&kind));
                 let is_new = |place: &u32| elsewhere.is_none_or(|known| !known.contains(place));
                 let here =
                     from.into_iter().filter(|(place, _)| known.insert(*place) && is_new(place) || again);
@@ -282,11 +282,6 @@ impl Plan {
         }
     }
 
-    /// The places that lives without a fault come by.
-    fn reached(&self) -> BTreeSet<u32> {
-        self.swept.values().flatten().copied().collect()
-    }
-
     /// Trials of the whole.
     fn everything(&mut self) {
         let swept: Vec<Kind> = self.swept.keys().copied().collect();
@@ -296,31 +291,32 @@ impl Plan {
             assert!(parts > 7, "{parts} of them can come short: {swept:?}");
             Ok(())
         }));
-        let reached = self.reached();
+        let swept = self.swept.clone();
         // First, since it takes longest.
         self.trials.insert(
             0,
             Trial::test("what_takes_a_machine_of_its_own", move || {
-                machine::in_a_lab(&reached);
+                machine::in_a_lab(&swept);
                 Ok(())
             }),
         );
     }
 
-    /// What is wrong with the list of places that are not reached.
+    /// What is wrong with the list of places of which no call was answered.
     fn unreached(&self) -> Vec<String> {
-        sites::wrong(&self.places, &self.reached().union(&life::lock(&machine::REACHED)).copied().collect())
+        let nobodys = self.swept.iter().filter(|(_, from)| from.contains(&0)).map(|(kind, _)| *kind);
+        sites::wrong(&self.places, nobodys.collect())
     }
 
     fn report(&self, in_the_lab: bool) {
         if in_the_lab {
-            machine::report(&self.reached());
+            machine::report();
         }
         let is_kind = |kind: &&Kind| ![Kind::PART, Kind::KEPT].contains(&kind.request);
         let kinds: Vec<_> = self.swept.keys().filter(is_kind).map(|kind| kind.name()).collect();
         let faults = FAULTS.load(Ordering::Relaxed);
         if faults > 0 {
-            let reached = self.places.all.len() - self.places.unreached(&self.reached()).count();
+            let reached = self.places.all.len() - self.places.unreached(&life::lock(&HITS)).count();
             println!(
                 "{} lives, {} calls of {} kinds from {reached} of {} lines, {faults} of them answered: {kinds:?}",
                 self.lives,

@@ -9,13 +9,16 @@ use std::fmt;
 use std::path::Path;
 
 use addr2line::Loader;
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
+use iced_x86::{
+    Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
+    Register,
+};
 use object::{
     Object, ObjectSection, ObjectSymbol, ObjectSymbolTable, RelocationTarget, SectionKind, SymbolKind,
 };
 
 /// What the C library does without the kernel, or by calls that the supervisor lets pass (`PASSED`); the beginnings of their names.
-const QUIET: [&str; 38] = [
+const QUIET: [&str; 39] = [
     "_Unwind_",
     "__cxa_",
     "__errno_location",
@@ -37,7 +40,8 @@ const QUIET: [&str; 38] = [
     "getauxval",
     "gnu_get_libc_version",
     "dl",
-    "clock_gettime",
+    "clock_",
+    "nanosleep",
     "closedir",
     "munmap",
     "mprotect",
@@ -60,9 +64,10 @@ const LOUD: [&str; 3] = ["memfd_create", "sigpending", "sigtimedwait"];
 
 /// Parts of the names of others' functions that call the kernel for what is no concern of whoever calls them: the allocator, locks, panics, what is
 /// printed, a random seed, a file that is closed (the standard library asks first whether it is open, in tests).
-const CUT: [&str; 14] = [
+const CUT: [&str; 15] = [
     "OwnedFd",
     "parking_lot",
+    "::park",
     "panic",
     "alloc::",
     "__rust",
@@ -311,14 +316,19 @@ impl<'a> Code<'a> {
     }
 
     fn calls(&self) -> Vec<Call> {
-        let mut calls = Vec::new();
+        let (mut calls, mut info) = (Vec::new(), InstructionInfoFactory::new());
         for (from, function) in self.functions.iter().enumerate() {
             let code = self.bytes(function.start, function.size);
+            // What it keeps in registers to call it several times, as in a loop.
+            let mut kept: HashMap<Register, Callee> = HashMap::new();
             for i in &mut Decoder::with_ip(64, code, function.start, DecoderOptions::NONE) {
                 let elsewhere = |to: &Callee| *to != Callee::Function(from);
                 let (to, returns) = match i.flow_control() {
                     _ if i.mnemonic() == Mnemonic::Syscall => (Some(Callee::Kernel), true),
                     FlowControl::Call => (self.near(i.near_branch_target()), true),
+                    FlowControl::IndirectCall if i.op0_kind() == OpKind::Register => {
+                        (kept.get(&i.op0_register()).cloned(), true)
+                    }
                     FlowControl::IndirectCall => (self.far(&i), true),
                     FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch => {
                         let at = i.near_branch_target();
@@ -329,6 +339,13 @@ impl<'a> Code<'a> {
                     _ => (None, false),
                 };
                 calls.extend(to.map(|to| Call { from, returns: returns.then(|| i.next_ip()), to }));
+                if let (OpKind::Register, OpAccess::Write | OpAccess::ReadWrite) =
+                    (i.op0_kind(), info.info(&i).op0_access())
+                {
+                    let loaded = (i.mnemonic() == Mnemonic::Mov).then(|| self.far(&i)).flatten();
+                    kept.remove(&i.op0_register().full_register());
+                    kept.extend(loaded.map(|to| (i.op0_register(), to)));
+                }
             }
         }
         calls

@@ -44,6 +44,10 @@ const PASSED: [libc::c_long; 22] = [
 pub static ARMED: AtomicBool = AtomicBool::new(false);
 /// How often a call was answered.
 pub static HIT: AtomicU64 = AtomicU64::new(0);
+/// From where the last one came.
+pub static HIT_FROM: AtomicU32 = AtomicU32::new(0);
+/// There is no room for all that is seen.
+pub static FULL: AtomicBool = AtomicBool::new(false);
 static LISTENER: AtomicI32 = AtomicI32::new(-1);
 
 /// Calls of a kind from a place, or from anywhere.
@@ -168,6 +172,7 @@ fn decide(fault: &Fault, notice: &libc::seccomp_notif) -> Option<i64> {
         kind == fault.kind && (fault.place == ANYWHERE || fault.place == place) && nth == Some(fault.nth)
     };
     let hit = || {
+        HIT_FROM.store(place, Ordering::SeqCst);
         HIT.fetch_add(1, Ordering::SeqCst);
         eprintln!("answered: {} {:x?}", call.nr, call.args);
     };
@@ -195,7 +200,11 @@ fn count(kind: Kind, place: u32) -> Option<u64> {
         let own = seen.kind.load(Ordering::SeqCst) == key && seen.place.load(Ordering::SeqCst) == place;
         own || seen.count.load(Ordering::SeqCst) == 0
     };
-    let seen = (0..ROOM).map(|step| &SEEN[(begin as usize + step) % ROOM]).find(is_free)?;
+    let seen = (0..ROOM).map(|step| &SEEN[(begin as usize + step) % ROOM]).find(is_free);
+    let Some(seen) = seen else {
+        FULL.store(true, Ordering::SeqCst);
+        return None;
+    };
     seen.kind.store(key, Ordering::SeqCst);
     seen.place.store(place, Ordering::SeqCst);
     Some(seen.count.fetch_add(1, Ordering::SeqCst) + 1)

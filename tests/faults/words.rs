@@ -23,6 +23,8 @@ const CALLS: [(libc::c_long, &[&str]); 42] = [
             "the kernel '",
             "the initrd '",
             "cgroup: ",
+            "is missing",
+            "does not exist",
         ],
     ),
     (libc::SYS_pwrite64, &["writing", "making"]),

@@ -80,7 +80,14 @@ fn interrupts() {
     let (mut theirs, ours) = UnixStream::pair().unwrap();
     let (mut out, to) = std::io::pipe().unwrap();
     let builder = host().builder(config).console_input(&ours).unwrap().console_output(&to).unwrap();
-    let asked = [(Op::Interrupts, 0, 0, 0), (Op::Read, 0, 1, 0), (Op::Tell, 0, 0, 1), (Op::Asked, 0, 0, 0)];
+    let asked = [
+        // Looks at the pending bits, too.
+        (Op::Interrupts, 0, 0, 1),
+        (Op::Interrupts, 0, 0, 0),
+        (Op::Read, 0, 1, 0),
+        (Op::Tell, 0, 0, 1),
+        (Op::Asked, 0, 0, 0),
+    ];
     let vm = start(builder, &asked);
     out.read_exact(&mut [0]).unwrap();
     hear(&vm, 1);
