@@ -320,14 +320,17 @@ impl<'a> Code<'a> {
         for (from, function) in self.functions.iter().enumerate() {
             let code = self.bytes(function.start, function.size);
             // What it keeps in registers to call it several times, as in a loop.
-            let mut kept: HashMap<Register, Callee> = HashMap::new();
+            let (mut kept, mut any) =
+                (HashMap::<Register, Callee>::new(), HashMap::<Register, Callee>::new());
             for i in &mut Decoder::with_ip(64, code, function.start, DecoderOptions::NONE) {
                 let elsewhere = |to: &Callee| *to != Callee::Function(from);
                 let (to, returns) = match i.flow_control() {
                     _ if i.mnemonic() == Mnemonic::Syscall => (Some(Callee::Kernel), true),
                     FlowControl::Call => (self.near(i.near_branch_target()), true),
                     FlowControl::IndirectCall if i.op0_kind() == OpKind::Register => {
-                        (kept.get(&i.op0_register()).cloned(), true)
+                        // What another branch has put there since may not be what is there.
+                        let register = i.op0_register();
+                        (kept.get(&register).or(any.get(&register)).cloned(), true)
                     }
                     FlowControl::IndirectCall => (self.far(&i), true),
                     FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch => {
@@ -344,6 +347,7 @@ impl<'a> Code<'a> {
                 {
                     let loaded = (i.mnemonic() == Mnemonic::Mov).then(|| self.far(&i)).flatten();
                     kept.remove(&i.op0_register().full_register());
+                    any.extend(loaded.clone().map(|to| (i.op0_register(), to)));
                     kept.extend(loaded.map(|to| (i.op0_register(), to)));
                 }
             }
