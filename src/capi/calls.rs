@@ -6,6 +6,7 @@ use std::mem::{MaybeUninit, zeroed};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::ptr::{null, null_mut};
+use std::sync::Mutex;
 
 use super::arguments::Sized_;
 use super::config::*;
@@ -28,6 +29,12 @@ use crate::units::Bytes;
 fn said<'a>(text: *const c_char) -> Option<&'a str> {
     // SAFETY: NULL, or text of an object that the test holds for longer than it looks.
     (!text.is_null()).then(|| unsafe { CStr::from_ptr(text) }.to_str().unwrap())
+}
+
+/// One at a time: what uses a handle that was freed would meet another test's in its place.
+fn turn() -> impl Drop {
+    static TURN: Mutex<()> = Mutex::new(());
+    lock(&TURN)
 }
 
 /// A configuration of a Linux guest.
@@ -55,6 +62,7 @@ fn refused(status: i32, error: *mut vmbed_error, why: &str) {
 
 #[test]
 fn what_c_says_is_in_the_configuration() {
+    let _turn = turn();
     let config = linux();
     let (uuid, cpus) = ([7u8; 16], [1u32, 3]);
     let mut error = null_mut();
@@ -90,6 +98,7 @@ fn what_c_says_is_in_the_configuration() {
 
 #[test]
 fn a_bare_guests_bytes_are_copied() {
+    let _turn = turn();
     let (mut config, mut error) = (null_mut(), null_mut());
     let code = vec![0xf4u8; 5];
     // SAFETY: bytes of their length, which are gone before the configuration is looked at.
@@ -109,6 +118,7 @@ fn a_bare_guests_bytes_are_copied() {
 
 #[test]
 fn a_disk_with_all_that_it_points_to_is_copied() {
+    let _turn = turn();
     let config = linux();
     let mut error = null_mut();
     let below = [c"/middle", c"/base"].map(|path| vmbed_backing_file {
@@ -147,6 +157,7 @@ fn a_disk_with_all_that_it_points_to_is_copied() {
 
 #[test]
 fn a_card_and_its_limits_are_converted_and_bad_fields_are_named() {
+    let _turn = turn();
     let config = linux();
     let mut error = null_mut();
     // SAFETY: of all zeroes; text that is terminated.
@@ -181,6 +192,7 @@ fn a_card_and_its_limits_are_converted_and_bad_fields_are_named() {
 
 #[test]
 fn a_hosts_shares_are_converted() {
+    let _turn = turn();
     let cpus = [2u32, 5];
     // SAFETY: of all zeroes; an array of its length.
     let mut options = unsafe { vmbed_host_options { size: size_of::<vmbed_host_options>(), ..zeroed() } };
@@ -196,6 +208,7 @@ fn a_hosts_shares_are_converted() {
 
 #[test]
 fn an_error_says_its_causes_and_its_verdict() {
+    let _turn = turn();
     let provider = Provider { memory: Inventory::new(100), swap: 0, vcpus: None, dedicated: 0 };
     let ledger = Ledger::new(provider, [].into());
     let claim = Claim { memory: Bytes(101), vcpus: 1, ..Claim::default() };
@@ -232,6 +245,7 @@ fn an_error_says_its_causes_and_its_verdict() {
 
 #[test]
 fn events_come_out_as_they_went_in() {
+    let _turn = turn();
     let stream = EventStream::new().unwrap();
     let reporter = Reporter::new(VmId(3), stream.clone());
     let events = handle::make::<vmbed_events>(stream);
@@ -281,6 +295,7 @@ unsafe extern "C" fn destroy(user: *mut c_void) {
 
 #[test]
 fn a_device_in_c_gets_the_bytes_and_ends_once() {
+    let _turn = turn();
     let mut count = 0u32;
     let user = (&raw mut count).cast();
     let mut ops = vmbed_device_ops {
@@ -308,6 +323,7 @@ unsafe impl Sync for Shared {}
 /// One thread frees what others use: each of their calls finds the object, or says that there is none.
 #[test]
 fn a_handle_is_freed_while_it_is_used() {
+    let _turn = turn();
     for round in 0..if cfg!(miri) { 3 } else { 200 } {
         let config = Shared(linux());
         let at = move |shared: &Shared| shared.0;
@@ -336,6 +352,7 @@ fn a_handle_is_freed_while_it_is_used() {
 
 #[test]
 fn descriptors_are_duplicated_or_refused() {
+    let _turn = turn();
     let stream = EventStream::new().unwrap();
     let own = super::arguments::fd(stream.as_raw_fd(), "fd").unwrap();
     assert!(own.try_clone_to_owned().is_ok());

@@ -131,6 +131,9 @@ pub(crate) static EVERY: &[Rule] = &[
     any(Sysno::read),
     any(Sysno::write),
     any(Sysno::close),
+    // A kick of vCPUs of this process: of whoever finds that their VM must end, or wait.
+    any(Sysno::getpid),
+    with(Sysno::tgkill, &[(0, Is::Process), (2, Is::Number(libc::SIGURG as u32))]),
     // Its own number: what a panic says begins with it.
     any(Sysno::gettid),
     // A debug build of the standard library looks whether what it closes is open.
@@ -188,9 +191,6 @@ static VCPU: &[Rule] = &[
     with(Sysno::fcntl, &[(1, Is::Number(libc::F_DUPFD_CLOEXEC as u32))]),
     any(Sysno::timerfd_create),
     any(Sysno::timerfd_settime),
-    // A kick of another vCPU of this process, and of this one.
-    any(Sysno::getpid),
-    with(Sysno::tgkill, &[(0, Is::Process), (2, Is::Number(libc::SIGURG as u32))]),
     any(Sysno::rt_sigtimedwait),
     // Its times, from a file that was opened before.
     any(Sysno::pread64),
@@ -269,9 +269,6 @@ static RECLAIM: &[Rule] = &[
     with(Sysno::fallocate, &[(1, Is::Number(HOLE))]),
     // The end of anonymous memory that is no whole huge page.
     with(Sysno::madvise, &[(2, Is::Number(libc::MADV_FREE as u32))]),
-    // A kick of a vCPU whose VM ends.
-    any(Sysno::getpid),
-    with(Sysno::tgkill, &[(0, Is::Process), (2, Is::Number(libc::SIGURG as u32))]),
     any(Sysno::clock_nanosleep),
 ];
 

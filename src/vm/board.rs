@@ -180,8 +180,12 @@ impl Board {
 
     /// Stops every device for good, and lets the console's last words out.
     pub fn stop(&self) {
-        // One that panics leaves the others to be ended all the same.
-        self.virtio.iter().for_each(|device| drop(self.guarded(device, |device| device.end())));
+        for device in &self.virtio {
+            // One that panics leaves the others to be ended all the same.
+            if let Err(error) = self.guarded(device, |device| device.end()) {
+                log::error!("{error}, as it was being stopped");
+            }
+        }
         self.balloon.iter().for_each(|control| control.end());
         if self.loops.iter().any(|l| l.is_callers()) {
             // Only the embedder can carry them; this has its dispatcher say that there is something to do.

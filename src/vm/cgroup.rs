@@ -28,10 +28,10 @@ impl Cgroup {
         let path = parent.join(format!("vmbed-{}-{}", std::process::id(), id.0));
         let mut made = fs::create_dir(&path);
         if made.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::AlreadyExists) {
-            // Of a process that had this number before, and was killed: nobody is in it.
+            // Of a process that had this number before, and was killed: where it is not in use, it goes.
             match fs::remove_dir(&path) {
                 Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
-                    let why = format!("cgroup: {}: another process of this number is in it", path.display());
+                    let why = format!("cgroup: {}: it is there already, and in use", path.display());
                     return Err(Error::os(why, error));
                 }
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {

@@ -187,7 +187,7 @@ impl Machine {
         self.end.near.store(true, Ordering::Release);
         let tidy = catch_unwind(AssertUnwindSafe(|| self.board.stop()));
         if tidy.is_err() {
-            log::error!("{}: a device panicked while it was being stopped", self.id);
+            log::error!("{}: the console or the balloon panicked as it was being stopped", self.id);
         }
         // Nobody pulled the line: every vCPU of a bare guest has halted.
         let first = self.end.cause.get_or_init(|| StopCause::GuestHalt);

@@ -21,8 +21,7 @@ const KNOWN: &str = "VMBED_FAULT_KNOWN";
 /// That, in the lab.
 pub fn known() -> Option<Swept> {
     let known = std::env::var(KNOWN).ok()?;
-    let machine = std::fs::read_to_string("/proc/cmdline").unwrap();
-    assert!(machine.contains("vmbed.lab=1"), "{KNOWN} is for the lab alone: this changes its machine");
+    assert!(is_the_lab(), "{KNOWN} is for the lab alone");
     let mut swept = Swept::new();
     for triple in known.split(' ') {
         let numbers: Vec<u32> = triple.split(':').map(|number| number.parse().expect("a number")).collect();
@@ -30,6 +29,10 @@ pub fn known() -> Option<Swept> {
         swept.entry(kind).or_default().insert(numbers[2]);
     }
     Some(swept)
+}
+
+fn is_the_lab() -> bool {
+    std::fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.contains("vmbed.lab=1"))
 }
 
 /// Runs this program in a lab, for what is not swept here.
@@ -81,6 +84,7 @@ pub fn caged(program: &Path) -> Command {
         echo $$ >/sys/fs/cgroup/vmbed-faults/cgroup.procs
         echo 16 >/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages
         exec unshare --net \"$0\"";
+    assert!(is_the_lab(), "this changes its machine");
     let mut command = Command::new("sh");
     command.args(["-c", SCRIPT]).arg(program);
     command

@@ -316,6 +316,8 @@ impl Plan {
         let kinds: Vec<_> = self.swept.keys().filter(is_kind).map(|kind| kind.name()).collect();
         let faults = FAULTS.load(Ordering::Relaxed);
         if faults > 0 {
+            let missed = life::lock(&sweep::MISSED);
+            println!("{} calls were not made again when they were to fail: {missed:?}", missed.len());
             let reached = self.places.all.len() - self.places.unreached(&life::lock(&HITS)).count();
             println!(
                 "{} lives, {} calls of {} kinds from {reached} of {} lines, {faults} of them answered: {kinds:?}",

@@ -36,6 +36,8 @@ const PAGEMAP_SCAN: u32 = 0xc060_6610;
 pub static FAULTS: AtomicU64 = AtomicU64::new(0);
 /// The places of which a call was answered.
 pub static HITS: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
+/// Life, kind and place of which none of five tries was answered.
+pub static MISSED: Mutex<Vec<String>> = Mutex::new(Vec::new());
 /// The places that lives with a fault come by.
 pub static AFTER: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
 
@@ -98,7 +100,7 @@ fn which(kind: Kind, from: &Counts) -> Vec<(u32, u64)> {
 }
 
 pub fn sweep(life: Life, kind: Kind, from: &Counts, places: &Places) {
-    let (mut hit, mut wrong) = (0, Vec::new());
+    let (mut hit, mut wrong, mut missed) = (0, Vec::new(), BTreeSet::new());
     for (place, nth) in which(kind, from) {
         for answer in answers(kind, nth) {
             let fault = Fault { life, kind, place, nth, answer };
@@ -112,6 +114,10 @@ pub fn sweep(life: Life, kind: Kind, from: &Counts, places: &Places) {
                 }
             }
             let answered = u64::from(hit_from(&said).is_some());
+            // Nobody hears of an interruption: it does not count as a failure.
+            if answered == 0 && answer != Answer::Error(libc::EINTR) {
+                missed.insert(places.name(place));
+            }
             lock(&HITS).extend(hit_from(&said));
             hit += answered;
             FAULTS.fetch_add(answered, Ordering::Relaxed);
@@ -121,6 +127,8 @@ pub fn sweep(life: Life, kind: Kind, from: &Counts, places: &Places) {
             }
         }
     }
+    let name = |place: &String| format!("{} {} {place}", life.name(), kind.name());
+    lock(&MISSED).extend(missed.iter().map(name));
     assert!(wrong.is_empty(), "{} of them:\n{}", wrong.len(), wrong.join("\n"));
     assert!(hit > 0, "none of the calls was made");
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use libtest_mimic::Trial;
-use vmbed::{BackingKind, BalloonConfig, Bytes, ErrorKind, Host, VmState};
+use vmbed::{BackingKind, BalloonConfig, Bytes, ErrorKind, Host, SandboxConfig, VmState};
 
 use crate::assets::KERNELS;
 use crate::balloon::{filled, filled_by, wait_until};
@@ -62,6 +62,8 @@ fn gone() {
         // What was freed in huge pages lies side by side, and so do the pages that a balloon takes of it.
         let mut config = filled_by(BalloonConfig::default(), "size=250m,huge=always", "read go");
         config.backing.kind = BackingKind::Huge2M;
+        // What of the pool was given back is fetched again by threads that may do little else.
+        config.sandbox = Some(SandboxConfig::default());
         let guest = Guest::start_on(&host, config);
         guest.wait_for("now=freed");
         let measured = |g: &Guest| g.vm.balloon_statistics().unwrap().inflated.measured;

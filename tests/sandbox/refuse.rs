@@ -90,9 +90,13 @@ const SEND: Forbidden = ("sendto", || raw(libc::SYS_sendto, [-1, 0, 0, 0]));
 const TURN: Forbidden = ("epoll_wait", || raw(libc::SYS_epoll_wait, [-1, 0, 0, 0]));
 const HOLE: Forbidden = ("fallocate", || raw(libc::SYS_fallocate, [-1, 3, 0, 4096]));
 
+/// Of one descriptor, and without waiting, a vCPU may.
+const WAIT: Forbidden = ("poll", || raw(libc::SYS_poll, [0, 1, 1000, 0]));
+const MANY: Forbidden = ("poll", || raw(libc::SYS_poll, [0, 2, 0, 0]));
+
 /// Calls that threads of other kinds may make: of vCPUs, the console and cards, disks, the balloon, and the one that reclaims memory.
 const OF_OTHERS: [&[Forbidden]; 5] = [
-    &[SYNC, WRITE, RING, HOLE, SEND, TURN],
+    &[SYNC, WRITE, RING, HOLE, SEND, TURN, WAIT, MANY],
     &[RUN, SYNC, WRITE, RING, HOLE],
     &[RUN, SEND],
     &[RUN, SYNC, WRITE, RING, SEND],
