@@ -122,8 +122,9 @@ pub fn say(error: &str, kind: Kind, errno: i32) -> bool {
         CALLS.iter().find(|(number, _)| *number == i64::from(kind.number)).map(|(_, words)| *words)
     };
     let tried = words.is_some_and(|words| words.iter().any(|word| error.contains(word)));
-    // The C library has one errno for a thread that there is nothing for.
-    let own = i64::from(kind.number) == libc::SYS_clone3 && errno == libc::ENOMEM;
+    // The C library has one errno for a thread that there is nothing for, not even a stack.
+    let of_threads = [libc::SYS_clone3, libc::SYS_mmap].contains(&i64::from(kind.number));
+    let own = of_threads && errno == libc::ENOMEM && error.contains("thread");
     let errno = if own { libc::EAGAIN } else { errno };
     tried && error.contains(&format!("(os error {errno})"))
 }
