@@ -41,8 +41,8 @@ pub fn in_a_lab(swept: &Swept) {
     let fetched = Command::new(root.join("tests/assets/fetch")).status().expect("tests/assets/fetch");
     assert!(fetched.success(), "tests/assets/fetch: {fetched}");
     let mut command = Command::new(root.join("tests/lab/run"));
-    let hours = if crate::wants_all() { "7200" } else { "1200" };
-    command.args(["--memory", "2G", "--timeout", hours, "--attempts", "3", "--", "env"]);
+    let seconds = if crate::wants_all() { "7200" } else { "1200" };
+    command.args(["--memory", "2G", "--timeout", seconds, "--attempts", "3", "--", "env"]);
     for name in [GUEST, callers::PLACES, disks::BELOW, "VMBED_FAULTS"] {
         command.args(std::env::var(name).ok().map(|value| format!("{name}={value}")));
     }

@@ -174,8 +174,9 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let arguments = Arguments::from_args();
-    let files = Files::make();
-    let mut plan = Plan::new(Places::of_this_program());
+    let places = Places::of_this_program();
+    let files = Files::make(&places);
+    let mut plan = Plan::new(places);
     let known = machine::known();
     let is_here = |life: &Life| (*life == Life::Machine) == known.is_some();
     plan.sweep(Life::ALL.into_iter().filter(is_here), known.as_ref());
@@ -197,14 +198,14 @@ struct Files {
 }
 
 impl Files {
-    fn make() -> Self {
+    fn make(all: &Places) -> Self {
         // In the lab the outer program has made them.
         if std::env::var_os(GUEST).is_some() {
             return Self { own: Vec::new() };
         }
         let guest = guests::virtio(Path::new(env!("CARGO_TARGET_TMPDIR")));
         let (places, images) = (guest.with_extension("places"), guest.with_extension("images"));
-        std::fs::write(&places, Places::of_this_program().text()).expect("a file of places");
+        std::fs::write(&places, all.text()).expect("a file of places");
         disks::make_images(&images);
         // SAFETY: no other thread is there yet.
         #[expect(unsafe_code, reason = "set_var is unsafe beside other threads")]
