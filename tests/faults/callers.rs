@@ -2,53 +2,151 @@
 #![expect(unsafe_code, reason = "it looks at other threads' stacks")]
 
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
-/// The file that has where the calls of places return to (`places.rs`).
+use crate::frames::{self, Begin, Row};
+
+/// The directory that has what the program's file says of its calls and frames: `returns` (where the calls of places return to), and a file each of the
+/// rows of what is mapped here and calls the kernel.
 pub const PLACES: &str = "VMBED_FAULT_PLACES";
 
-/// Addresses in this process, in their order, with the number of the place.
-static RETURNS: OnceLock<Vec<(u64, u32)>> = OnceLock::new();
+/// What this process is made of, with what its file begins with in its place.
+struct Part {
+    base: u64,
+    rows: Vec<Row>,
+}
+
+struct Known {
+    /// Addresses in this process, in their order, with the number of the place.
+    returns: Vec<(u64, u32)>,
+    parts: Vec<Part>,
+}
+
+static KNOWN: OnceLock<Known> = OnceLock::new();
+
+/// The program and the C library.
+pub fn parts() -> [PathBuf; 2] {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let library = maps.lines().filter_map(|line| line.split_ascii_whitespace().nth(5));
+    let library =
+        library.map(Path::new).find(|path| path.file_name().is_some_and(|name| name == "libc.so.6"));
+    [std::env::current_exe().expect("this program"), library.expect("the C library's map").to_owned()]
+}
+
+/// Makes that directory.
+pub fn make(directory: &Path, returns: &str) {
+    std::fs::create_dir_all(directory).expect("a directory of places");
+    std::fs::write(directory.join("returns"), returns).expect("a file of places");
+    for path in parts() {
+        let file = directory.join(path.file_name().unwrap());
+        std::fs::write(file, frames::of(&path)).expect("a file of frames");
+    }
+}
 
 /// Must have been called before [`place`].
 pub fn learn() {
-    let text = std::fs::read_to_string(std::env::var_os(PLACES).expect("a file of places")).unwrap();
-    let program = std::env::current_exe().unwrap();
+    let directory = PathBuf::from(std::env::var_os(PLACES).expect("a directory of places"));
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-    let own = maps.lines().find(|line| line.ends_with(program.to_str().unwrap())).expect("its own map");
-    let begin = u64::from_str_radix(own.split('-').next().unwrap(), 16).unwrap();
+    let base = |path: &Path| {
+        let own = maps.lines().find(|line| line.ends_with(path.to_str().unwrap())).expect("its own map");
+        u64::from_str_radix(own.split('-').next().unwrap(), 16).unwrap()
+    };
+    let parts = parts().map(|path| {
+        let bytes = std::fs::read(directory.join(path.file_name().unwrap())).unwrap();
+        Part { base: base(&path), rows: bytes.chunks_exact(Row::SIZE).map(Row::parse).collect() }
+    });
+    let text = std::fs::read_to_string(directory.join("returns")).unwrap();
     let numbers = text.lines().map(|line| line.split_once(' ').unwrap());
-    let returns = numbers.map(|(at, place)| (begin + at.parse::<u64>().unwrap(), place.parse().unwrap()));
-    RETURNS.set(returns.collect()).unwrap();
+    let address = |at: &str| parts[0].base + at.parse::<u64>().unwrap();
+    let returns = numbers.map(|(at, place)| (address(at), place.parse().unwrap())).collect();
+    assert!(KNOWN.set(Known { returns, parts: parts.into() }).is_ok());
 }
 
 /// The place of a thread that waits in a system call; allocates nothing. 0: none of src.
-///
-/// What an earlier call has left on the stack may be taken for a later one's: then that was made, too.
 pub fn place(thread: u32) -> u32 {
+    let known = KNOWN.get().unwrap();
     // It says what it calls before it sleeps.
-    let Some((stack, instruction)) = (0..100_000).find_map(|_| registers(thread)) else { return 0 };
-    if let Some(place) = of(instruction) {
+    let end = Instant::now() + PATIENCE;
+    let (mut stack, mut instruction) = loop {
+        match registers(thread) {
+            Some(registers) => break registers,
+            None if Instant::now() > end => return LOST,
+            None => std::thread::yield_now(),
+        }
+    };
+    if let Some(place) = known.place(instruction) {
         return place;
     }
-    let mut words = [0u64; 512];
-    for piece in 0..16 {
-        let length = read(stack + piece * size_of_val(&words) as u64, &mut words);
-        if let Some(place) = words[..length].iter().find_map(|word| of(*word)) {
+    let mut words = Words { begin: 0, count: 0, words: [0; 512] };
+    // Nobody knows the frame pointer before somebody who has kept it has been left.
+    let mut pointer = None;
+    for frame in 0..MOST {
+        let Some(row) = known.row(instruction) else { return 0 };
+        let begin = match row.frame {
+            // Where a thread is made, for the sake of the new one's stack.
+            None if frame == 0 => stack + 8,
+            None => return 0,
+            Some(Begin::Stack(offset)) => stack.wrapping_add_signed(offset.into()),
+            Some(Begin::Frame(offset)) => {
+                let Some(pointer) = pointer else { return LOST };
+                u64::wrapping_add_signed(pointer, offset.into())
+            }
+        };
+        if let Some(offset) = row.kept {
+            pointer = words.at(begin.wrapping_add_signed(offset.into()));
+        }
+        let Some(returns) = words.at(begin.wrapping_sub(8)) else { return LOST };
+        if let Some(place) = known.place(returns) {
             return place;
         }
-        if length < words.len() {
-            break;
-        }
+        // The call is the last of what holds there.
+        (stack, instruction) = (begin, returns.wrapping_sub(1));
     }
-    0
+    LOST
 }
 
-fn of(address: u64) -> Option<u32> {
-    let returns = RETURNS.get()?;
-    returns.binary_search_by_key(&address, |(at, _)| *at).ok().map(|index| returns[index].1)
+/// For a thread to sleep.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Frames that are looked at.
+const MOST: usize = 1000;
+/// A stack that does not say who called.
+pub const LOST: u32 = u32::MAX - 1;
+
+impl Known {
+    fn place(&self, address: u64) -> Option<u32> {
+        self.returns.binary_search_by_key(&address, |(at, _)| *at).ok().map(|index| self.returns[index].1)
+    }
+
+    /// What holds at that address, if anybody knows.
+    fn row(&self, address: u64) -> Option<Row> {
+        let part = self.parts.iter().filter(|part| part.base <= address).max_by_key(|part| part.base)?;
+        let next = part.rows.partition_point(|row| part.base + row.start <= address);
+        Some(part.rows[next.checked_sub(1)?])
+    }
 }
 
+/// A piece of this process's memory as it was.
+struct Words {
+    begin: u64,
+    count: usize,
+    words: [u64; 512],
+}
+
+impl Words {
+    fn at(&mut self, address: u64) -> Option<u64> {
+        let index = |words: &Self| {
+            let index = usize::try_from(address.checked_sub(words.begin)? / 8).ok()?;
+            (index < words.count).then_some(index)
+        };
+        if index(self).is_none() {
+            self.begin = address.saturating_sub(64) & !7;
+            self.count = read(self.begin, &mut self.words);
+        }
+        Some(self.words[index(self)?])
+    }
+}
 /// Its stack pointer, and the instruction that it goes on with; not yet where it runs.
 fn registers(thread: u32) -> Option<(u64, u64)> {
     let (mut path, mut text) = ([0u8; 64], [0u8; 256]);
@@ -62,7 +160,6 @@ fn registers(thread: u32) -> Option<(u64, u64)> {
     };
     let text = std::str::from_utf8(text.get(..usize::try_from(length).ok()?)?).ok()?;
     if text.starts_with("running") {
-        std::thread::yield_now();
         return None;
     }
     let mut last = text.trim().rsplit(' ').map(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16));

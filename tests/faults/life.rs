@@ -12,6 +12,7 @@ use vmbed::{
 
 use crate::disks;
 use crate::driven::{self, Far};
+use crate::foreign;
 use crate::holdings::Holdings;
 use crate::machine;
 use crate::others::{self, Server};
@@ -54,12 +55,14 @@ pub enum Life {
     Cold,
     /// The sandbox, a disk that writes through, and a network in user space that goes away and comes back; then another one.
     Sandboxed,
+    /// By the functions for C, on a vCPU of the caller's.
+    Foreign,
     /// In the lab: a cgroup, a card that the kernel serves, a block device, huge pages of the pool.
     Machine,
 }
 
 impl Life {
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Ring,
         Self::Calls,
         Self::Qcow2,
@@ -72,6 +75,7 @@ impl Life {
         Self::Layered,
         Self::Cold,
         Self::Sandboxed,
+        Self::Foreign,
         Self::Machine,
     ];
 
@@ -89,6 +93,7 @@ impl Life {
             Self::Layered => "layered",
             Self::Cold => "cold",
             Self::Sandboxed => "sandboxed",
+            Self::Foreign => "foreign",
             Self::Machine => "machine",
         }
     }
@@ -111,6 +116,7 @@ impl Life {
             Self::Layered => disks::layered(stage, works),
             Self::Cold => others::cold(),
             Self::Sandboxed => others::sandboxed(stage),
+            Self::Foreign => foreign::live(stage, works),
             Self::Machine => machine::live(stage, works),
         }
     }

@@ -40,7 +40,9 @@ pub fn in_a_lab(swept: &Swept) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let fetched = Command::new(root.join("tests/assets/fetch")).status().expect("tests/assets/fetch");
     assert!(fetched.success(), "tests/assets/fetch: {fetched}");
-    let mut command = Command::new(root.join("tests/lab/run"));
+    // It ends with this program.
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "TERM"]).arg(root.join("tests/lab/run"));
     let seconds = if crate::wants_all() { "7200" } else { "1200" };
     command.args(["--memory", "2G", "--timeout", seconds, "--attempts", "3", "--", "env"]);
     for name in [GUEST, callers::PLACES, disks::BELOW, "VMBED_FAULTS"] {

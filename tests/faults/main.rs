@@ -16,10 +16,13 @@ use std::sync::atomic::Ordering;
 use libtest_mimic::{Arguments, Trial};
 
 mod callers;
+mod code;
 mod disks;
 mod driven;
 #[path = "../guests/elf.rs"]
 mod elf;
+mod foreign;
+mod frames;
 #[path = "../guests/mod.rs"]
 mod guests;
 #[path = "../holdings/mod.rs"]
@@ -38,7 +41,7 @@ mod words;
 use life::Life;
 use part::Part;
 use places::Places;
-use sweep::{Counts, FAULTS, HITS, child, kinds, sweep, wants_all, went_well};
+use sweep::{AFTER, Counts, FAULTS, HITS, child, kinds, sweep, wants_all, went_well};
 
 /// What a child is told: how it lives, which kind of call, which of them, what that answers.
 const FAULT: &str = "VMBED_FAULT";
@@ -174,7 +177,7 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let arguments = Arguments::from_args();
-    let places = Places::of_this_program();
+    let places = Places::of(&callers::parts()[0]);
     let files = Files::make(&places);
     let mut plan = Plan::new(places);
     let known = machine::known();
@@ -186,8 +189,12 @@ fn main() -> ExitCode {
     let code = libtest_mimic::run(&arguments, std::mem::take(&mut plan.trials)).exit_code();
     drop(files);
     plan.report(known.is_some());
-    let told = arguments.filter.is_none() && !arguments.list && known.is_none();
-    let wrong = if told { plan.unreached() } else { Vec::new() };
+    let whole = arguments.filter.is_none() && !arguments.list;
+    let mut wrong = if whole { plan.nobodys() } else { Vec::new() };
+    // What is not reached in the lab is reached outside.
+    if whole && known.is_none() {
+        wrong.extend(plan.unreached());
+    }
     wrong.iter().for_each(|line| println!("{line}"));
     if wrong.is_empty() { code } else { ExitCode::FAILURE }
 }
@@ -205,7 +212,7 @@ impl Files {
         }
         let guest = guests::virtio(Path::new(env!("CARGO_TARGET_TMPDIR")));
         let (places, images) = (guest.with_extension("places"), guest.with_extension("images"));
-        std::fs::write(&places, all.text()).expect("a file of places");
+        callers::make(&places, &all.text());
         disks::make_images(&images);
         // SAFETY: no other thread is there yet.
         #[expect(unsafe_code, reason = "set_var is unsafe beside other threads")]
@@ -303,10 +310,21 @@ impl Plan {
         );
     }
 
+    /// What is wrong with the list of calls that come from no line.
+    fn nobodys(&self) -> Vec<String> {
+        let kinds = self.swept.iter().filter(|(_, from)| from.contains(&0)).map(|(kind, _)| kind);
+        sites::nobodys(kinds)
+    }
+
     /// What is wrong with the list of places of which no call was answered.
     fn unreached(&self) -> Vec<String> {
-        let nobodys = self.swept.iter().filter(|(_, from)| from.contains(&0)).map(|(kind, _)| *kind);
-        sites::wrong(&self.places, nobodys.collect())
+        let mut wrong = sites::wrong(&self.places);
+        // What other programs have of the library, if this one's lives did not call it.
+        let program = &callers::parts()[0];
+        let library = Places::of(&program.with_file_name("libvmbed.so"));
+        let elsewhere = library.all[..library.shown].iter().filter(|place| !self.places.all.contains(place));
+        wrong.extend(elsewhere.map(|place| format!("{place}: not in this program: no life calls it")));
+        wrong
     }
 
     fn report(&self, in_the_lab: bool) {
@@ -319,13 +337,14 @@ impl Plan {
         if faults > 0 {
             let missed = life::lock(&sweep::MISSED);
             println!("{} calls were not made again when they were to fail: {missed:?}", missed.len());
-            let reached = self.places.all.len() - self.places.unreached(&life::lock(&HITS)).count();
+            let (hits, after) = (life::lock(&HITS), life::lock(&AFTER));
+            let known = self.places.known(&after).count();
+            let reached = self.places.known(&after).filter(|(_, number)| hits.contains(number)).count();
             println!(
-                "{} lives, {} calls of {} kinds from {reached} of {} lines, {faults} of them answered: {kinds:?}",
+                "{} lives, {} calls of {} kinds from {reached} of {known} lines, {faults} of them answered: {kinds:?}",
                 self.lives,
                 self.calls,
                 kinds.len(),
-                self.places.all.len(),
             );
         }
     }

@@ -1,4 +1,4 @@
-//! Every place in src that calls the kernel, by itself or through code of others: read off this program's machine code.
+//! Every place in src that calls the kernel, by itself or through code of others: read off a program's machine code.
 //!
 //! A place is a line of src with a call in it that leads to one of the C library's functions that are system calls (or to the
 //! instruction itself), through no other line of src. What is called through a table of functions, as of a trait object, is a place
@@ -9,58 +9,9 @@ use std::fmt;
 use std::path::Path;
 
 use addr2line::Loader;
-use iced_x86::{
-    Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
-    Register,
-};
-use object::{
-    Object, ObjectSection, ObjectSymbol, ObjectSymbolTable, RelocationTarget, SectionKind, SymbolKind,
-};
 
-/// What the C library does without the kernel, or by calls that the supervisor lets pass (`PASSED`); the beginnings of their names.
-const QUIET: [&str; 39] = [
-    "_Unwind_",
-    "__cxa_",
-    "__errno_location",
-    "__libc_start_main",
-    "__xpg_strerror_r",
-    "_exit",
-    "abort",
-    "exit",
-    "bcmp",
-    "mem",
-    "strlen",
-    "malloc",
-    "realloc",
-    "free",
-    "posix_memalign",
-    "posix_spawn",
-    "getenv",
-    "setenv",
-    "getauxval",
-    "gnu_get_libc_version",
-    "dl",
-    "clock_",
-    "nanosleep",
-    "closedir",
-    "munmap",
-    "mprotect",
-    "getpid",
-    "gettid",
-    "sched_yield",
-    "sig",
-    "pthread_sigmask",
-    "pthread_attr",
-    "pthread_key",
-    "pthread_self",
-    "pthread_set",
-    "pthread_getattr",
-    "pthread_detach",
-    "pthread_join",
-    "sysconf",
-];
-/// But these.
-const LOUD: [&str; 3] = ["memfd_create", "sigpending", "sigtimedwait"];
+use crate::callers::LOST;
+use crate::code::{Call, Callee, Code, Function};
 
 /// Parts of the names of others' functions that call the kernel for what is no concern of whoever calls them: the allocator, locks, panics, what is
 /// printed, a random seed, a file that is closed (the standard library asks first whether it is open, in tests).
@@ -82,37 +33,8 @@ const CUT: [&str; 15] = [
     "std::rt",
 ];
 
-#[derive(Clone, PartialEq)]
-enum Callee {
-    Function(usize),
-    /// A system call of the C library's.
-    Kernel,
-}
-
-/// A call of a function's.
-struct Call {
-    from: usize,
-    /// `None`: a jump at its end, which returns to its caller's.
-    returns: Option<u64>,
-    to: Callee,
-}
-
-struct Function {
-    name: String,
-    start: u64,
-    size: u64,
-}
-
-impl Function {
-    fn is_ours(&self) -> bool {
-        self.name.starts_with("vmbed::")
-            || self.name.starts_with("<vmbed::")
-            || self.name.contains(" as vmbed::")
-    }
-}
-
 /// A line of src with a call of the kernel in it.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Place {
     /// `sys/file.rs`
     pub file: String,
@@ -122,18 +44,20 @@ pub struct Place {
 }
 
 pub struct Places {
+    /// Those that lead to the kernel by what the code shows, in their order, and then every other line with a call.
     pub all: Vec<Place>,
+    /// How many of them do.
+    pub shown: usize,
     /// Where calls return to, as the program's file has it, with the number of the place.
-    pub returns: BTreeMap<u64, usize>,
+    returns: BTreeMap<u64, u32>,
 }
 
 impl Places {
-    pub fn of_this_program() -> Self {
-        let path = std::env::current_exe().expect("this program");
-        let data = std::fs::read(&path).expect("this program's file");
+    pub fn of(path: &Path) -> Self {
+        let data = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         let file = object::File::parse(&*data).expect("an ELF file");
         let code = Code::of(&file);
-        let loader = Loader::new(&path).expect("this program's debug information");
+        let loader = Loader::new(path).expect("its debug information");
         let calls: Vec<_> = code
             .calls()
             .into_iter()
@@ -146,48 +70,51 @@ impl Places {
         let leads = |call: &Call, those: &HashSet<usize>| match &call.to {
             Callee::Kernel => true,
             Callee::Function(index) => those.contains(index),
+            Callee::Unknown => false,
         };
+        let is_ours = |call: &Call| code.functions[call.from].is_ours();
         let mut place_of = HashMap::new();
-        for call in calls.iter().filter(|call| leads(call, &may)) {
+        for call in
+            calls.iter().filter(|call| leads(call, &may) || call.to == Callee::Unknown || is_ours(call))
+        {
             if let Some((returns, place)) = call.returns.and_then(|at| Some((at, place(&loader, at)?))) {
                 place_of.insert(returns, place);
             }
         }
         // Then by others' lines alone. A function of ours that ends with a jump has no line that the kernel returns to.
         let passes_on = |call: &Call| match call.returns {
-            Some(returns) => !place_of.contains_key(&returns) && !code.functions[call.from].is_ours(),
+            Some(returns) => !place_of.contains_key(&returns) && !is_ours(call),
             None => true,
         };
         let does = closure(&calls, &cut, passes_on);
-        let mut found = BTreeMap::new();
-        for call in calls.iter().filter(|call| leads(call, &does) && !cut.contains(&call.from)) {
-            if let Some((returns, place)) = call.returns.and_then(|at| Some((at, place_of.get(&at)?))) {
-                found.insert(returns, place.clone());
-            }
-        }
-        let mut all: Vec<Place> = found.values().cloned().collect();
-        all.sort();
-        all.dedup();
-        let number = |place: &Place| all.binary_search(place).expect("it is among them");
-        let returns = found.iter().map(|(returns, place)| (*returns, number(place))).collect();
-        Self { all, returns }
+        let shows = |call: &&Call| leads(call, &does) && !cut.contains(&call.from);
+        let shown: BTreeSet<&Place> =
+            calls.iter().filter(shows).filter_map(|call| place_of.get(&call.returns?)).collect();
+        let others: BTreeSet<&Place> = place_of.values().filter(|place| !shown.contains(place)).collect();
+        let all: Vec<Place> = shown.iter().chain(&others).map(|place| (*place).clone()).collect();
+        let numbers: HashMap<&Place, u32> = all.iter().zip(1..).collect();
+        let returns = place_of.iter().map(|(returns, place)| (*returns, numbers[place])).collect();
+        Self { shown: shown.len(), returns, all }
     }
 
     /// As the children read it: addresses in their order, with numbers from 1.
     pub fn text(&self) -> String {
-        self.returns.iter().map(|(returns, place)| format!("{returns} {}\n", place + 1)).collect()
+        self.returns.iter().map(|(returns, place)| format!("{returns} {place}\n")).collect()
     }
 
     /// What a number of theirs means.
     pub fn name(&self, number: u32) -> String {
+        if number == LOST {
+            return "a stack that does not say".into();
+        }
         let place = (number as usize).checked_sub(1).and_then(|index| self.all.get(index));
         place.map_or("anywhere".into(), |place| place.to_string())
     }
 
-    /// Those that are not among the numbers.
-    pub fn unreached<'a>(&'a self, numbers: &'a BTreeSet<u32>) -> impl Iterator<Item = &'a Place> {
-        let numbered = self.all.iter().zip(1u32..);
-        numbered.filter(|(_, number)| !numbers.contains(number)).map(|(place, _)| place)
+    /// Those that the code shows, and those that calls were seen to come from, with their numbers.
+    pub fn known<'a>(&'a self, seen: &'a BTreeSet<u32>) -> impl Iterator<Item = (&'a Place, u32)> {
+        let is_known = |number: u32| number as usize <= self.shown || seen.contains(&number);
+        self.all.iter().zip(1u32..).filter(move |(_, number)| is_known(*number))
     }
 }
 
@@ -210,6 +137,7 @@ fn closure(calls: &[Call], cut: &HashSet<usize>, passes_on: impl Fn(&Call) -> bo
         match call.to {
             Callee::Kernel => reach(call.from, &mut open),
             Callee::Function(to) => callers.entry(to).or_default().push(call.from),
+            Callee::Unknown => {}
         }
     }
     while let Some(function) = open.pop() {
@@ -255,108 +183,4 @@ fn place(loader: &Loader, returns: u64) -> Option<Place> {
 fn own_name(path: &str) -> String {
     let is_name = |part: &&str| !(part.starts_with('{') || part.len() == 17 && part.starts_with('h'));
     path.split("::").filter(is_name).last().unwrap_or(path).to_owned()
-}
-
-/// This program's machine code.
-struct Code<'a> {
-    functions: Vec<Function>,
-    by_start: HashMap<u64, usize>,
-    /// What lies in the table of addresses.
-    table: HashMap<u64, Option<Callee>>,
-    sections: Vec<(u64, &'a [u8])>,
-}
-
-impl<'a> Code<'a> {
-    fn of(file: &object::File<'a>) -> Self {
-        let mut functions: Vec<_> = file
-            .symbols()
-            .filter(|s| s.kind() == SymbolKind::Text && s.size() > 0 && s.is_definition())
-            .map(|s| {
-                let name = addr2line::demangle_auto(s.name().unwrap_or_default().into(), None).into_owned();
-                Function { name, start: s.address(), size: s.size() }
-            })
-            .collect();
-        functions.sort_by_key(|function| function.start);
-        functions.dedup_by_key(|function| function.start);
-        let by_start: HashMap<_, _> = functions.iter().enumerate().map(|(i, f)| (f.start, i)).collect();
-        let symbols = file.dynamic_symbol_table().expect("what it imports");
-        let named =
-            |index| imported(symbols.symbol_by_index(index).and_then(|s| s.name()).unwrap_or_default());
-        let relocations = file.dynamic_relocations().expect("a table of addresses");
-        let table = relocations
-            .map(|(at, relocation)| match relocation.target() {
-                RelocationTarget::Symbol(index) => (at, named(index)),
-                _ => (at, by_start.get(&(relocation.addend() as u64)).map(|i| Callee::Function(*i))),
-            })
-            .collect();
-        let text = file.sections().filter(|section| section.kind() == SectionKind::Text);
-        let sections = text.map(|section| (section.address(), section.data().unwrap_or_default())).collect();
-        Self { functions, by_start, table, sections }
-    }
-
-    fn bytes(&self, at: u64, size: u64) -> &'a [u8] {
-        let holds = |(start, data): &&(u64, &[u8])| (*start..start + data.len() as u64).contains(&at);
-        let Some((start, data)) = self.sections.iter().find(holds) else { return &[] };
-        let data = &data[(at - start) as usize..];
-        &data[..data.len().min(size as usize)]
-    }
-
-    /// What is at that address: a function, or the linker's jump to one that is imported.
-    fn near(&self, at: u64) -> Option<Callee> {
-        if let Some(index) = self.by_start.get(&at) {
-            return Some(Callee::Function(*index));
-        }
-        let mut code = Decoder::with_ip(64, self.bytes(at, 16), at, DecoderOptions::NONE);
-        self.far(&code.iter().take(2).find(|i| i.is_ip_rel_memory_operand())?)
-    }
-
-    fn far(&self, instruction: &Instruction) -> Option<Callee> {
-        let at = instruction.is_ip_rel_memory_operand().then(|| instruction.ip_rel_memory_address())?;
-        self.table.get(&at).cloned().flatten()
-    }
-
-    fn calls(&self) -> Vec<Call> {
-        let (mut calls, mut info) = (Vec::new(), InstructionInfoFactory::new());
-        for (from, function) in self.functions.iter().enumerate() {
-            let code = self.bytes(function.start, function.size);
-            // What it keeps in registers to call it several times, as in a loop.
-            let (mut kept, mut any) =
-                (HashMap::<Register, Callee>::new(), HashMap::<Register, Callee>::new());
-            for i in &mut Decoder::with_ip(64, code, function.start, DecoderOptions::NONE) {
-                let elsewhere = |to: &Callee| *to != Callee::Function(from);
-                let (to, returns) = match i.flow_control() {
-                    _ if i.mnemonic() == Mnemonic::Syscall => (Some(Callee::Kernel), true),
-                    FlowControl::Call => (self.near(i.near_branch_target()), true),
-                    FlowControl::IndirectCall if i.op0_kind() == OpKind::Register => {
-                        // What another branch has put there since may not be what is there.
-                        let register = i.op0_register();
-                        (kept.get(&register).or(any.get(&register)).cloned(), true)
-                    }
-                    FlowControl::IndirectCall => (self.far(&i), true),
-                    FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch => {
-                        let at = i.near_branch_target();
-                        let inside = (function.start..function.start + function.size).contains(&at);
-                        ((!inside).then(|| self.near(at)).flatten().filter(elsewhere), false)
-                    }
-                    FlowControl::IndirectBranch => (self.far(&i), false),
-                    _ => (None, false),
-                };
-                calls.extend(to.map(|to| Call { from, returns: returns.then(|| i.next_ip()), to }));
-                if let (OpKind::Register, OpAccess::Write | OpAccess::ReadWrite) =
-                    (i.op0_kind(), info.info(&i).op0_access())
-                {
-                    let loaded = (i.mnemonic() == Mnemonic::Mov).then(|| self.far(&i)).flatten();
-                    kept.remove(&i.op0_register().full_register());
-                    any.extend(loaded.clone().map(|to| (i.op0_register(), to)));
-                    kept.extend(loaded.map(|to| (i.op0_register(), to)));
-                }
-            }
-        }
-        calls
-    }
-}
-
-fn imported(name: &str) -> Option<Callee> {
-    let quiet = name.is_empty() || name == "close" || QUIET.iter().any(|start| name.starts_with(start));
-    (!quiet || LOUD.contains(&name)).then_some(Callee::Kernel)
 }

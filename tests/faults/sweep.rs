@@ -114,11 +114,13 @@ pub fn sweep(life: Life, kind: Kind, from: &Counts, places: &Places) {
                 }
             }
             let answered = u64::from(hit_from(&said).is_some());
-            // Nobody hears of an interruption: it does not count as a failure.
             if answered == 0 && answer != Answer::Error(libc::EINTR) {
                 missed.insert(places.name(place));
             }
-            lock(&HITS).extend(hit_from(&said));
+            // Nobody hears of an interruption: it does not count as a failure.
+            if answer != Answer::Error(libc::EINTR) {
+                lock(&HITS).extend(hit_from(&said));
+            }
             hit += answered;
             FAULTS.fetch_add(answered, Ordering::Relaxed);
             lock(&AFTER).extend(kinds(&said).values().flat_map(|from| from.keys()));

@@ -39,7 +39,7 @@ const CALLS: [(libc::c_long, &[&str]); 42] = [
         libc::SYS_fcntl,
         &["memfd", "duplicating", "event loop", "lock", "nonblocking", "its thread", "finding its size"],
     ),
-    (libc::SYS_mmap, &["mapping", "KVM_CREATE_VCPU", "starting the thread", "io_uring"]),
+    (libc::SYS_mmap, &["mapping", "finding addresses", "KVM_CREATE_VCPU", "starting the thread", "io_uring"]),
     (libc::SYS_madvise, &["advising", "MADV_MERGEABLE", "prefaulting"]),
     (libc::SYS_mbind, &["mbind"]),
     (libc::SYS_memfd_create, &["memfd"]),
@@ -70,7 +70,7 @@ const CALLS: [(libc::c_long, &[&str]); 42] = [
     (libc::SYS_socketpair, &["the test's own"]),
 ];
 
-const REQUESTS: [(u32, &[&str]); 34] = [
+const REQUESTS: [(u32, &[&str]); 35] = [
     (libc::FIONBIO as u32, &["rtnetlink", "the test's own"]),
     (libc::SIOCGIFINDEX as u32, &["SIOCGIFINDEX"]),
     (libc::TUNSETIFF as u32, &["TUNSETIFF", "making it", "belongs to someone else"]),
@@ -97,6 +97,7 @@ const REQUESTS: [(u32, &[&str]); 34] = [
     (0x8138_ae83, &["KVM_GET_SREGS"]),
     (0x4138_ae84, &["KVM_SET_SREGS"]),
     (0x4090_ae82, &["KVM_SET_REGS"]),
+    (0x8090_ae81, &["KVM_GET_REGS"]),
     (0x8030_ae7c, &["KVM_GET_CLOCK"]),
     (0x4030_ae7b, &["KVM_SET_CLOCK"]),
     (0x4018_aee1, &["TSC offset"]),

@@ -1,0 +1,135 @@
+//! Where the frames of functions begin and who called them, as the compilers have left it for unwinding (`.eh_frame`): read off a file here, asked
+//! of a thread's stack by `callers.rs`.
+
+use std::path::Path;
+
+use addr2line::gimli::{
+    self, BaseAddresses, CfaRule, CieOrFde, EhFrame, LittleEndian, RegisterRule, UnwindContext,
+    UnwindSection, X86_64,
+};
+use iced_x86::{Decoder, DecoderOptions, Mnemonic, OpKind, Register};
+use object::{Object, ObjectSection, SectionKind};
+
+/// What holds from an address on, up to that of the next row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    pub start: u64,
+    /// Where the frame begins, the address above that of who called.
+    pub frame: Option<Begin>,
+    /// Where, from there, the function keeps its caller's frame pointer, if it has one of its own.
+    pub kept: Option<i32>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begin {
+    Stack(i32),
+    Frame(i32),
+}
+
+const NONE: i32 = i32::MIN;
+
+impl Row {
+    pub const SIZE: usize = 20;
+
+    fn bytes(&self) -> [u8; Self::SIZE] {
+        let (which, offset) = match self.frame {
+            None => (0, 0),
+            Some(Begin::Stack(offset)) => (1, offset),
+            Some(Begin::Frame(offset)) => (2, offset),
+        };
+        let mut bytes = [0; Self::SIZE];
+        bytes[..8].copy_from_slice(&self.start.to_le_bytes());
+        for (at, number) in [(8, which), (12, offset), (16, self.kept.unwrap_or(NONE))] {
+            bytes[at..at + 4].copy_from_slice(&number.to_le_bytes());
+        }
+        bytes
+    }
+
+    pub fn parse(bytes: &[u8]) -> Self {
+        let number = |at: usize| i32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+        let frame = match number(8) {
+            1 => Some(Begin::Stack(number(12))),
+            2 => Some(Begin::Frame(number(12))),
+            _ => None,
+        };
+        let start = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+        Self { start, frame, kept: Some(number(16)).filter(|kept| *kept != NONE) }
+    }
+}
+
+/// All rows of a file, in their order.
+pub fn of(path: &Path) -> Vec<u8> {
+    let data = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let file = object::File::parse(&*data).expect("an ELF file");
+    let section = file.section_by_name(".eh_frame").expect("frames");
+    let address = |name: &str| file.section_by_name(name).map_or(0, |section| section.address());
+    let bases = BaseAddresses::default().set_eh_frame(section.address()).set_text(address(".text"));
+    let frames = EhFrame::new(section.data().expect("its bytes"), LittleEndian);
+    let text: Vec<_> = file.sections().filter(|section| section.kind() == SectionKind::Text).collect();
+    let code = |at: u64| {
+        let section = text.iter().find(|s| (s.address()..s.address() + s.size()).contains(&at))?;
+        section.data().ok()?.get((at - section.address()) as usize..)
+    };
+    let mut rows = read(&frames, &bases, |at| depth(code(at)?)).expect("frames that can be read");
+    // What ends where the next begins is no end.
+    rows.sort_by_key(|row| (row.start, row.frame.is_some()));
+    rows.reverse();
+    rows.dedup_by_key(|row| row.start);
+    rows.reverse();
+    rows.iter().flat_map(Row::bytes).collect()
+}
+
+fn read(
+    frames: &EhFrame<gimli::EndianSlice<'_, LittleEndian>>,
+    bases: &BaseAddresses,
+    depth: impl Fn(u64) -> Option<i32>,
+) -> gimli::Result<Vec<Row>> {
+    let (mut rows, mut context) = (Vec::new(), UnwindContext::new());
+    let mut entries = frames.entries(bases);
+    while let Some(entry) = entries.next()? {
+        let CieOrFde::Fde(partial) = entry else { continue };
+        let function = partial.parse(EhFrame::cie_from_offset)?;
+        let mut table = function.rows(frames, bases, &mut context)?;
+        let mut below = None;
+        while let Some(row) = table.next_row()? {
+            let start = row.start_address();
+            let frame = match row.cfa() {
+                _ if row.register(X86_64::RA) == Some(RegisterRule::Undefined) => None,
+                CfaRule::RegisterAndOffset { register: X86_64::RSP, offset } => {
+                    Some(Begin::Stack(*offset as i32))
+                }
+                CfaRule::RegisterAndOffset { register: X86_64::RBP, offset } => {
+                    let below = below.get_or_insert_with(|| depth(start));
+                    let offset = *offset as i32;
+                    Some(below.map_or(Begin::Frame(offset), |below| Begin::Stack(offset + below)))
+                }
+                _ => None,
+            };
+            let kept = match row.register(X86_64::RBP) {
+                Some(RegisterRule::Offset(offset)) => Some(offset as i32),
+                _ => None,
+            };
+            rows.push(Row { start, frame, kept });
+        }
+        rows.push(Row { start: function.end_address(), frame: None, kept: None });
+    }
+    Ok(rows)
+}
+
+/// How far the stack goes down from the frame pointer, of a function that has just set it.
+fn depth(code: &[u8]) -> Option<i32> {
+    let mut depth = 0;
+    for i in &mut Decoder::new(64, code, DecoderOptions::NONE) {
+        let moves = i.op0_kind() == OpKind::Register && i.op0_register() == Register::RSP;
+        depth += match i.mnemonic() {
+            Mnemonic::Push => 8,
+            Mnemonic::Sub if moves => i32::try_from(i.try_immediate(1).ok()?).ok()?,
+            // Aligned.
+            Mnemonic::And if moves => return None,
+            // A large one is touched page by page.
+            Mnemonic::Mov if i.memory_base() == Register::RSP && i.op1_kind() == OpKind::Immediate32to64 => 0,
+            _ => return Some(depth),
+        };
+    }
+    None
+}
