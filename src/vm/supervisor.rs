@@ -274,7 +274,7 @@ impl Waiting {
             return Err(Error::new(ErrorKind::Exhausted, format!("sandbox: hearing {name}: {error}")));
         }
         let heard = supervisor.answers.hear(Listener { notices, duty: *duty, refused });
-        heard.map_err(|e| Error::os(format!("sandbox: hearing {name}"), e))?;
+        heard.map_err(|e| Error::os(format!("sandbox: hearing {name}: adding to an epoll set"), e))?;
         lock(&supervisor.attached).push(teller);
         Ok(())
     }

@@ -55,6 +55,8 @@ pub enum Life {
     Cold,
     /// The sandbox, a disk that writes through, and a network in user space that goes away and comes back; then another one.
     Sandboxed,
+    /// A thread in the sandbox makes calls that it may not make.
+    Refused,
     /// By the functions for C, on a vCPU of the caller's.
     Foreign,
     /// In the lab: a cgroup, a card that the kernel serves, a block device, huge pages of the pool.
@@ -62,7 +64,7 @@ pub enum Life {
 }
 
 impl Life {
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Ring,
         Self::Calls,
         Self::Qcow2,
@@ -75,6 +77,7 @@ impl Life {
         Self::Layered,
         Self::Cold,
         Self::Sandboxed,
+        Self::Refused,
         Self::Foreign,
         Self::Machine,
     ];
@@ -93,6 +96,7 @@ impl Life {
             Self::Layered => "layered",
             Self::Cold => "cold",
             Self::Sandboxed => "sandboxed",
+            Self::Refused => "refused",
             Self::Foreign => "foreign",
             Self::Machine => "machine",
         }
@@ -116,6 +120,7 @@ impl Life {
             Self::Layered => disks::layered(stage, works),
             Self::Cold => others::cold(),
             Self::Sandboxed => others::sandboxed(stage),
+            Self::Refused => others::refused(works),
             Self::Foreign => foreign::live(stage, works),
             Self::Machine => machine::live(stage, works),
         }

@@ -29,6 +29,7 @@ mod guests;
 mod holdings;
 mod life;
 mod machine;
+mod notices;
 mod others;
 mod part;
 mod places;

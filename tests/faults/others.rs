@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use vmbed::{
     BackingKind, BalloonConfig, BareBoot, BridgeOptions, Bytes, CacheMode, ConsoleKind, CpuMode, DiskConfig,
     DiskEngine, DiskFormat, Dispatcher, Host, HostConfig, HugePages, LinuxBoot, NetConfig, Network, Platform,
-    PortOptions, ReclaimConfig, ReclaimSandbox, SandboxConfig, Switch, TapOptions, Vm, VmBuilder, VmConfig,
-    Wiring,
+    PortOptions, ReclaimConfig, ReclaimSandbox, SandboxConfig, StopCause, Switch, TapOptions, Vm, VmBuilder,
+    VmConfig, Wiring,
 };
 
 use crate::driven::{FRAME, Far, SENT, SIZE, arrival};
@@ -349,5 +349,17 @@ fn confine(stage: &Stage) -> vmbed::Result<()> {
         vm.set_link(0, true)?;
         vm.announce_net(0)
     });
+    end(host, vm, lived)
+}
+
+/// A guest that never ends, whose threads are refused calls (`notices.rs`).
+pub fn refused(works: bool) -> vmbed::Result<()> {
+    let host = Host::open()?;
+    let mut config = VmConfig::bare(BareBoot::new(CpuMode::Real, 0x1000, SPINS));
+    config.sandbox = Some(SandboxConfig::default());
+    let vm = host.build(config)?;
+    let lived = vm.start().and_then(|()| if works { end_of(&vm) } else { Ok(None) });
+    let violates = matches!(lived, Ok(Some(StopCause::SandboxViolation { .. })));
+    expect(violates || !works, "the VM is ended for it");
     end(host, vm, lived)
 }

@@ -21,7 +21,7 @@ enum Why {
 use Why::{After, Cannot, Elsewhere, Here};
 
 /// File and function, how many of its lines at most, and what there is about them.
-const EXCUSED: [(&str, &str, usize, Why); 36] = [
+const EXCUSED: [(&str, &str, usize, Why); 30] = [
     ("block/create.rs", "create_disk", 1, After),
     ("block/engine/uring.rs", "finish", 1, Cannot(IN_PARTS)),
     ("block/engine/uring.rs", "submit", 1, Cannot("a flush, which does not go this way")),
@@ -55,9 +55,6 @@ const EXCUSED: [(&str, &str, usize, Why); 36] = [
     ("sys/netlink.rs", "exchange", 1, Here("what is asked for after an answer that could not be read")),
     ("sys/residency.rs", "count_entries", 1, Elsewhere("kernels before 6.7")),
     ("sys/residency.rs", "resident_in", 1, After),
-    ("sys/seccomp.rs", "answer", 1, Here(ONE_LISTENER)),
-    ("sys/seccomp.rs", "finds", 2, Here(ONE_LISTENER)),
-    ("sys/seccomp.rs", "receive", 1, Here(ONE_LISTENER)),
     ("sys/sigbus.rs", "pass_on", 1, Cannot(IN_A_HANDLER)),
     ("sys/sigbus.rs", "replace", 2, Cannot(IN_A_HANDLER)),
     ("sys/uring.rs", "drop", 1, Here(FOR_SECONDS)),
@@ -74,10 +71,7 @@ const EXCUSED: [(&str, &str, usize, Why); 36] = [
         Elsewhere("KVMs that compare no length, and machines of tests without one"),
     ),
     ("virtio/transport/doorbells.rs", "disarm", 1, Elsewhere("KVMs that compare no length")),
-    ("vm/answers.rs", "answer", 1, Here(ONE_LISTENER)),
-    ("vm/answers.rs", "hear", 1, Here(ONE_LISTENER)),
-    ("vm/answers.rs", "new", 1, Here(ONE_LISTENER)),
-    ("vm/supervisor.rs", "process", 1, Here(ONE_LISTENER)),
+    ("vm/answers.rs", "answer", 1, Cannot(GIVES_BACK)),
 ];
 
 const FOR_SECONDS: &str =
@@ -85,8 +79,6 @@ const FOR_SECONDS: &str =
 const GIVES_BACK: &str = "what is forgotten is: see the supervisor";
 const IN_A_HANDLER: &str = "in a handler of signals, where the process ends if it fails";
 const IN_PARTS: &str = "a flush that came to its end in parts";
-const ONE_LISTENER: &str =
-    "a thread has one filter that somebody hears of, and these have the test's; tests/sandbox has the others";
 
 /// Calls that come from no line of src, and whose they are. The first of each kind fails as those from lines do.
 const NOBODYS: [(libc::c_long, u32, &str); 4] = [

@@ -5,8 +5,9 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 
 use crate::callers::{self, place};
+use crate::life::Life;
 use crate::part::{self, transfer};
-use crate::{ANYWHERE, Answer, Fault, Kind};
+use crate::{ANYWHERE, Answer, Fault, Kind, notices};
 
 /// Calls that are made as they are, for one of these reasons:
 const PASSED: [libc::c_long; 22] = [
@@ -157,7 +158,12 @@ fn supervise(fault: Fault) {
         // SAFETY: as above.
         let mut answer: libc::seccomp_notif_resp = unsafe { std::mem::zeroed() };
         answer.id = call.id;
-        match decide(&fault, &call) {
+        let armed = ARMED.load(Ordering::SeqCst);
+        let mut result = if armed { decide(&fault, &call) } else { None };
+        if result.is_none() && fault.life == Life::Refused {
+            result = notices::answer(&call.data, armed);
+        }
+        match result {
             Some(result) if result < 0 => answer.error = result as i32,
             Some(result) => answer.val = result,
             None => answer.flags = libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32,
@@ -175,7 +181,7 @@ fn decide(fault: &Fault, notice: &libc::seccomp_notif) -> Option<i64> {
         libc::c_long::from(call.nr) == libc::SYS_epoll_ctl && call.args[1] as i32 == libc::EPOLL_CTL_DEL;
     // Whether a descriptor is open: the standard library asks before it closes one, in tests.
     let asks = libc::c_long::from(call.nr) == libc::SYS_fcntl && call.args[1] as i32 == libc::F_GETFD;
-    if asks || !ARMED.load(Ordering::SeqCst) {
+    if asks {
         return None;
     }
     let request = if forgets {
