@@ -99,11 +99,17 @@ impl Peek {
         let bytes = text.to_bytes_with_nul();
         let mut found = [0; Self::MOST];
         let Some(found) = found.get_mut(..bytes.len()) else { return false };
-        // SAFETY: the kernel reads from there, of whatever it can; a pipe that is empty has room for it.
-        let there = unsafe { libc::write(self.to.as_raw_fd(), address as *const _, bytes.len()) };
-        let Some(found) = usize::try_from(there).ok().and_then(|count| found.get_mut(..count)) else {
-            return false;
-        };
+        let mut there = 0;
+        while there < bytes.len() {
+            let (from, rest) = (address.wrapping_add(there as u64), bytes.len() - there);
+            // SAFETY: the kernel reads from there, of whatever it can; a pipe that is empty has room for it.
+            match unsafe { libc::write(self.to.as_raw_fd(), from as *const _, rest) } {
+                count @ 1.. => there += count as usize,
+                -1 if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
+                _ => break,
+            }
+        }
+        let Some(found) = found.get_mut(..there) else { return false };
         (&self.from).read_exact(found).is_ok() && *found == *bytes
     }
 }

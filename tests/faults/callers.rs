@@ -6,10 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use crate::frames::{self, Begin, Row};
+use crate::frames::{self, Frame, Row};
 
-/// The directory that has what the program's file says of its calls and frames: `returns` (where the calls of places return to), and a file each of the
-/// rows of what is mapped here and calls the kernel.
+/// Says where the directory is that has where the calls of places return to (`returns`), and a file with the rows of each part of the program.
 pub const PLACES: &str = "VMBED_FAULT_PLACES";
 
 /// What this process is made of, with what its file begins with in its place.
@@ -64,8 +63,8 @@ pub fn learn() {
     assert!(KNOWN.set(Known { returns, parts: parts.into() }).is_ok());
 }
 
-/// The place of a thread that waits in a system call; allocates nothing. 0: none of src.
-pub fn place(thread: u32) -> u32 {
+/// The place of a thread that waits in a system call of that number; allocates nothing. 0: none of src.
+pub fn place(thread: u32, call: libc::c_long) -> u32 {
     let known = KNOWN.get().unwrap();
     // It says what it calls before it sleeps.
     let end = Instant::now() + PATIENCE;
@@ -83,17 +82,19 @@ pub fn place(thread: u32) -> u32 {
     // Nobody knows the frame pointer before somebody who has kept it has been left.
     let mut pointer = None;
     for frame in 0..MOST {
-        let Some(row) = known.row(instruction) else { return 0 };
+        let row = known.row(instruction);
         let begin = match row.frame {
+            Frame::None => return 0,
             // Where a thread is made, for the sake of the new one's stack.
-            None if frame == 0 => stack + 8,
-            None => return 0,
-            Some(Begin::Stack(offset)) => stack.wrapping_add_signed(offset.into()),
-            Some(Begin::Frame(offset)) => {
-                let Some(pointer) = pointer else { return LOST };
-                u64::wrapping_add_signed(pointer, offset.into())
+            Frame::Unknown if frame == 0 && call == libc::SYS_clone3 => Some(stack + 8),
+            Frame::Unknown => None,
+            Frame::Stack(offset) => Some(stack.wrapping_add_signed(offset.into())),
+            Frame::Pointer(offset, below) => {
+                let by_pointer = pointer.map(|at: u64| at.wrapping_add_signed(offset.into()));
+                by_pointer.or(below.map(|below| stack.wrapping_add_signed(below.into())))
             }
         };
+        let Some(begin) = begin else { return LOST };
         if let Some(offset) = row.kept {
             pointer = words.at(begin.wrapping_add_signed(offset.into()));
         }
@@ -119,11 +120,14 @@ impl Known {
         self.returns.binary_search_by_key(&address, |(at, _)| *at).ok().map(|index| self.returns[index].1)
     }
 
-    /// What holds at that address, if anybody knows.
-    fn row(&self, address: u64) -> Option<Row> {
-        let part = self.parts.iter().filter(|part| part.base <= address).max_by_key(|part| part.base)?;
-        let next = part.rows.partition_point(|row| part.base + row.start <= address);
-        Some(part.rows[next.checked_sub(1)?])
+    /// What holds at that address.
+    fn row(&self, address: u64) -> Row {
+        let part = self.parts.iter().filter(|part| part.base <= address).max_by_key(|part| part.base);
+        let row = part.and_then(|part| {
+            let next = part.rows.partition_point(|row| part.base + row.start <= address);
+            Some(part.rows[next.checked_sub(1)?])
+        });
+        row.unwrap_or(Row { start: 0, frame: Frame::Unknown, kept: None })
     }
 }
 

@@ -10,7 +10,8 @@ use object::{
     Object, ObjectSection, ObjectSymbol, ObjectSymbolTable, RelocationTarget, SectionKind, SymbolKind,
 };
 
-/// What the C library does without the kernel, or by calls that the supervisor lets pass (`PASSED`); the beginnings of their names.
+/// What the C library does without the kernel, or by calls that the supervisor lets pass (`PASSED`); the beginnings of their names. What calls it
+/// all the same is seen when it does.
 const QUIET: [&str; 40] = [
     "_Unwind_",
     "__cxa_",

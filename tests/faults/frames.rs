@@ -14,32 +14,39 @@ use object::{Object, ObjectSection, SectionKind};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
     pub start: u64,
-    /// Where the frame begins, the address above that of who called.
-    pub frame: Option<Begin>,
+    pub frame: Frame,
     /// Where, from there, the function keeps its caller's frame pointer, if it has one of its own.
     pub kept: Option<i32>,
 }
 
+/// Where the frame begins: the address above that of who called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Begin {
+pub enum Frame {
+    /// Nobody says.
+    Unknown,
+    /// Nobody called: a thread begins here.
+    None,
+    /// So far from the stack pointer.
     Stack(i32),
-    Frame(i32),
+    /// So far from the frame pointer, and, where that is not known, from the stack pointer.
+    Pointer(i32, Option<i32>),
 }
 
 const NONE: i32 = i32::MIN;
 
 impl Row {
-    pub const SIZE: usize = 20;
+    pub const SIZE: usize = 24;
 
     fn bytes(&self) -> [u8; Self::SIZE] {
-        let (which, offset) = match self.frame {
-            None => (0, 0),
-            Some(Begin::Stack(offset)) => (1, offset),
-            Some(Begin::Frame(offset)) => (2, offset),
+        let [which, offset, below] = match self.frame {
+            Frame::Unknown => [0, 0, 0],
+            Frame::None => [1, 0, 0],
+            Frame::Stack(offset) => [2, offset, 0],
+            Frame::Pointer(offset, below) => [3, offset, below.unwrap_or(NONE)],
         };
         let mut bytes = [0; Self::SIZE];
         bytes[..8].copy_from_slice(&self.start.to_le_bytes());
-        for (at, number) in [(8, which), (12, offset), (16, self.kept.unwrap_or(NONE))] {
+        for (at, number) in [(8, which), (12, offset), (16, below), (20, self.kept.unwrap_or(NONE))] {
             bytes[at..at + 4].copy_from_slice(&number.to_le_bytes());
         }
         bytes
@@ -47,13 +54,15 @@ impl Row {
 
     pub fn parse(bytes: &[u8]) -> Self {
         let number = |at: usize| i32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+        let known = |at: usize| Some(number(at)).filter(|offset| *offset != NONE);
         let frame = match number(8) {
-            1 => Some(Begin::Stack(number(12))),
-            2 => Some(Begin::Frame(number(12))),
-            _ => None,
+            1 => Frame::None,
+            2 => Frame::Stack(number(12)),
+            3 => Frame::Pointer(number(12), known(16)),
+            _ => Frame::Unknown,
         };
         let start = u64::from_le_bytes(bytes[..8].try_into().unwrap());
-        Self { start, frame, kept: Some(number(16)).filter(|kept| *kept != NONE) }
+        Self { start, frame, kept: known(20) }
     }
 }
 
@@ -71,11 +80,9 @@ pub fn of(path: &Path) -> Vec<u8> {
         section.data().ok()?.get((at - section.address()) as usize..)
     };
     let mut rows = read(&frames, &bases, |at| depth(code(at)?)).expect("frames that can be read");
-    // What ends where the next begins is no end.
-    rows.sort_by_key(|row| (row.start, row.frame.is_some()));
-    rows.reverse();
+    // Of a function's end and another one's beginning, the beginning holds.
+    rows.sort_by_key(|row| (row.start, row.frame == Frame::Unknown));
     rows.dedup_by_key(|row| row.start);
-    rows.reverse();
     rows.iter().flat_map(Row::bytes).collect()
 }
 
@@ -90,28 +97,43 @@ fn read(
         let CieOrFde::Fde(partial) = entry else { continue };
         let function = partial.parse(EhFrame::cie_from_offset)?;
         let mut table = function.rows(frames, bases, &mut context)?;
+        let (mut own, mut lowest, mut before) = (Vec::new(), 0, None);
         let mut below = None;
         while let Some(row) = table.next_row()? {
             let start = row.start_address();
             let frame = match row.cfa() {
-                _ if row.register(X86_64::RA) == Some(RegisterRule::Undefined) => None,
-                CfaRule::RegisterAndOffset { register: X86_64::RSP, offset } => {
-                    Some(Begin::Stack(*offset as i32))
-                }
+                _ if row.register(X86_64::RA) == Some(RegisterRule::Undefined) => Frame::None,
+                CfaRule::RegisterAndOffset { register: X86_64::RSP, offset } => Frame::Stack(*offset as i32),
                 CfaRule::RegisterAndOffset { register: X86_64::RBP, offset } => {
-                    let below = below.get_or_insert_with(|| depth(start));
-                    let offset = *offset as i32;
-                    Some(below.map_or(Begin::Frame(offset), |below| Begin::Stack(offset + below)))
+                    // It has just been set, above nothing but itself.
+                    if before == Some(Frame::Stack(16)) && *offset == 16 {
+                        below = depth(start);
+                    }
+                    Frame::Pointer(*offset as i32, None)
                 }
-                _ => None,
+                _ => Frame::Unknown,
             };
+            let saved = row.registers().filter_map(|(_, rule)| match rule {
+                RegisterRule::Offset(offset) => Some(*offset as i32),
+                _ => None,
+            });
+            lowest = saved.min().unwrap_or(0).min(lowest);
             let kept = match row.register(X86_64::RBP) {
                 Some(RegisterRule::Offset(offset)) => Some(offset as i32),
                 _ => None,
             };
-            rows.push(Row { start, frame, kept });
+            own.push(Row { start, frame, kept });
+            before = Some(frame);
         }
-        rows.push(Row { start: function.end_address(), frame: None, kept: None });
+        // What it has saved lies above the stack pointer.
+        let below = below.filter(|below| 16 + below >= -lowest);
+        for row in &mut own {
+            if let Frame::Pointer(16, stack) = &mut row.frame {
+                *stack = below.map(|below| 16 + below);
+            }
+        }
+        rows.append(&mut own);
+        rows.push(Row { start: function.end_address(), frame: Frame::Unknown, kept: None });
     }
     Ok(rows)
 }
@@ -123,7 +145,8 @@ fn depth(code: &[u8]) -> Option<i32> {
         let moves = i.op0_kind() == OpKind::Register && i.op0_register() == Register::RSP;
         depth += match i.mnemonic() {
             Mnemonic::Push => 8,
-            Mnemonic::Sub if moves => i32::try_from(i.try_immediate(1).ok()?).ok()?,
+            Mnemonic::Sub if moves => i.try_immediate(1).ok()? as i32,
+            Mnemonic::Add if moves => -(i.try_immediate(1).ok()? as i32),
             // Aligned.
             Mnemonic::And if moves => return None,
             // A large one is touched page by page.

@@ -23,7 +23,8 @@ pub fn answer(call: &libc::seccomp_data, works: bool) -> Option<i64> {
             // SAFETY: integers go in. It is the caller's, who closes it.
             let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
             LISTENER.store(fd, Ordering::SeqCst);
-            Some(fd.into())
+            let error = std::io::Error::last_os_error().raw_os_error();
+            Some(if fd < 0 { -i64::from(error.unwrap_or(libc::EMFILE)) } else { fd.into() })
         }
         libc::SYS_ioctl if call.args[1] == KVM_RUN && works => {
             if GIVEN.load(Ordering::SeqCst) == 0 {

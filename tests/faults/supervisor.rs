@@ -192,7 +192,7 @@ fn decide(fault: &Fault, notice: &libc::seccomp_notif) -> Option<i64> {
         0
     };
     let kind = Kind { number: call.nr as u32, request };
-    let place = place(notice.pid);
+    let place = place(notice.pid, call.nr.into());
     let is_it = |kind: Kind| {
         let (all, here) = (count(kind, ANYWHERE), count(kind, place));
         let nth = if fault.place == ANYWHERE { all } else { here };

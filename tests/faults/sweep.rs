@@ -40,6 +40,8 @@ pub static HITS: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
 pub static MISSED: Mutex<Vec<String>> = Mutex::new(Vec::new());
 /// The places that lives with a fault come by.
 pub static AFTER: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
+/// The kinds of calls that come from no place.
+pub static NOBODYS: Mutex<BTreeSet<Kind>> = Mutex::new(BTreeSet::new());
 
 /// How many calls come from which place.
 pub type Counts = BTreeMap<u32, u64>;
@@ -114,16 +116,19 @@ pub fn sweep(life: Life, kind: Kind, from: &Counts, places: &Places) {
                 }
             }
             let answered = u64::from(hit_from(&said).is_some());
-            if answered == 0 && answer != Answer::Error(libc::EINTR) {
+            if answered == 0 && !answer.is_quiet() {
                 missed.insert(places.name(place));
             }
-            // Nobody hears of an interruption: it does not count as a failure.
-            if answer != Answer::Error(libc::EINTR) {
+            // Nobody hears of an interruption, nor of what comes short: that does not count as a failure.
+            if !answer.is_quiet() {
                 lock(&HITS).extend(hit_from(&said));
             }
             hit += answered;
             FAULTS.fetch_add(answered, Ordering::Relaxed);
-            lock(&AFTER).extend(kinds(&said).values().flat_map(|from| from.keys()));
+            let made = kinds(&said);
+            lock(&AFTER).extend(made.values().flat_map(|from| from.keys()));
+            lock(&NOBODYS)
+                .extend(made.iter().filter(|(_, from)| from.contains_key(&0)).map(|(kind, _)| kind));
             if let Some(what) = is_wrong(&said, kind, answer) {
                 wrong.push(format!("{fault:?}, from {}: {what}\n{said}", places.name(place)));
             }

@@ -37,7 +37,16 @@ const CALLS: [(libc::c_long, &[&str]); 42] = [
     (libc::SYS_fdatasync, &["flushing", "making", "writing", "growing"]),
     (
         libc::SYS_fcntl,
-        &["memfd", "duplicating", "event loop", "lock", "nonblocking", "its thread", "finding its size"],
+        &[
+            "memfd",
+            "duplicating",
+            "event loop",
+            "lock",
+            "nonblocking",
+            "its thread",
+            "finding its size",
+            "what it was opened for",
+        ],
     ),
     (libc::SYS_mmap, &["mapping", "finding addresses", "KVM_CREATE_VCPU", "starting the thread", "io_uring"]),
     (libc::SYS_madvise, &["advising", "MADV_MERGEABLE", "prefaulting"]),

@@ -222,6 +222,22 @@ impl Soak {
         true
     }
 
+    /// How it ends, if it does.
+    fn cause(&self, slot: &Slot, time: Duration) -> Option<StopCause> {
+        let (end, vm) = (Instant::now() + time, &slot.life.as_ref().expect("a VM").vm);
+        loop {
+            let cause = vm.wait_timeout(Duration::from_secs(60)).unwrap();
+            if cause.is_some() || Instant::now() > end {
+                return cause;
+            }
+            let (number, said) = (slot.number, slot.said());
+            println!(
+                "{:7.1} s: waiting for guest {number} to end: {said:?}",
+                self.begun.elapsed().as_secs_f32()
+            );
+        }
+    }
+
     /// Has all guests verify what they wrote last, and power off.
     fn end(&self, patience: Duration) {
         self.wait("each guest to be up", FIRST, |life| life.said().kept.is_some());
@@ -231,7 +247,7 @@ impl Soak {
         }
         for slot in &self.slots {
             let mut slot = slot.lock().unwrap();
-            let cause = slot.life.as_ref().expect("a VM").vm.wait_timeout(patience.max(FIRST)).unwrap();
+            let cause = self.cause(&slot, patience.max(FIRST));
             assert_eq!(cause, Some(StopCause::GuestPoweroff), "{}", stuck(&slot));
             slot.is_complete();
             slot.fold();
