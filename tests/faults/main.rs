@@ -5,7 +5,8 @@
 //!
 //! A trial for each kind of call in each life: of every line of src that makes it, the first one fails, in the first life that has
 //! that line; what can come short does so in each of the first three lives. `VMBED_FAULTS=all` has every kind in every life, and goes on
-//! until no call of the kind is left (`ENDLESS` are those that are never at an end); `VMBED_FAULTS=list` says which calls come from where.
+//! until no call of the kind is left (`ENDLESS` are those that are never at an end); in the lab, all that its life alone has. `VMBED_FAULTS=list` says which
+//! calls come from where.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -274,7 +275,9 @@ impl Plan {
                 let known = self.swept.entry(kind).or_default();
                 // What another life has, too, is swept there.
                 let punches = kind == Kind::of(libc::SYS_fallocate, 0) && life == Life::Qcow2;
-                let again = kind.request == Kind::PART && life.has_parts() || punches || wants_all();
+                let again = kind.request == Kind::PART && life.has_parts()
+                    || punches
+                    || wants_all() && elsewhere.is_none();
                 let elsewhere = elsewhere.and_then(|known| known.get(&kind));
                 let is_new = |place: &u32| elsewhere.is_none_or(|known| !known.contains(place));
                 let here =
