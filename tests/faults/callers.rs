@@ -86,7 +86,9 @@ pub fn place(thread: u32, call: libc::c_long) -> u32 {
         let begin = match row.frame {
             Frame::None => return 0,
             // Where a thread is made, for the sake of the new one's stack.
-            Frame::Unknown if frame == 0 && call == libc::SYS_clone3 => Some(stack + 8),
+            Frame::Unknown if frame == 0 && [libc::SYS_clone, libc::SYS_clone3].contains(&call) => {
+                Some(stack + 8)
+            }
             Frame::Unknown => None,
             Frame::Stack(offset) => Some(stack.wrapping_add_signed(offset.into())),
             Frame::Pointer(offset, below) => {

@@ -79,7 +79,8 @@ pub fn of(path: &Path) -> Vec<u8> {
         let section = text.iter().find(|s| (s.address()..s.address() + s.size()).contains(&at))?;
         section.data().ok()?.get((at - section.address()) as usize..)
     };
-    let mut rows = read(&frames, &bases, |at| depth(code(at)?)).expect("frames that can be read");
+    let below = |from: u64, to: u64| depth(code(from)?.get(..(to - from) as usize)?);
+    let mut rows = read(&frames, &bases, below).expect("frames that can be read");
     // Of a function's end and another one's beginning, the beginning holds.
     rows.sort_by_key(|row| (row.start, row.frame == Frame::Unknown));
     rows.dedup_by_key(|row| row.start);
@@ -89,7 +90,7 @@ pub fn of(path: &Path) -> Vec<u8> {
 fn read(
     frames: &EhFrame<gimli::EndianSlice<'_, LittleEndian>>,
     bases: &BaseAddresses,
-    depth: impl Fn(u64) -> Option<i32>,
+    depth: impl Fn(u64, u64) -> Option<i32>,
 ) -> gimli::Result<Vec<Row>> {
     let (mut rows, mut context) = (Vec::new(), UnwindContext::new());
     let mut entries = frames.entries(bases);
@@ -107,7 +108,7 @@ fn read(
                 CfaRule::RegisterAndOffset { register: X86_64::RBP, offset } => {
                     // It has just been set, above nothing but itself.
                     if before == Some(Frame::Stack(16)) && *offset == 16 {
-                        below = depth(start);
+                        below = depth(start, function.end_address());
                     }
                     Frame::Pointer(*offset as i32, None)
                 }
@@ -138,12 +139,12 @@ fn read(
     Ok(rows)
 }
 
-/// How far the stack goes down from the frame pointer, of a function that has just set it.
+/// How far the stack goes down from the frame pointer, of a function that has just set it, where it goes no further anywhere.
 fn depth(code: &[u8]) -> Option<i32> {
-    let mut depth = 0;
+    let (mut depth, mut begins) = (0, true);
     for i in &mut Decoder::new(64, code, DecoderOptions::NONE) {
         let moves = i.op0_kind() == OpKind::Register && i.op0_register() == Register::RSP;
-        depth += match i.mnemonic() {
+        let by = match i.mnemonic() {
             Mnemonic::Push => 8,
             Mnemonic::Sub if moves => i.try_immediate(1).ok()? as i32,
             Mnemonic::Add if moves => -(i.try_immediate(1).ok()? as i32),
@@ -151,8 +152,16 @@ fn depth(code: &[u8]) -> Option<i32> {
             Mnemonic::And if moves => return None,
             // A large one is touched page by page.
             Mnemonic::Mov if i.memory_base() == Register::RSP && i.op1_kind() == OpKind::Immediate32to64 => 0,
-            _ => return Some(depth),
+            _ => {
+                begins = false;
+                0
+            }
         };
+        match by {
+            by if begins => depth += by,
+            1.. => return None,
+            _ => {}
+        }
     }
-    None
+    Some(depth)
 }

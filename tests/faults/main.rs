@@ -5,8 +5,8 @@
 //!
 //! A trial for each kind of call in each life: of every line of src that makes it, the first one fails, in the first life that has
 //! that line; what can come short does so in each of the first three lives. `VMBED_FAULTS=all` has every kind in every life, and goes on
-//! until no call of the kind is left (`ENDLESS` are those that are never at an end); in the lab, all that its life alone has. `VMBED_FAULTS=list` says which
-//! calls come from where.
+//! until no call of the kind is left (`ENDLESS` are those that are never at an end); in the lab, those of lines that no other life comes by, and what is asked of the
+//! pool. `VMBED_FAULTS=list` says which calls come from where.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -147,6 +147,9 @@ impl Answer {
     }
 }
 
+/// What a pool of huge pages is asked for in the lab, by lines of which calls are made for other memory elsewhere.
+const OF_THE_POOL: [libc::c_long; 3] = [libc::SYS_memfd_create, libc::SYS_mmap, libc::SYS_fallocate];
+
 /// Stands where it does not matter which place of src a call comes from.
 const ANYWHERE: u32 = u32::MAX;
 
@@ -198,6 +201,9 @@ fn main() -> ExitCode {
     plan.report(known.is_some());
     let whole = arguments.filter.is_none() && !arguments.list;
     let mut wrong = if whole { sites::nobodys() } else { Vec::new() };
+    if whole && !wants_all() {
+        wrong.extend(life::lock(&sweep::MISSED).iter().map(|call| format!("{call}: did not fail")));
+    }
     // What is not reached in the lab is reached outside.
     if whole && known.is_none() {
         wrong.extend(plan.unreached());
@@ -275,9 +281,9 @@ impl Plan {
                 let known = self.swept.entry(kind).or_default();
                 // What another life has, too, is swept there.
                 let punches = kind == Kind::of(libc::SYS_fallocate, 0) && life == Life::Qcow2;
-                let again = kind.request == Kind::PART && life.has_parts()
-                    || punches
-                    || wants_all() && elsewhere.is_none();
+                let parts = kind.request == Kind::PART && life.has_parts();
+                let pool = elsewhere.is_some() && OF_THE_POOL.contains(&kind.number.into());
+                let again = parts || punches || pool || wants_all() && elsewhere.is_none();
                 let elsewhere = elsewhere.and_then(|known| known.get(&kind));
                 let is_new = |place: &u32| elsewhere.is_none_or(|known| !known.contains(place));
                 let here =
@@ -333,9 +339,6 @@ impl Plan {
         let known: BTreeSet<_> = self.places.known(&after).map(|(place, _)| place).collect();
         let elsewhere = library.all[..library.shown].iter().filter(|place| !known.contains(place));
         wrong.extend(elsewhere.map(|place| format!("{place}: not in this program: no life calls it")));
-        if !wants_all() {
-            wrong.extend(life::lock(&sweep::MISSED).iter().map(|call| format!("{call}: did not fail")));
-        }
         wrong
     }
 
