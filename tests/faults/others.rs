@@ -203,6 +203,16 @@ const SPINS: [u8; 3] = [0xfa, 0xeb, 0xfe];
 
 pub fn wired(stage: &Stage) -> vmbed::Result<()> {
     let wiring = Wiring::new()?;
+    let lived = wire_up(stage, &wiring);
+    if lived.is_err() {
+        // The answer to what has failed is not this one's.
+        let _ = wiring.set_mtu("lo", 1500);
+        return lived;
+    }
+    wiring.release()
+}
+
+fn wire_up(stage: &Stage, wiring: &Wiring) -> vmbed::Result<()> {
     let mut bridge = BridgeOptions::default();
     (bridge.mac, bridge.mtu) = (Some("02:00:00:00:00:01".parse()?), Some(1400));
     wiring.add_bridge("br0", &bridge)?;
@@ -213,8 +223,7 @@ pub fn wired(stage: &Stage) -> vmbed::Result<()> {
     let lived = plug_in(stage);
     *lock(&FAR) = None;
     lived?;
-    wiring.detach("vnet0")?;
-    wiring.release()
+    wiring.detach("vnet0")
 }
 
 /// Two cards, one of them on a queue that somebody else has opened.
