@@ -51,7 +51,7 @@ const CALLS: [(libc::c_long, &[&str]); 42] = [
     (libc::SYS_mmap, &["mapping", "finding addresses", "KVM_CREATE_VCPU", "starting the thread", "io_uring"]),
     (libc::SYS_madvise, &["advising", "MADV_MERGEABLE", "prefaulting"]),
     (libc::SYS_mbind, &["mbind"]),
-    (libc::SYS_memfd_create, &["memfd"]),
+    (libc::SYS_memfd_create, &["memfd", "of huge pages"]),
     (libc::SYS_clone3, &["starting the thread", "starting its thread", "starting a thread"]),
     (libc::SYS_prctl, &["PR_SET_NO_NEW_PRIVS", "no_new_privs"]),
     (libc::SYS_seccomp, &["SECCOMP_SET_MODE_FILTER"]),
@@ -121,10 +121,16 @@ const REQUESTS: [(u32, &[&str]); 35] = [
 /// What KVM is asked for before anything else. Its crate has no errno of these, and the error says what the kernel lacks.
 const PROBES: [u32; 2] = [0xae00, 0xae03];
 
+/// The same of the sandbox's.
+const FILTERS: [libc::c_long; 2] = [libc::SYS_seccomp, libc::SYS_landlock_create_ruleset];
+
 /// Whether the error says what was tried, and what the kernel answered.
 pub fn say(error: &str, kind: Kind, errno: i32) -> bool {
     if i64::from(kind.number) == libc::SYS_ioctl && PROBES.contains(&kind.request) {
         return error.starts_with("KVM");
+    }
+    if FILTERS.contains(&kind.number.into()) && error.contains("this kernel has no") {
+        return true;
     }
     let words = if i64::from(kind.number) == libc::SYS_ioctl {
         REQUESTS.iter().find(|(request, _)| *request == kind.request).map(|(_, words)| *words)
