@@ -6,6 +6,7 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::ptr::{from_ref, null, null_mut};
+use std::time::{Duration, Instant};
 
 use vmbed::{Error, ErrorKind};
 
@@ -53,6 +54,12 @@ unsafe extern "C" {
     fn vmbed_vm_start(vm: Object, error: Out) -> i32;
     fn vmbed_vm_change_net_fd(vm: Object, index: u32, fd: i32, error: Out) -> i32;
     fn vmbed_vcpu_run(vm: Object, vcpu: u32, outcome: *mut i32, error: Out) -> i32;
+    fn vmbed_vm_request_stop(vm: Object, error: Out) -> i32;
+    fn vmbed_vm_events(vm: Object, events: Out, error: Out) -> i32;
+    fn vmbed_events_next(events: Object, timeout: i64, event: Out, error: Out) -> i32;
+    fn vmbed_events_free(events: Object);
+    fn vmbed_event_kind(event: Object) -> i32;
+    fn vmbed_event_free(event: Object);
     fn vmbed_vm_wait(vm: Object, timeout: i64, cause: *mut i32, error: Out) -> i32;
     fn vmbed_vm_stop(vm: Object, cause: *mut i32, error: Out) -> i32;
     fn vmbed_vm_free(vm: Object);
@@ -82,6 +89,10 @@ unsafe extern "C" {
 const LONG_MODE: i32 = 2;
 const PC: i32 = 0;
 const ENDED: i32 = 1;
+const STOPPED: i32 = 4;
+const DEVICE_NEEDS_RESET: i32 = 5;
+/// With a guest that waits for a device which is out of order.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// `vmbed_registers`
 #[repr(C)]
@@ -214,16 +225,63 @@ fn turn(vm: &Handle, elsewhere: &OwnedFd, works: bool) -> vmbed::Result<()> {
         call(|error| vmbed_vm_start(vm.0, error))?;
         call(|error| vmbed_vm_change_net_fd(vm.0, 0, elsewhere.as_raw_fd(), error))?;
     }
-    let mut outcome = 0;
-    while outcome != ENDED {
+    let watch = Watch::begin(vm)?;
+    let (mut outcome, mut run) = (0, Ok(()));
+    while outcome != ENDED && run.is_ok() {
         // SAFETY: as above.
-        call(|error| unsafe { vmbed_vcpu_run(vm.0, 0, &raw mut outcome, error) })?;
+        run = call(|error| unsafe { vmbed_vcpu_run(vm.0, 0, &raw mut outcome, error) });
     }
+    watch.end();
+    run?;
     let mut cause = 0;
     // SAFETY: as above.
     unsafe {
         call(|error| vmbed_vm_wait(vm.0, 60_000, &raw mut cause, error))?;
         expect(cause != 0, "how it ended");
         call(|error| vmbed_vm_stop(vm.0, null_mut(), error))
+    }
+}
+
+/// Ends a VM whose guest waits for a device that is out of order, of which its embedder was told.
+struct Watch(std::thread::JoinHandle<()>);
+
+impl Watch {
+    fn begin(vm: &Handle) -> vmbed::Result<Self> {
+        let (vm, mut events) = (vm.0.expose_provenance(), null_mut());
+        // SAFETY: as above.
+        call(|error| unsafe { vmbed_vm_events(vm as Object, &raw mut events, error) })?;
+        let events = events.expose_provenance();
+        // On a thread whose calls nobody answers.
+        Ok(Self(aside(move || std::thread::spawn(move || hear(vm as Object, events as Object)))))
+    }
+
+    fn end(self) {
+        aside(move || self.0.join().unwrap());
+    }
+}
+
+/// Until the VM has stopped.
+fn hear(vm: Object, events: Object) {
+    let events = Handle(events, vmbed_events_free);
+    let (begin, mut told, mut asked) = (Instant::now(), false, false);
+    loop {
+        let mut event = null_mut();
+        // SAFETY: as above; the VM stays until this has ended.
+        let heard = call(|error| unsafe { vmbed_events_next(events.0, 100, &raw mut event, error) });
+        // SAFETY: as above; NULL is of no kind.
+        let kind = unsafe { vmbed_event_kind(event) };
+        drop(Handle(event, vmbed_event_free));
+        told |= kind == DEVICE_NEEDS_RESET;
+        if kind == STOPPED || heard.is_err() {
+            return;
+        }
+        if !asked && begin.elapsed() > PATIENCE {
+            asked = true;
+            if !told {
+                println!("STUCK: the guest neither ends nor is ended, and nobody was told");
+            }
+            // SAFETY: as above.
+            let _ = call(|error| unsafe { vmbed_vm_request_stop(vm, error) });
+        }
     }
 }
