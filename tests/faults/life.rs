@@ -13,6 +13,7 @@ use vmbed::{
 use crate::disks;
 use crate::driven::{self, Far};
 use crate::foreign;
+use crate::held;
 use crate::holdings::Holdings;
 use crate::machine;
 use crate::others::{self, Server};
@@ -59,12 +60,14 @@ pub enum Life {
     Refused,
     /// By the functions for C, on a vCPU of the caller's.
     Foreign,
+    /// Its requests are not answered before it ends, which takes seconds.
+    Held,
     /// In the lab: a cgroup, a card that the kernel serves, a block device, huge pages of the pool.
     Machine,
 }
 
 impl Life {
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Ring,
         Self::Calls,
         Self::Qcow2,
@@ -79,6 +82,7 @@ impl Life {
         Self::Sandboxed,
         Self::Refused,
         Self::Foreign,
+        Self::Held,
         Self::Machine,
     ];
 
@@ -98,6 +102,7 @@ impl Life {
             Self::Sandboxed => "sandboxed",
             Self::Refused => "refused",
             Self::Foreign => "foreign",
+            Self::Held => "held",
             Self::Machine => "machine",
         }
     }
@@ -122,6 +127,7 @@ impl Life {
             Self::Sandboxed => others::sandboxed(stage),
             Self::Refused => others::refused(works),
             Self::Foreign => foreign::live(stage, works),
+            Self::Held => held::live(stage, works),
             Self::Machine => machine::live(stage, works),
         }
     }
@@ -349,7 +355,7 @@ impl Told {
         }
     }
 
-    fn is_excused(&self) -> bool {
+    pub fn is_excused(&self) -> bool {
         let is_excuse = |event: &Event| {
             matches!(event.kind, EventKind::DeviceNeedsReset { .. } | EventKind::BackendError { .. })
         };

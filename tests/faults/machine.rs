@@ -43,7 +43,7 @@ pub fn in_a_lab(swept: &Swept) {
     // It ends with this program.
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "TERM"]).arg(root.join("tests/lab/run"));
-    let seconds = if crate::wants_all() { "7200" } else { "1200" };
+    let seconds = if crate::wants("all") { "7200" } else { "1200" };
     command.args(["--memory", "2G", "--timeout", seconds, "--attempts", "3", "--", "env"]);
     for name in [GUEST, callers::PLACES, disks::BELOW, "VMBED_FAULTS"] {
         command.args(std::env::var(name).ok().map(|value| format!("{name}={value}")));

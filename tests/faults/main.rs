@@ -5,8 +5,8 @@
 //!
 //! A trial for each kind of call in each life: of every line of src that makes it, the first one fails, in the first life that has
 //! that line; what can come short does so in each of the first three lives. `VMBED_FAULTS=all` has every kind in every life, and goes on
-//! until no call of the kind is left (`ENDLESS` are those that are never at an end); in the lab, those of lines that no other life comes by, and what is asked of the
-//! pool. `VMBED_FAULTS=list` says which calls come from where.
+//! until no call of the kind is left (`ENDLESS` are those that are never at an end); in the lab, and in the life that takes seconds, those of lines that no other life
+//! comes by, and in the lab what is asked of the pool. `VMBED_FAULTS=list` says which calls come from where.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -26,6 +26,7 @@ mod foreign;
 mod frames;
 #[path = "../guests/mod.rs"]
 mod guests;
+mod held;
 #[path = "../holdings/mod.rs"]
 mod holdings;
 mod life;
@@ -43,7 +44,7 @@ mod words;
 use life::Life;
 use part::Part;
 use places::Places;
-use sweep::{AFTER, Counts, FAULTS, HITS, NOBODYS, child, kinds, sweep, wants_all, went_well};
+use sweep::{AFTER, Counts, FAULTS, HITS, NOBODYS, child, kinds, sweep, wants, went_well};
 
 /// What a child is told: how it lives, which kind of call, which of them, what that answers.
 const FAULT: &str = "VMBED_FAULT";
@@ -196,12 +197,15 @@ fn main() -> ExitCode {
     if known.is_none() {
         plan.everything();
     }
+    if wants("list") {
+        plan.list_others();
+    }
     let code = libtest_mimic::run(&arguments, std::mem::take(&mut plan.trials)).exit_code();
     drop(files);
     plan.report(known.is_some());
     let whole = arguments.filter.is_none() && !arguments.list;
     let mut wrong = if whole { sites::nobodys() } else { Vec::new() };
-    if whole && !wants_all() {
+    if whole && !wants("all") {
         wrong.extend(life::lock(&sweep::MISSED).iter().map(|call| format!("{call}: did not fail")));
     }
     // What is not reached in the lab is reached outside.
@@ -270,7 +274,7 @@ impl Plan {
             let said = child(&Fault { life, ..Fault::NONE });
             assert!(went_well(&said) && !said.contains("MISSED"), "{life:?} without a fault:\n{said}");
             self.lives += 1;
-            if std::env::var("VMBED_FAULTS").is_ok_and(|which| which == "list") {
+            if wants("list") {
                 self.list(life, &said);
             }
             for (kind, from) in kinds(&said) {
@@ -283,7 +287,8 @@ impl Plan {
                 let punches = kind == Kind::of(libc::SYS_fallocate, 0) && life == Life::Qcow2;
                 let parts = kind.request == Kind::PART && life.has_parts();
                 let pool = elsewhere.is_some() && OF_THE_POOL.contains(&kind.number.into());
-                let again = parts || punches || pool || wants_all() && elsewhere.is_none();
+                let whole = wants("all") && elsewhere.is_none() && life != Life::Held;
+                let again = parts || punches || pool || whole;
                 let elsewhere = elsewhere.and_then(|known| known.get(&kind));
                 let is_new = |place: &u32| elsewhere.is_none_or(|known| !known.contains(place));
                 let here =
@@ -305,6 +310,15 @@ impl Plan {
             for (place, count) in from.iter().filter(|(place, _)| **place != ANYWHERE) {
                 println!("{} {} {count} from {}", life.name(), kind.name(), self.places.name(*place));
             }
+        }
+    }
+
+    /// The lines that none of them comes by, as long as nothing fails.
+    fn list_others(&self) {
+        let none = BTreeSet::new();
+        let is_new = |number: &u32| !self.swept.values().any(|from| from.contains(number));
+        for (place, _) in self.places.known(&none).filter(|(_, number)| is_new(number)) {
+            println!("no life comes by {place}");
         }
     }
 

@@ -241,10 +241,10 @@ fn plug_in(stage: &Stage) -> vmbed::Result<()> {
     end(host, vm, lived)
 }
 
-/// A network in user space: hangs up on its first guest after a while, and has frames for the others.
+/// A network in user space: hangs up on its first guest, which waits for a frame by then, and has frames for the others.
 pub struct Server {
     listener: UnixListener,
-    /// When it has a guest: in how many turns it hangs up.
+    /// In how many turns it hangs up: soon after the guest's first frame, or later where there is none.
     hangs_up: Option<u32>,
     guests: Vec<UnixStream>,
 }
@@ -267,7 +267,7 @@ impl Server {
         aside(move || {
             let listener = UnixListener::bind(path).unwrap();
             listener.set_nonblocking(true).unwrap();
-            *lock(&SERVER) = Some(Self { listener, hangs_up: Some(20), guests: Vec::new() });
+            *lock(&SERVER) = Some(Self { listener, hangs_up: Some(250), guests: Vec::new() });
         });
     }
 
@@ -282,7 +282,10 @@ impl Server {
             self.guests.push(guest);
         }
         if let Some(turns) = &mut self.hangs_up {
-            *turns -= u32::from(!self.guests.is_empty());
+            let sent =
+                self.guests.iter_mut().any(|guest| guest.read(&mut [0; 2000]).is_ok_and(|count| count > 0));
+            *turns =
+                turns.saturating_sub(u32::from(!self.guests.is_empty())).min(if sent { 20 } else { 250 });
             if *turns == 0 {
                 self.guests.clear();
                 self.hangs_up = None;

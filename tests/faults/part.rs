@@ -178,17 +178,26 @@ fn made(number: libc::c_int, args: &[u64; 6]) -> i64 {
     }
 }
 
-/// Entries of an io_uring that the kernel is about to be told of. Its memory can be mapped by whoever has its descriptor.
-mod ring {
+/// Entries of an io_uring that the kernel is about to be told of, or has answered. Its memory can be mapped by whoever has its descriptor.
+pub mod ring {
     use super::*;
 
     const PAGE: usize = 4096;
     const ENTRIES: libc::off_t = 0x1000_0000;
     const ENTRY: usize = 64;
-    /// The first four operations with what is cut of them: the pieces, or the bytes.
-    const OPERATIONS: [(u8, u32); 4] = [(1, 2), (2, 2), (22, 2), (23, 2)];
+    /// What an answer takes: its request's number, what came of it, flags.
+    const ANSWER: usize = 16;
+    /// Operations, by the kernel's numbers.
+    pub const READV: u8 = 1;
+    const WRITEV: u8 = 2;
+    pub const FSYNC: u8 = 3;
+    pub const READ: u8 = 22;
+    const WRITE: u8 = 23;
+    /// Those of which something is cut: of the pieces, or of the bytes.
+    const TRANSFERS: [u8; 4] = [READV, WRITEV, READ, WRITE];
 
-    /// Where the kernel has the indices of the queue (`io_sqring_offsets`): head, tail, mask. It says so when a ring is made.
+    /// Where the kernel has the indices of both queues (`io_sqring_offsets`, `io_cqring_offsets`): head, tail, mask; tail, mask, and the
+    /// answers. It says so when a ring is made.
     pub fn learn() {
         let mut params = [0u32; 30];
         // SAFETY: room for an io_uring_params, which is 120 bytes.
@@ -196,11 +205,11 @@ mod ring {
         if fd >= 0 {
             // SAFETY: made above.
             unsafe { libc::close(fd) };
-            let _ = OFFSETS.set([params[10], params[11], params[12]]);
+            let _ = OFFSETS.set([10, 11, 12, 21, 22, 25].map(|index| params[index] as usize));
         }
     }
 
-    static OFFSETS: OnceLock<[u32; 3]> = OnceLock::new();
+    static OFFSETS: OnceLock<[usize; 6]> = OnceLock::new();
 
     /// A mapping of a ring's memory.
     pub struct Mapped(*mut u8, usize);
@@ -227,25 +236,49 @@ mod ring {
         }
     }
 
-    /// The first entry that can come short: where its length stands.
-    pub fn first(fd: RawFd) -> Option<(Mapped, *mut u32)> {
-        let offsets = OFFSETS.get()?.map(|offset| offset as usize);
+    /// The entries that the kernel has not been told of: where each begins.
+    fn waiting(fd: RawFd) -> Option<(Mapped, impl Iterator<Item = usize>)> {
+        let offsets = OFFSETS.get()?;
         let queue = Mapped::new(fd, 0, PAGE)?;
         // SAFETY: within the mapping; the thread whose queue it is waits in its call.
-        let [head, tail, mask] = offsets.map(|offset| unsafe { queue.number(offset).read_volatile() });
+        let [head, tail, mask, ..] = offsets.map(|offset| unsafe { queue.number(offset).read_volatile() });
         let size = ((mask as usize + 1) * ENTRY).next_multiple_of(PAGE);
-        let entries = Mapped::new(fd, ENTRIES, size)?;
-        for index in (0..tail.wrapping_sub(head)).map(|i| head.wrapping_add(i) & mask) {
-            let at = index as usize * ENTRY;
+        let places =
+            (0..tail.wrapping_sub(head)).map(move |i| (head.wrapping_add(i) & mask) as usize * ENTRY);
+        Some((Mapped::new(fd, ENTRIES, size)?, places))
+    }
+
+    /// The first entry that can come short: where its length stands.
+    pub fn first(fd: RawFd) -> Option<(Mapped, *mut u32)> {
+        let (entries, mut places) = waiting(fd)?;
+        let length = places.find_map(|at| {
             let length = entries.number(at + 24);
             // SAFETY: as above.
             let (operation, count) =
                 unsafe { (entries.number(at).read_volatile() as u8, length.read_volatile()) };
-            if OPERATIONS.iter().any(|(known, least)| *known == operation && count >= *least) {
-                return Some((entries, length));
-            }
-        }
-        None
+            (TRANSFERS.contains(&operation) && count >= 2).then_some(length)
+        })?;
+        Some((entries, length))
+    }
+
+    /// What the kernel is told first.
+    pub fn first_operation(fd: RawFd) -> Option<u8> {
+        let (entries, mut places) = waiting(fd)?;
+        // SAFETY: as above.
+        Some(unsafe { entries.number(places.next()?).read_volatile() } as u8)
+    }
+
+    /// Has the last answer be another one.
+    pub fn turn_last(fd: RawFd, result: i32) {
+        let Some([.., tail, mask, answers]) = OFFSETS.get().copied() else { return };
+        let Some(queue) = Mapped::new(fd, 0, PAGE) else { return };
+        // SAFETY: as above.
+        let [tail, mask] = [tail, mask].map(|offset| unsafe { queue.number(offset).read_volatile() });
+        let size = (answers + (mask as usize + 1) * ANSWER).next_multiple_of(PAGE);
+        let Some(queue) = Mapped::new(fd, 0, size) else { return };
+        let at = answers + (tail.wrapping_sub(1) & mask) as usize * ANSWER;
+        // SAFETY: as above.
+        unsafe { queue.number(at + 8).write_volatile(result as u32) };
     }
 
     pub fn cut(fd: RawFd, part: Part) {

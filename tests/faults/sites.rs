@@ -12,20 +12,16 @@ enum Why {
     After,
     /// It fails for its arguments alone, or not at all, or nothing of it is a call.
     Cannot(&'static str),
-    /// No life comes by it.
-    Here(&'static str),
     /// Another processor or kernel makes it; this one may.
     Elsewhere(&'static str),
 }
 
-use Why::{After, Cannot, Elsewhere, Here};
+use Why::{After, Cannot, Elsewhere};
 
 /// File and function, how many of its lines at most, and what there is about them.
-const EXCUSED: [(&str, &str, usize, Why); 30] = [
+const EXCUSED: [(&str, &str, usize, Why); 26] = [
     ("block/create.rs", "create_disk", 1, After),
-    ("block/engine/uring.rs", "finish", 1, Here("a flush that the kernel would have made again")),
     ("block/engine/uring.rs", "submit", 1, Cannot("a flush, which does not go this way")),
-    ("block/own.rs", "abandon", 1, Here(FOR_SECONDS)),
     ("capi/arguments.rs", "fd", 1, Cannot("for its number alone")),
     ("host/probe.rs", "no_device", 1, After),
     ("host/reclaim/worker.rs", "wait", 1, Cannot(GIVES_BACK)),
@@ -57,13 +53,6 @@ const EXCUSED: [(&str, &str, usize, Why); 30] = [
     ("sys/residency.rs", "resident_in", 1, After),
     ("sys/sigbus.rs", "pass_on", 1, Cannot(IN_A_HANDLER)),
     ("sys/sigbus.rs", "replace", 2, Cannot(IN_A_HANDLER)),
-    ("sys/uring.rs", "drop", 1, Here(FOR_SECONDS)),
-    (
-        "virtio/net/worker.rs",
-        "process",
-        1,
-        Here("an interface that is removed under an idle card: tests/sandbox has one"),
-    ),
     (
         "virtio/transport/doorbells.rs",
         "arm",
@@ -74,8 +63,6 @@ const EXCUSED: [(&str, &str, usize, Why); 30] = [
     ("vm/answers.rs", "answer", 1, Cannot(GIVES_BACK)),
 ];
 
-const FOR_SECONDS: &str =
-    "a request that is not answered for five seconds: unit tests have it, with less patience";
 const GIVES_BACK: &str = "what is forgotten is: see the supervisor";
 const IN_A_HANDLER: &str = "in a handler of signals, which ends the process then, or can do nothing about it";
 
@@ -120,9 +107,6 @@ pub fn wrong(places: &Places) -> Vec<String> {
         let is_stale = match why {
             After => left.is_empty() || !left.iter().all(|number| after.contains(number)),
             Cannot(why) => left.is_empty() || why.is_empty(),
-            Here(why) => {
-                left.is_empty() || why.is_empty() || left.iter().any(|number| after.contains(number))
-            }
             Elsewhere(why) => left.is_empty() && hit.is_empty() || why.is_empty(),
         };
         if is_stale || left.len() > *most {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use crate::callers::{self, place};
 use crate::life::Life;
 use crate::part::{self, transfer};
-use crate::{ANYWHERE, Answer, Fault, Kind, notices};
+use crate::{ANYWHERE, Answer, Fault, Kind, held, notices};
 
 /// Calls that are made as they are, for one of these reasons:
 const PASSED: [libc::c_long; 22] = [
@@ -160,8 +160,12 @@ fn supervise(fault: Fault) {
         answer.id = call.id;
         let armed = ARMED.load(Ordering::SeqCst);
         let mut result = if armed { decide(&fault, &call) } else { None };
-        if result.is_none() && fault.life == Life::Refused {
-            result = notices::answer(&call.data, armed);
+        if result.is_none() {
+            result = match fault.life {
+                Life::Refused => notices::answer(&call.data, armed),
+                Life::Held => held::answer(&call.data, armed),
+                _ => None,
+            };
         }
         match result {
             Some(result) if result < 0 => answer.error = result as i32,

@@ -56,20 +56,22 @@ pub fn kinds(said: &str) -> BTreeMap<Kind, Counts> {
     kinds
 }
 
-pub fn wants_all() -> bool {
-    std::env::var("VMBED_FAULTS").is_ok_and(|which| which == "all")
+/// Whether that is what `VMBED_FAULTS` asks for.
+pub fn wants(what: &str) -> bool {
+    std::env::var("VMBED_FAULTS").is_ok_and(|which| which == what)
 }
 
 /// What the `nth` of a kind answers, one life each.
-fn answers(kind: Kind, nth: u64) -> Vec<Answer> {
+fn answers(life: Life, kind: Kind, nth: u64) -> Vec<Answer> {
     if kind.request == Kind::PART {
         let rings = i64::from(kind.number) == libc::SYS_io_uring_enter;
-        let broken = rings.then_some(Answer::Part(Part::Broken));
+        // Of what is given up nobody is told.
+        let broken = (rings && life != Life::Held).then_some(Answer::Part(Part::Broken));
         return Answer::PARTS.into_iter().chain(broken).collect();
     }
     // Another one for each kind, and for the next of the same.
     let other = ERRORS[1 + (u64::from(kind.number) + nth) as usize % 4];
-    let mut errors = if nth == 1 && wants_all() { ERRORS.to_vec() } else { vec![libc::EINTR, other] };
+    let mut errors = if nth == 1 && wants("all") { ERRORS.to_vec() } else { vec![libc::EINTR, other] };
     if i64::from(kind.number) == libc::SYS_fallocate {
         // File systems without holes.
         errors.push(libc::EOPNOTSUPP);
@@ -89,7 +91,7 @@ fn which(kind: Kind, from: &Counts) -> Vec<(u32, u64)> {
         };
         from.iter().filter(|(place, _)| **place != ANYWHERE).flat_map(of).collect::<Vec<_>>()
     };
-    if !wants_all() {
+    if !wants("all") {
         return first(1);
     }
     // In the lab, of a kind that is swept elsewhere, its own places alone.
@@ -105,7 +107,7 @@ fn which(kind: Kind, from: &Counts) -> Vec<(u32, u64)> {
 pub fn sweep(life: Life, kind: Kind, from: &Counts, places: &Places) {
     let (mut hit, mut wrong, mut missed) = (0, Vec::new(), BTreeSet::new());
     for (place, nth) in which(kind, from) {
-        for answer in answers(kind, nth) {
+        for answer in answers(life, kind, nth) {
             let fault = Fault { life, kind, place, nth, answer };
             let mut said = child(&fault);
             let hit_from =
