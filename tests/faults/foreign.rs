@@ -6,12 +6,12 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::ptr::{from_ref, null, null_mut};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use vmbed::{Error, ErrorKind};
 
 use crate::guests::{self, Op, script};
-use crate::life::{Stage, aside, expect, remove};
+use crate::life::{EXCUSED, LONG, Stage, aside, expect, remove};
 
 type Object = *mut c_void;
 /// Where an object or an error is put.
@@ -91,8 +91,7 @@ const PC: i32 = 0;
 const ENDED: i32 = 1;
 const STOPPED: i32 = 4;
 const DEVICE_NEEDS_RESET: i32 = 5;
-/// With a guest that waits for a device which is out of order.
-const PATIENCE: Duration = Duration::from_secs(20);
+const BACKEND_ERROR: i32 = 6;
 
 /// `vmbed_registers`
 #[repr(C)]
@@ -242,7 +241,7 @@ fn turn(vm: &Handle, elsewhere: &OwnedFd, works: bool) -> vmbed::Result<()> {
     }
 }
 
-/// Ends a VM whose guest waits for a device that is out of order, of which its embedder was told.
+/// Ends a VM whose guest waits for ever: for a device that is out of order, of which its embedder must have been told.
 struct Watch(std::thread::JoinHandle<()>);
 
 impl Watch {
@@ -271,11 +270,11 @@ fn hear(vm: Object, events: Object) {
         // SAFETY: as above; NULL is of no kind.
         let kind = unsafe { vmbed_event_kind(event) };
         drop(Handle(event, vmbed_event_free));
-        told |= kind == DEVICE_NEEDS_RESET;
+        told |= [DEVICE_NEEDS_RESET, BACKEND_ERROR].contains(&kind);
         if kind == STOPPED || heard.is_err() {
             return;
         }
-        if !asked && begin.elapsed() > PATIENCE {
+        if !asked && begin.elapsed() > if told { EXCUSED } else { LONG } {
             asked = true;
             if !told {
                 println!("STUCK: the guest neither ends nor is ended, and nobody was told");

@@ -1,7 +1,5 @@
 //! Requests that nobody answers before the VM ends, a flush that the kernel would have had made again, and a network that sends nonsense. An
 //! embedder's disk keeps its request. For a ring the supervisor plays a kernel that is slow: it takes a read and begins it when it is told again.
-#![expect(unsafe_code, reason = "it does what the kernel would")]
-
 use std::io::Write;
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
@@ -9,13 +7,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
-use vmbed::{BlockBackend, BlockRequest, DiskConfig, DiskEngine, Host, NetConfig, StopCause, Vm};
+use vmbed::{BlockBackend, BlockRequest, DiskConfig, DiskEngine, ErrorKind, Host, NetConfig, StopCause, Vm};
 
 use crate::driven::SIZE;
-use crate::guests::Op;
-use crate::life::{Stage, Told, aside, expect};
+use crate::guests::{self, Op, outcome};
+use crate::life::{LONG, Stage, Told, aside, expect};
 use crate::others::{Step, end, ready};
 use crate::part::ring;
+use crate::supervisor::HIT;
+use crate::{Fault, Kind};
 
 const BEGINS: [Step; 2] = [(Op::BeginRead, 3, 2, 0), (Op::Finish, 0, 0, 0)];
 
@@ -46,14 +46,16 @@ fn keep(stage: &Stage, works: bool) -> vmbed::Result<()> {
     let builder = host.builder(config).disk_backend(0, Keeps(kept));
     let vm = ready(builder, if works { &BEGINS } else { &[] })?;
     let mut request = None;
-    let begun = vm.start().map(|()| {
-        let is_kept = |_: &Told| {
+    let lived = vm.start().and_then(|()| {
+        let mut told = wait(&vm, works, |_| {
             request = request.take().or_else(|| requests.try_recv().ok());
             request.is_some()
-        };
-        wait(&vm, works, is_kept);
+        });
+        let stopped = stop(&vm, &mut told);
+        expect(told.of(libc::ETIMEDOUT) == works, "the embedder is told that its disk has not answered");
+        stopped
     });
-    let ended = end(host, vm, begun);
+    let ended = end(host, vm, lived);
     let answered = request.is_some_and(|request| request.complete(Ok(())));
     expect(!answered, "nobody waits for what was kept until after the end");
     ended
@@ -78,14 +80,11 @@ fn receive(stage: &Stage, near: &UnixStream, works: bool) -> vmbed::Result<()> {
     config.nets = vec![NetConfig::attached()];
     let steps = [(Op::Receive, 0, 0, 0)];
     let vm = ready(host.builder(config).net_fd(0, near)?, if works { &steps } else { &[] })?;
-    let mut is_lost = false;
-    let begun = vm.start().map(|()| {
-        wait(&vm, works, |told| {
-            is_lost |= told.is_excused();
-            is_lost
-        })
+    let lived = vm.start().and_then(|()| {
+        let mut told = wait(&vm, works, |told| told.of(libc::EPROTO));
+        stop(&vm, &mut told)
     });
-    end(host, vm, begun)
+    end(host, vm, lived)
 }
 
 /// A disk by io_uring: a flush, of which the kernel says that it would have to be made again, and a read that it is slow with.
@@ -98,24 +97,57 @@ fn take(stage: &Stage, works: bool) -> vmbed::Result<()> {
     let mut steps = vec![(Op::Write, 3, 2, 7), (Op::Flush, 0, 0, 0)];
     steps.extend(if works { &BEGINS[..] } else { &[] });
     let vm = ready(host.builder(config), &steps)?;
-    let begun = vm.start().map(|()| wait(&vm, works, |_| TAKEN.load(Ordering::SeqCst)));
-    end(host, vm, begun)
+    let lived = vm.start().and_then(|()| {
+        let mut told = wait(&vm, works, |_| TAKEN.load(Ordering::SeqCst));
+        flushed(stage, &vm);
+        expect(!told.is_excused(), "nobody hears of a flush that is made again");
+        let stopped = stop(&vm, &mut told);
+        expect(told.of(libc::ETIMEDOUT) == works, "the embedder is told that the kernel has not answered");
+        stopped
+    });
+    end(host, vm, lived)
 }
 
-/// Waits until the guest waits for ever, or the VM has ended by itself.
-fn wait(vm: &Vm, works: bool, mut waits: impl FnMut(&Told) -> bool) {
+/// What the guest was told of the flush: that it is done, or that it is not if the second try of it is what failed.
+fn flushed(stage: &Stage, vm: &Vm) {
+    let Fault { kind, answer, .. } = stage.fault;
+    let failed =
+        HIT.load(Ordering::SeqCst) > 0 && kind == Kind::of(libc::SYS_fdatasync, 0) && !answer.is_quiet();
+    let mut results = [0; 32];
+    if TAKEN.load(Ordering::SeqCst) && vm.read_memory(guests::RESULTS, &mut results).is_ok() {
+        let status = outcome(&results, 1).0;
+        if failed != (status != 0) {
+            println!("LOST: the guest was told of its flush: {status}");
+        }
+    }
+}
+
+/// Waits until the guest waits for ever, or the VM has ended by itself; what the embedder was told.
+fn wait(vm: &Vm, works: bool, mut waits: impl FnMut(&Told) -> bool) -> Told {
     let (begin, mut told) = (Instant::now(), Told::default());
     while !waits(&told) && begin.elapsed() < told.patience() {
         let ended = vm.wait_timeout(Duration::from_millis(5));
         told.hear(vm);
         if !matches!(ended, Ok(None)) {
-            expect(!works && matches!(ended, Ok(Some(StopCause::GuestReset))), "the guest waits");
-            return;
+            expect(!works, "the guest waits");
+            expect(matches!(ended, Ok(Some(StopCause::GuestReset))), "the guest has come to its end");
+            return told;
         }
     }
     if !waits(&told) {
         told.excuse(vm);
     }
+    told
+}
+
+/// Giving up takes half of the time that `stop` has, and this machine may have other things to do.
+fn stop(vm: &Vm, told: &mut Told) -> vmbed::Result<()> {
+    let stopped = match vm.stop() {
+        Err(error) if error.kind() == ErrorKind::TimedOut => vm.wait_timeout(LONG).map(drop),
+        stopped => stopped.map(drop),
+    };
+    told.hear(vm);
+    stopped
 }
 
 /// The read was taken.
@@ -128,17 +160,8 @@ pub fn answer(call: &libc::seccomp_data, armed: bool) -> Option<i64> {
         return None;
     }
     match ring::first_operation(fd)? {
-        ring::FSYNC => {
-            let wait = libc::c_ulong::from(GETEVENTS);
-            // SAFETY: integers go in, and no signals. The thread whose ring it is waits for its answer.
-            let taken = unsafe { libc::syscall(libc::SYS_io_uring_enter, fd, count, 1, wait, 0, 0) };
-            ring::turn_last(fd, -libc::EAGAIN);
-            Some(if taken < 0 { -i64::from(libc::EAGAIN) } else { taken })
-        }
+        ring::FSYNC => ring::answer_with(fd, count, -libc::EAGAIN),
         ring::READ | ring::READV if armed && !TAKEN.swap(true, Ordering::SeqCst) => Some(count as i64),
         _ => None,
     }
 }
-
-/// `IORING_ENTER_GETEVENTS`
-const GETEVENTS: u32 = 1;

@@ -23,7 +23,7 @@ use crate::{Fault, GUEST, guests};
 /// Whatever is under way has this long, on a machine that has other things to do.
 pub const LONG: Duration = Duration::from_secs(60);
 /// And this, where it is known why it may take for ever.
-const EXCUSED: Duration = Duration::from_secs(10);
+pub const EXCUSED: Duration = Duration::from_secs(10);
 
 /// What is no leak: a list that has room for more than is in it, and maps of the allocator's and of its cache of threads' stacks.
 const ROOM: usize = 2048;
@@ -136,6 +136,8 @@ impl Life {
 /// What is there before a life, and after it.
 pub struct Stage {
     pub life: Life,
+    /// What will fail in it.
+    pub fault: Fault,
     /// Gone in the end.
     pub directory: PathBuf,
     /// The guest of tests/guests.
@@ -143,13 +145,13 @@ pub struct Stage {
 }
 
 impl Stage {
-    fn new(life: Life) -> Self {
+    fn new(fault: Fault) -> Self {
         let directory = Self::path(std::process::id());
         // Of a child of the same number that was ended.
         let _ = std::fs::remove_dir_all(&directory);
         std::fs::create_dir(&directory).unwrap();
         let code = std::fs::read(std::env::var_os(GUEST).unwrap()).unwrap();
-        let stage = Self { life, directory, code };
+        let stage = Self { life: fault.life, fault, directory, code };
         driven::prepare(&stage);
         others::prepare(&stage);
         stage
@@ -255,7 +257,7 @@ pub fn lead(fault: Fault) {
         PANICKED.store(true, Ordering::SeqCst);
         eprintln!("PANIC: {what}");
     }));
-    let stage = Stage::new(fault.life);
+    let stage = Stage::new(fault);
     let (errands, waiting) = channel::<Errand>();
     ERRANDS.set(errands).unwrap();
     std::thread::spawn(move || waiting.into_iter().for_each(|errand| errand()));
@@ -360,6 +362,13 @@ impl Told {
             matches!(event.kind, EventKind::DeviceNeedsReset { .. } | EventKind::BackendError { .. })
         };
         self.0.iter().any(is_excuse)
+    }
+
+    /// Of that error of what is behind a device.
+    pub fn of(&self, number: i32) -> bool {
+        let is_it =
+            |event: &Event| matches!(event.kind, EventKind::BackendError { errno, .. } if errno == number);
+        self.0.iter().any(is_it)
     }
 
     pub fn patience(&self) -> Duration {

@@ -195,10 +195,10 @@ fn main() -> ExitCode {
     let is_here = |life: &Life| (*life == Life::Machine) == known.is_some();
     plan.sweep(Life::ALL.into_iter().filter(is_here), known.as_ref());
     if known.is_none() {
+        if wants("list") {
+            plan.list_others();
+        }
         plan.everything();
-    }
-    if wants("list") {
-        plan.list_others();
     }
     let code = libtest_mimic::run(&arguments, std::mem::take(&mut plan.trials)).exit_code();
     drop(files);
@@ -313,12 +313,12 @@ impl Plan {
         }
     }
 
-    /// The lines that none of them comes by, as long as nothing fails.
+    /// The lines that none of them comes by, as long as nothing fails: some the lab's life does.
     fn list_others(&self) {
         let none = BTreeSet::new();
         let is_new = |number: &u32| !self.swept.values().any(|from| from.contains(number));
         for (place, _) in self.places.known(&none).filter(|(_, number)| is_new(number)) {
-            println!("no life comes by {place}");
+            println!("no life here comes by {place}");
         }
     }
 

@@ -241,10 +241,10 @@ fn plug_in(stage: &Stage) -> vmbed::Result<()> {
     end(host, vm, lived)
 }
 
-/// A network in user space: hangs up on its first guest, which waits for a frame by then, and has frames for the others.
+/// A network in user space: hangs up on its first guest when that has sent a frame, and has frames for the others.
 pub struct Server {
     listener: UnixListener,
-    /// In how many turns it hangs up: soon after the guest's first frame, or later where there is none.
+    /// In how many turns it hangs up where there is no frame.
     hangs_up: Option<u32>,
     guests: Vec<UnixStream>,
 }
@@ -267,7 +267,7 @@ impl Server {
         aside(move || {
             let listener = UnixListener::bind(path).unwrap();
             listener.set_nonblocking(true).unwrap();
-            *lock(&SERVER) = Some(Self { listener, hangs_up: Some(250), guests: Vec::new() });
+            *lock(&SERVER) = Some(Self { listener, hangs_up: Some(1500), guests: Vec::new() });
         });
     }
 
@@ -284,8 +284,7 @@ impl Server {
         if let Some(turns) = &mut self.hangs_up {
             let sent =
                 self.guests.iter_mut().any(|guest| guest.read(&mut [0; 2000]).is_ok_and(|count| count > 0));
-            *turns =
-                turns.saturating_sub(u32::from(!self.guests.is_empty())).min(if sent { 20 } else { 250 });
+            *turns = if sent { 0 } else { *turns - u32::from(!self.guests.is_empty()) };
             if *turns == 0 {
                 self.guests.clear();
                 self.hangs_up = None;
@@ -349,7 +348,8 @@ fn confine(stage: &Stage) -> vmbed::Result<()> {
     config.disks = vec![disk];
     config.nets = vec![NetConfig::stream(stage.file("stream"))];
     let mut steps = WRITES.to_vec();
-    steps.extend([(Op::Send, 0, FRAME as u32, SENT.into()), (Op::Receive, 0, 0, 0)]);
+    // The card watches its network by the time that it has a frame for it.
+    steps.extend([(Op::Room, 0, 0, 0), (Op::Send, 0, FRAME as u32, SENT.into()), (Op::Receive, 0, 1, 0)]);
     let vm = ready(host.builder(config), &steps)?;
     let lived = vm.start().and_then(|()| {
         end_of(&vm)?;

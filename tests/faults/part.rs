@@ -185,7 +185,8 @@ pub mod ring {
     const PAGE: usize = 4096;
     const ENTRIES: libc::off_t = 0x1000_0000;
     const ENTRY: usize = 64;
-    /// What an answer takes: its request's number, what came of it, flags.
+    /// What an answer takes: its request's number, what came of it, flags. (No flag of the ring's makes either larger, and the crate that makes it
+    /// tells the kernel of the entries in their order.)
     const ANSWER: usize = 16;
     /// Operations, by the kernel's numbers.
     pub const READV: u8 = 1;
@@ -196,8 +197,16 @@ pub mod ring {
     /// Those of which something is cut: of the pieces, or of the bytes.
     const TRANSFERS: [u8; 4] = [READV, WRITEV, READ, WRITE];
 
-    /// Where the kernel has the indices of both queues (`io_sqring_offsets`, `io_cqring_offsets`): head, tail, mask; tail, mask, and the
-    /// answers. It says so when a ring is made.
+    /// Where the kernel has what both queues have (`io_sqring_offsets`, `io_cqring_offsets`).
+    struct Offsets {
+        /// Of what is asked: the indices of the first and behind the last, and what cuts them to size.
+        asked: [usize; 3],
+        /// Of the answers: the index behind the last, and what cuts it to size.
+        answered: [usize; 2],
+        answers: usize,
+    }
+
+    /// The kernel says so when a ring is made.
     pub fn learn() {
         let mut params = [0u32; 30];
         // SAFETY: room for an io_uring_params, which is 120 bytes.
@@ -205,11 +214,13 @@ pub mod ring {
         if fd >= 0 {
             // SAFETY: made above.
             unsafe { libc::close(fd) };
-            let _ = OFFSETS.set([10, 11, 12, 21, 22, 25].map(|index| params[index] as usize));
+            let at = |index: usize| params[index] as usize;
+            let (asked, answered) = ([10, 11, 12].map(at), [21, 22].map(at));
+            let _ = OFFSETS.set(Offsets { asked, answered, answers: at(25) });
         }
     }
 
-    static OFFSETS: OnceLock<[usize; 6]> = OnceLock::new();
+    static OFFSETS: OnceLock<Offsets> = OnceLock::new();
 
     /// A mapping of a ring's memory.
     pub struct Mapped(*mut u8, usize);
@@ -238,10 +249,10 @@ pub mod ring {
 
     /// The entries that the kernel has not been told of: where each begins.
     fn waiting(fd: RawFd) -> Option<(Mapped, impl Iterator<Item = usize>)> {
-        let offsets = OFFSETS.get()?;
+        let asked = OFFSETS.get()?.asked;
         let queue = Mapped::new(fd, 0, PAGE)?;
         // SAFETY: within the mapping; the thread whose queue it is waits in its call.
-        let [head, tail, mask, ..] = offsets.map(|offset| unsafe { queue.number(offset).read_volatile() });
+        let [head, tail, mask] = asked.map(|offset| unsafe { queue.number(offset).read_volatile() });
         let size = ((mask as usize + 1) * ENTRY).next_multiple_of(PAGE);
         let places =
             (0..tail.wrapping_sub(head)).map(move |i| (head.wrapping_add(i) & mask) as usize * ENTRY);
@@ -268,17 +279,28 @@ pub mod ring {
         Some(unsafe { entries.number(places.next()?).read_volatile() } as u8)
     }
 
-    /// Has the last answer be another one.
-    pub fn turn_last(fd: RawFd, result: i32) {
-        let Some([.., tail, mask, answers]) = OFFSETS.get().copied() else { return };
-        let Some(queue) = Mapped::new(fd, 0, PAGE) else { return };
+    /// How many answers the kernel has given, and what cuts that to size.
+    fn given(fd: RawFd) -> Option<[u32; 2]> {
+        let queue = Mapped::new(fd, 0, PAGE)?;
         // SAFETY: as above.
-        let [tail, mask] = [tail, mask].map(|offset| unsafe { queue.number(offset).read_volatile() });
-        let size = (answers + (mask as usize + 1) * ANSWER).next_multiple_of(PAGE);
-        let Some(queue) = Mapped::new(fd, 0, size) else { return };
-        let at = answers + (tail.wrapping_sub(1) & mask) as usize * ANSWER;
-        // SAFETY: as above.
-        unsafe { queue.number(at + 8).write_volatile(result as u32) };
+        Some(OFFSETS.get()?.answered.map(|offset| unsafe { queue.number(offset).read_volatile() }))
+    }
+
+    /// Tells the kernel of `count` entries, of which the first is answered at once: with that instead of what the kernel says.
+    pub fn answer_with(fd: RawFd, count: u64, result: i32) -> Option<i64> {
+        /// `IORING_ENTER_GETEVENTS`: until there is an answer.
+        const WAIT: u64 = 1;
+        let [before, mask] = given(fd)?;
+        let taken = made(libc::SYS_io_uring_enter as i32, &[fd as u64, count, 1, WAIT, 0, 0]);
+        if taken > 0 && given(fd)?[0] == before.wrapping_add(1) {
+            let answers = OFFSETS.get()?.answers;
+            let queue = Mapped::new(fd, 0, (answers + (mask as usize + 1) * ANSWER).next_multiple_of(PAGE))?;
+            // SAFETY: as above.
+            unsafe {
+                queue.number(answers + (before & mask) as usize * ANSWER + 8).write_volatile(result as u32)
+            };
+        }
+        Some(taken)
     }
 
     pub fn cut(fd: RawFd, part: Part) {

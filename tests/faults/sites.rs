@@ -112,7 +112,7 @@ pub fn wrong(places: &Places) -> Vec<String> {
         if is_stale || left.len() > *most {
             let after = left.iter().filter(|number| after.contains(number)).count();
             wrong.push(format!(
-                "{file}: {function}: its excuse does not hold (where nothing stood still for seconds): left are {} lines, of {most}, {after} of which are come by",
+                "{file}: {function}: its excuse does not hold: left are {} lines, of {most}, {after} of which are come by",
                 left.len()
             ));
         }

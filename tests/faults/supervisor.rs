@@ -172,8 +172,11 @@ fn supervise(fault: Fault) {
             Some(result) => answer.val = result,
             None => answer.flags = libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32,
         }
-        // SAFETY: it is read, and lives until it returns. It fails where the thread is ended, with its process.
-        unsafe { libc::ioctl(fd, libc::SECCOMP_IOCTL_NOTIF_SEND, &raw mut answer) };
+        // SAFETY: it is read, and lives until it returns. It fails where the thread is ended, with its process; and a ring that this thread has
+        // told something interrupts it at its end.
+        while unsafe { libc::ioctl(fd, libc::SECCOMP_IOCTL_NOTIF_SEND, &raw mut answer) } < 0
+            && std::io::Error::last_os_error().raw_os_error() == Some(libc::EINTR)
+        {}
     }
 }
 

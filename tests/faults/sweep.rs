@@ -65,7 +65,7 @@ pub fn wants(what: &str) -> bool {
 fn answers(life: Life, kind: Kind, nth: u64) -> Vec<Answer> {
     if kind.request == Kind::PART {
         let rings = i64::from(kind.number) == libc::SYS_io_uring_enter;
-        // Of what is given up nobody is told.
+        // What was given up, of which nobody is told any more, is all that this life has.
         let broken = (rings && life != Life::Held).then_some(Answer::Part(Part::Broken));
         return Answer::PARTS.into_iter().chain(broken).collect();
     }
@@ -94,7 +94,7 @@ fn which(kind: Kind, from: &Counts) -> Vec<(u32, u64)> {
     if !wants("all") {
         return first(1);
     }
-    // In the lab, of a kind that is swept elsewhere, its own places alone.
+    // In the lab, and in the life that takes seconds, of a kind that is swept elsewhere, its own places alone.
     let Some(all) = from.get(&ANYWHERE).copied() else { return first(100) };
     if ENDLESS.contains(&kind.number.into()) || [KVM_RUN, PAGEMAP_SCAN].contains(&kind.request) {
         // Of many that are alike, the first ones.

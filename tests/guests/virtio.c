@@ -244,10 +244,13 @@ static void transfer(const struct step *step, struct result *result)
     int receives = step->op == RECEIVE;
     struct queue *queue = &the_card()->queues[receives ? 0 : 1];
     volatile u8 *frame = (volatile u8 *)(DATA + (receives ? 0x80000UL + 2048 * step->sector : 0x90000UL));
-    for (u32 i = 0; i < 2048; i++)
+    for (u32 i = 0; i < 2048 && !(receives && step->sectors); i++)
         frame[i] = i < 12 ? (receives ? 0 : ((u8 *)header)[i]) : (u8)(i < 18 && step->sector ? step->sector : step->fill);
-    put(queue, 0, (u64)frame, receives ? 2048 : 12 + step->sectors, receives ? 2 : 0);
-    offer(queue, 0);
+    /* A frame that there is room for already has `sectors`. */
+    if (!receives || !step->sectors) {
+        put(queue, 0, (u64)frame, receives ? 2048 : 12 + step->sectors, receives ? 2 : 0);
+        offer(queue, 0);
+    }
     done(queue, &result->length);
     for (u32 i = 12; i < result->length; i++)
         result->sum += frame[i];
