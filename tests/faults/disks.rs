@@ -152,7 +152,7 @@ impl BlockBackend for Ram {
 
 /// Everything is the embedder's: a disk and a network that must not go fast, another disk that is open already, and a socket for the console.
 pub fn own(stage: &Stage) -> vmbed::Result<()> {
-    let (near, far, listens, output, file) = aside({
+    let (near, again, far, listens, output, file) = aside({
         let disk = stage.disk();
         move || {
             let (near, far) = UnixDatagram::pair().unwrap();
@@ -160,10 +160,11 @@ pub fn own(stage: &Stage) -> vmbed::Result<()> {
             far.set_nonblocking(true).unwrap();
             wire::narrow(&near);
             let file = File::options().read(true).write(true).open(disk).unwrap();
-            (near, far, listens, output, file)
+            let again = near.try_clone().unwrap();
+            (near, again, far, listens, output, file)
         }
     });
-    let lived = bring(stage, (&near, far), &output, &file);
+    let lived = bring(stage, (&near, again, far), &output, &file);
     *lock(&FAR) = None;
     aside(move || drop((near, output, file)));
     expect(others::heard(listens) == [b'x'; 16], "what was printed");
@@ -172,7 +173,7 @@ pub fn own(stage: &Stage) -> vmbed::Result<()> {
 
 fn bring(
     stage: &Stage,
-    (near, far): (&UnixDatagram, UnixDatagram),
+    (near, again, far): (&UnixDatagram, UnixDatagram, UnixDatagram),
     output: &UnixStream,
     file: &File,
 ) -> vmbed::Result<()> {
@@ -199,7 +200,7 @@ fn bring(
     steps.extend([(Op::BeginRead, 3, 2, 0), (Op::Reset, 0, 0, 0), (Op::Read, 3, 2, 0)]);
     let vm = ready(builder.net_fd(0, near)?.console_output(output)?, &steps)?;
     let lived = vm.start().and_then(|()| {
-        *lock(&FAR) = Some(Far::Slow(far, 0));
+        *lock(&FAR) = Some(Far::Slow(far, again, 0));
         end_of(&vm)
     });
     end(host, vm, lived)

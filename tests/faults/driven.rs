@@ -12,6 +12,7 @@ use vmbed::{BalloonConfig, Bytes, DiskConfig, DiskEngine, DiskFormat, Host, NetC
 use crate::guests::{self, Op, outcome, script};
 use crate::life::{FAR, LONG, Life, Stage, deaf, exercise, lock};
 use crate::supervisor::ARMED;
+use crate::wire;
 
 pub const SIZE: u64 = 512 << 10;
 
@@ -61,8 +62,8 @@ pub enum Far {
     Stream(UnixStream),
     /// Straight out of an interface.
     Packets(File),
-    /// Sends none, and begins to read when there is no room any more.
-    Slow(UnixDatagram, u32),
+    /// Sends none, and reads what is there when the other end, which is the second, has had no room for a while: for so many turns.
+    Slow(UnixDatagram, UnixDatagram, u32),
 }
 
 impl Far {
@@ -83,11 +84,12 @@ impl Far {
         match self {
             Self::Messages(far) => far.send(&[&[0; 12][..], &arrival()].concat()).map(drop),
             Self::Packets(far) => far.write_all(&arrival()),
-            Self::Slow(far, turns) => {
-                // Waits behind the first one until there is no room for more.
-                let reads = *turns == 0 || *turns > 150;
-                let came = reads && far.recv(&mut [0; 100]).is_ok();
-                *turns += u32::from(*turns > 0 || came);
+            Self::Slow(far, near, turns) => {
+                *turns += u32::from(wire::is_full(near));
+                // All of it: nobody is told of room before most of it is there again.
+                while *turns > 100 {
+                    far.recv(&mut [0; 100]).inspect_err(|_| *turns = 50)?;
+                }
                 Ok(())
             }
             Self::Stream(far) => far.write_all(&[&[0, 0, 0, FRAME as u8][..], &arrival()].concat()),

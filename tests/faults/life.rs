@@ -17,7 +17,7 @@ use crate::held;
 use crate::holdings::Holdings;
 use crate::machine;
 use crate::others::{self, Server};
-use crate::supervisor::{ARMED, FULL, HIT, HIT_FROM, seen, watch};
+use crate::supervisor::{ARMED, FULL, HIT, HIT_FROM, THEN_FROM, seen, watch};
 use crate::{Fault, GUEST, guests};
 
 /// Whatever is under way has this long, on a machine that has other things to do.
@@ -277,6 +277,9 @@ pub fn lead(fault: Fault) {
     gives_back(stage.life);
     if HIT.load(Ordering::SeqCst) > 0 {
         println!("hit {}", HIT_FROM.load(Ordering::SeqCst));
+    }
+    if THEN_FROM.load(Ordering::SeqCst) > 0 {
+        println!("hit {}", THEN_FROM.load(Ordering::SeqCst));
     }
     assert!(!FULL.load(Ordering::SeqCst), "more kinds and places of calls than there is room for");
     for (kind, place, count) in seen() {

@@ -8,39 +8,29 @@ use crate::sweep::{AFTER, HITS, NOBODYS};
 
 /// Why a place does not fail in any life.
 enum Why {
-    /// It undoes, or does in another way, what has failed: it is come by in lives in which something fails.
-    After,
     /// It fails for its arguments alone, or not at all, or nothing of it is a call.
     Cannot(&'static str),
     /// Another processor or kernel makes it; this one may.
     Elsewhere(&'static str),
 }
 
-use Why::{After, Cannot, Elsewhere};
+use Why::{Cannot, Elsewhere};
 
 /// File and function, how many of its lines at most, and what there is about them.
-const EXCUSED: [(&str, &str, usize, Why); 26] = [
-    ("block/create.rs", "create_disk", 1, After),
+const EXCUSED: [(&str, &str, usize, Why); 16] = [
     ("block/engine/uring.rs", "submit", 1, Cannot("a flush, which does not go this way")),
     ("capi/arguments.rs", "fd", 1, Cannot("for its number alone")),
-    ("host/probe.rs", "no_device", 1, After),
     ("host/reclaim/worker.rs", "wait", 1, Cannot(GIVES_BACK)),
-    ("memory/backing.rs", "set_up", 1, After),
-    ("memory/residency.rs", "huge", 1, After),
-    ("net/switch/capture.rs", "end", 1, After),
     (
         "net/switch/mod.rs",
         "capture",
         2,
         Cannot("the end of the embedder's writer, which has nothing to write yet"),
     ),
-    ("reactor.rs", "add", 1, After),
+    ("reactor.rs", "add", 1, Cannot(GIVES_BACK)),
     ("reactor.rs", "detach", 1, Cannot(GIVES_BACK)),
     ("reactor.rs", "remove", 1, Cannot(GIVES_BACK)),
     ("reactor/dispatcher.rs", "remove", 1, Cannot(GIVES_BACK)),
-    ("sys/fd.rs", "is_nonblocking", 1, After),
-    ("sys/fd.rs", "is_writable", 1, After),
-    ("sys/image.rs", "pure_write_zeroes", 1, After),
     (
         "sys/image.rs",
         "resize",
@@ -48,9 +38,7 @@ const EXCUSED: [(&str, &str, usize, Why); 26] = [
         Cannot("the library asks for it in nothing that is done with an image here"),
     ),
     ("sys/memory.rs", "map_inside", 1, Cannot("it is given the mapping")),
-    ("sys/netlink.rs", "exchange", 1, After),
     ("sys/residency.rs", "count_entries", 1, Elsewhere("kernels before 6.7")),
-    ("sys/residency.rs", "resident_in", 1, After),
     ("sys/sigbus.rs", "pass_on", 1, Cannot(IN_A_HANDLER)),
     ("sys/sigbus.rs", "replace", 2, Cannot(IN_A_HANDLER)),
     (
@@ -105,7 +93,6 @@ pub fn wrong(places: &Places) -> Vec<String> {
         let (hit, left): (Vec<u32>, _) =
             own.map(|(_, number)| number).partition(|number| hits.contains(number));
         let is_stale = match why {
-            After => left.is_empty() || !left.iter().all(|number| after.contains(number)),
             Cannot(why) => left.is_empty() || why.is_empty(),
             Elsewhere(why) => left.is_empty() && hit.is_empty() || why.is_empty(),
         };

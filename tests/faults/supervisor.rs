@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use crate::callers::{self, place};
 use crate::life::Life;
 use crate::part::{self, transfer};
+use crate::sweep::error_of;
 use crate::{ANYWHERE, Answer, Fault, Kind, held, notices};
 
 /// Calls that are made as they are, for one of these reasons:
@@ -47,6 +48,8 @@ pub static ARMED: AtomicBool = AtomicBool::new(false);
 pub static HIT: AtomicU64 = AtomicU64::new(0);
 /// From where the last one came.
 pub static HIT_FROM: AtomicU32 = AtomicU32::new(0);
+/// From where the one came that failed after it.
+pub static THEN_FROM: AtomicU32 = AtomicU32::new(0);
 /// There is no room for all that is seen.
 pub static FULL: AtomicBool = AtomicBool::new(false);
 static LISTENER: AtomicI32 = AtomicI32::new(-1);
@@ -205,6 +208,13 @@ fn decide(fault: &Fault, notice: &libc::seccomp_notif) -> Option<i64> {
         let nth = if fault.place == ANYWHERE { all } else { here };
         kind == fault.kind && (fault.place == ANYWHERE || fault.place == place) && nth == Some(fault.nth)
     };
+    if fault.then == Some((kind, place))
+        && HIT.load(Ordering::SeqCst) > 0
+        && THEN_FROM.swap(place, Ordering::SeqCst) == 0
+    {
+        eprintln!("answered then: {} {:x?}", call.nr, call.args);
+        return Some(-i64::from(error_of(kind, 2)));
+    }
     let hit = || {
         HIT_FROM.store(place, Ordering::SeqCst);
         HIT.fetch_add(1, Ordering::SeqCst);

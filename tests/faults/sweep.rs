@@ -6,10 +6,11 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::callers::LOST;
 use crate::life::{Life, Stage, lock};
 use crate::part::Part;
 use crate::places::Places;
-use crate::{ANYWHERE, Answer, FAULT, Fault, Kind, machine, words};
+use crate::{ANYWHERE, Answer, FAULT, Fault, Kind, Then, machine, words};
 
 /// Interrupted, out of something, broken, not now, forbidden.
 const ERRORS: [i32; 5] = [libc::EINTR, libc::ENOMEM, libc::EIO, libc::EAGAIN, libc::EPERM];
@@ -40,6 +41,10 @@ pub static HITS: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
 pub static MISSED: Mutex<Vec<String>> = Mutex::new(Vec::new());
 /// The places that lives with a fault come by.
 pub static AFTER: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
+/// The places that lives without a fault come by.
+pub static LIVED: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
+/// Of the others, those that have been to fail after another failure.
+static THEN: Mutex<BTreeSet<Then>> = Mutex::new(BTreeSet::new());
 /// The kinds of calls that come from no place.
 pub static NOBODYS: Mutex<BTreeSet<Kind>> = Mutex::new(BTreeSet::new());
 
@@ -61,6 +66,11 @@ pub fn wants(what: &str) -> bool {
     std::env::var("VMBED_FAULTS").is_ok_and(|which| which == what)
 }
 
+/// Another one for each kind, and for the next of the same.
+pub fn error_of(kind: Kind, nth: u64) -> i32 {
+    ERRORS[1 + (u64::from(kind.number) + nth) as usize % 4]
+}
+
 /// What the `nth` of a kind answers, one life each.
 fn answers(life: Life, kind: Kind, nth: u64) -> Vec<Answer> {
     if kind.request == Kind::PART {
@@ -69,9 +79,8 @@ fn answers(life: Life, kind: Kind, nth: u64) -> Vec<Answer> {
         let broken = (rings && life != Life::Held).then_some(Answer::Part(Part::Broken));
         return Answer::PARTS.into_iter().chain(broken).collect();
     }
-    // Another one for each kind, and for the next of the same.
-    let other = ERRORS[1 + (u64::from(kind.number) + nth) as usize % 4];
-    let mut errors = if nth == 1 && wants("all") { ERRORS.to_vec() } else { vec![libc::EINTR, other] };
+    let mut errors =
+        if nth == 1 && wants("all") { ERRORS.to_vec() } else { vec![libc::EINTR, error_of(kind, nth)] };
     if i64::from(kind.number) == libc::SYS_fallocate {
         // File systems without holes.
         errors.push(libc::EOPNOTSUPP);
@@ -105,57 +114,88 @@ fn which(kind: Kind, from: &Counts) -> Vec<(u32, u64)> {
 }
 
 pub fn sweep(life: Life, kind: Kind, from: &Counts, places: &Places) {
-    let (mut hit, mut wrong, mut missed) = (0, Vec::new(), BTreeSet::new());
+    let mut sweep = Sweep { places, hit: 0, wrong: Vec::new(), missed: BTreeSet::new() };
     for (place, nth) in which(kind, from) {
         for answer in answers(life, kind, nth) {
-            let fault = Fault { life, kind, place, nth, answer };
-            let mut said = child(&fault);
-            let hit_from =
-                |said: &str| said.lines().find_map(|line| line.strip_prefix("hit ")?.parse::<u32>().ok());
-            // What threads do together they do in another order now and then.
-            for _ in 0..4 {
-                if is_wrong(&said, kind, answer).is_none() && hit_from(&said).is_none() {
-                    said = child(&fault);
-                }
-            }
-            let answered = u64::from(hit_from(&said).is_some());
-            if answered == 0 && !answer.is_quiet() {
-                missed.insert(places.name(place));
-            }
-            // Nobody hears of an interruption, nor of what comes short: that does not count as a failure.
-            if !answer.is_quiet() {
-                lock(&HITS).extend(hit_from(&said));
-            }
-            hit += answered;
-            FAULTS.fetch_add(answered, Ordering::Relaxed);
-            let made = kinds(&said);
-            lock(&AFTER).extend(made.values().flat_map(|from| from.keys()));
-            lock(&NOBODYS)
-                .extend(made.iter().filter(|(_, from)| from.contains_key(&0)).map(|(kind, _)| kind));
-            if let Some(what) = is_wrong(&said, kind, answer) {
-                wrong.push(format!("{fault:?}, from {}: {what}\n{said}", places.name(place)));
+            let fault = Fault { life, kind, place, nth, answer, then: None };
+            let made = sweep.lead(&fault);
+            for then in after(&made) {
+                sweep.lead(&Fault { then: Some(then), ..fault });
             }
         }
     }
     let name = |place: &String| format!("{} {} {place}", life.name(), kind.name());
-    lock(&MISSED).extend(missed.iter().map(name));
-    assert!(wrong.is_empty(), "{} of them:\n{}", wrong.len(), wrong.join("\n"));
-    assert!(hit > 0, "none of the calls was made");
+    lock(&MISSED).extend(sweep.missed.iter().map(name));
+    assert!(sweep.wrong.is_empty(), "{} of them:\n{}", sweep.wrong.len(), sweep.wrong.join("\n"));
+    assert!(sweep.hit > 0, "none of the calls was made");
+}
+
+/// What comes of one kind in one life.
+struct Sweep<'a> {
+    places: &'a Places,
+    hit: usize,
+    wrong: Vec<String>,
+    missed: BTreeSet<String>,
+}
+
+impl Sweep<'_> {
+    /// One life with that fault; which calls there were.
+    fn lead(&mut self, fault: &Fault) -> BTreeMap<Kind, Counts> {
+        let mut said = child(fault);
+        // What threads do together they do in another order now and then.
+        for _ in 0..4 {
+            if is_wrong(&said, fault).is_none() && hits(&said).len() <= fault.then.iter().len() {
+                said = child(fault);
+            }
+        }
+        let hits = hits(&said);
+        if hits.is_empty() && !fault.answer.is_quiet() {
+            self.missed.insert(self.places.name(fault.place));
+        }
+        // Nobody hears of an interruption, nor of what comes short: that does not count as a failure.
+        lock(&HITS).extend(hits.iter().skip(fault.answer.is_quiet().into()));
+        self.hit += hits.len();
+        FAULTS.fetch_add(hits.len() as u64, Ordering::Relaxed);
+        let made = kinds(&said);
+        lock(&AFTER).extend(made.values().flat_map(|from| from.keys()));
+        lock(&NOBODYS).extend(made.iter().filter(|(_, from)| from.contains_key(&0)).map(|(kind, _)| kind));
+        if let Some(what) = is_wrong(&said, fault) {
+            let place = self.places.name(fault.place);
+            let then = fault.then.map(|(_, place)| format!(", then {}", self.places.name(place)));
+            self.wrong.push(format!("{fault:?}, from {place}{}: {what}\n{said}", then.unwrap_or_default()));
+        }
+        made
+    }
+}
+
+/// Where calls came from that failed.
+fn hits(said: &str) -> Vec<u32> {
+    said.lines().filter_map(|line| line.strip_prefix("hit ")?.parse().ok()).collect()
+}
+
+/// The calls from places that no life without a fault comes by, and that have not been to fail yet.
+fn after(made: &BTreeMap<Kind, Counts>) -> Vec<Then> {
+    let (lived, mut then) = (lock(&LIVED), lock(&THEN));
+    let kinds = made.iter().filter(|(kind, _)| ![Kind::PART, Kind::KEPT].contains(&kind.request));
+    let calls = kinds.flat_map(|(kind, from)| from.keys().map(|place| (*kind, *place)));
+    let is_place = |place: u32| ![0, LOST, ANYWHERE].contains(&place) && !lived.contains(&place);
+    calls.filter(|(_, place)| is_place(*place)).filter(|call| then.insert(*call)).collect()
 }
 
 /// What is wrong with what a child said.
-fn is_wrong(said: &str, kind: Kind, answer: Answer) -> Option<String> {
+fn is_wrong(said: &str, fault: &Fault) -> Option<String> {
+    let Fault { kind, answer, then, .. } = *fault;
     let bad = |line: &&str| ["LEAK", "PANIC", "STUCK", "LOST", "HANGS"].iter().any(|w| line.contains(w));
     let told = format!("told of {}\n", Part::ERROR);
     if let Some(line) = said.lines().find(bad) {
         Some(line.to_owned())
     } else if !said.lines().any(|line| line == "done") {
         Some("it ended before it was done".into())
-    } else if let Some(error) = unnamed(said, kind, answer) {
+    } else if let Some(error) = unnamed(said, fault) {
         Some(format!("it does not say what failed: {error}"))
     } else if answer == Answer::Part(Part::Broken) && !said.contains(&told) {
         Some("its embedder was not told".into())
-    } else if answer.is_routine(kind) && (!went_well(said) || said.contains("MISSED")) {
+    } else if answer.is_routine(kind) && then.is_none() && (!went_well(said) || said.contains("MISSED")) {
         Some("that is none of its user's business".into())
     } else {
         None
@@ -166,11 +206,12 @@ pub fn went_well(said: &str) -> bool {
     said.lines().any(|line| line == "it went well")
 }
 
-/// An error that does not say what was tried and what the kernel answered.
-fn unnamed(said: &str, kind: Kind, answer: Answer) -> Option<&str> {
-    let Answer::Error(errno) = answer else { return None };
+/// An error that does not say what was tried and what the kernel answered: of two, of one of them.
+fn unnamed<'a>(said: &'a str, fault: &Fault) -> Option<&'a str> {
+    let Answer::Error(errno) = fault.answer else { return None };
     let error = said.lines().find_map(|line| line.strip_prefix("error: "))?;
-    (!words::say(error, kind, errno)).then_some(error)
+    let then = fault.then.is_some_and(|(kind, _)| words::say(error, kind, error_of(kind, 2)));
+    (!then && !words::say(error, fault.kind, errno)).then_some(error)
 }
 
 /// One life; what it said, on both of its streams.

@@ -47,3 +47,16 @@ pub fn narrow(socket: &impl AsRawFd) {
     // SAFETY: one int, of the size that is said, which lives until the call returns.
     done(unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, at, size) }, "SO_SNDBUF");
 }
+
+/// Whether the kernel keeps as much as it may of what was sent there, and the next one would have to wait.
+pub fn is_full(socket: &impl AsRawFd) -> bool {
+    let (mut kept, mut room): (libc::c_int, libc::c_int) = (0, 0);
+    let mut size = size_of::<libc::c_int>() as libc::socklen_t;
+    let (fd, at) = (socket.as_raw_fd(), (&raw mut room).cast());
+    // SAFETY: one int for each, of the size that is said, which live until the calls return.
+    unsafe {
+        done(libc::ioctl(fd, libc::TIOCOUTQ, &raw mut kept), "SIOCOUTQ");
+        done(libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, at, &raw mut size), "SO_SNDBUF");
+    }
+    kept >= room
+}
