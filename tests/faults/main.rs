@@ -44,7 +44,9 @@ mod words;
 use life::Life;
 use part::Part;
 use places::Places;
-use sweep::{AFTER, Counts, FAULTS, HITS, LIVED, NOBODYS, child, kinds, sweep, wants, went_well};
+use sweep::{
+    AFTER, Counts, FAULTS, HITS, LIVED, NOBODYS, PAGEMAP_SCAN, child, kinds, sweep, wants, went_well,
+};
 
 /// What a child is told: how it lives, which kind of call, which of them, what that answers.
 const FAULT: &str = "VMBED_FAULT";
@@ -312,10 +314,12 @@ impl Plan {
                 let known = self.swept.entry(kind).or_default();
                 // What another life has, too, is swept there.
                 let punches = kind == Kind::of(libc::SYS_fallocate, 0) && life == Life::Qcow2;
+                // Whose memory has pages that no file knows of.
+                let scans = kind.request == PAGEMAP_SCAN && life == Life::Memory;
                 let parts = kind.request == Kind::PART && life.has_parts();
                 let pool = elsewhere.is_some() && OF_THE_POOL.contains(&kind.number.into());
                 let whole = wants("all") && elsewhere.is_none() && life != Life::Held;
-                let again = parts || punches || pool || whole;
+                let again = parts || punches || scans || pool || whole;
                 let elsewhere = elsewhere.and_then(|known| known.get(&kind));
                 let is_new = |place: &u32| elsewhere.is_none_or(|known| !known.contains(place));
                 let here =

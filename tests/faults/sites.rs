@@ -17,7 +17,7 @@ enum Why {
 use Why::{Cannot, Elsewhere};
 
 /// File and function, how many of its lines at most, and what there is about them.
-const EXCUSED: [(&str, &str, usize, Why); 16] = [
+const EXCUSED: [(&str, &str, usize, Why); 15] = [
     ("block/engine/uring.rs", "submit", 1, Cannot("a flush, which does not go this way")),
     ("capi/arguments.rs", "fd", 1, Cannot("for its number alone")),
     ("host/reclaim/worker.rs", "wait", 1, Cannot(GIVES_BACK)),
@@ -38,7 +38,6 @@ const EXCUSED: [(&str, &str, usize, Why); 16] = [
         Cannot("the library asks for it in nothing that is done with an image here"),
     ),
     ("sys/memory.rs", "map_inside", 1, Cannot("it is given the mapping")),
-    ("sys/residency.rs", "count_entries", 1, Elsewhere("kernels before 6.7")),
     ("sys/sigbus.rs", "pass_on", 1, Cannot(IN_A_HANDLER)),
     ("sys/sigbus.rs", "replace", 2, Cannot(IN_A_HANDLER)),
     (

@@ -31,7 +31,7 @@ const ENDLESS: [libc::c_long; 11] = [
     libc::SYS_sendto,
 ];
 const KVM_RUN: u32 = 0xae80;
-const PAGEMAP_SCAN: u32 = 0xc060_6610;
+pub const PAGEMAP_SCAN: u32 = 0xc060_6610;
 
 /// Calls that were answered.
 pub static FAULTS: AtomicU64 = AtomicU64::new(0);
@@ -88,6 +88,10 @@ fn answers(life: Life, kind: Kind, nth: u64) -> Vec<Answer> {
     if i64::from(kind.number) == libc::SYS_openat {
         // As where there is no KVM.
         errors.push(libc::ENOENT);
+    }
+    if kind.request == PAGEMAP_SCAN {
+        // Kernels before 6.7.
+        errors.push(libc::ENOTTY);
     }
     errors.into_iter().map(Answer::Error).collect()
 }
