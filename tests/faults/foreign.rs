@@ -91,7 +91,6 @@ const PC: i32 = 0;
 const ENDED: i32 = 1;
 const STOPPED: i32 = 4;
 const DEVICE_NEEDS_RESET: i32 = 5;
-const BACKEND_ERROR: i32 = 6;
 
 /// `vmbed_registers`
 #[repr(C)]
@@ -270,7 +269,7 @@ fn hear(vm: Object, events: Object) {
         // SAFETY: as above; NULL is of no kind.
         let kind = unsafe { vmbed_event_kind(event) };
         drop(Handle(event, vmbed_event_free));
-        told |= [DEVICE_NEEDS_RESET, BACKEND_ERROR].contains(&kind);
+        told |= kind == DEVICE_NEEDS_RESET;
         if kind == STOPPED || heard.is_err() {
             return;
         }

@@ -250,7 +250,7 @@ pub fn keep() {
     *lock(&BEFORE) = Some(Holdings::now());
 }
 
-/// Lives twice: once as it should be, then with one call that fails. Says what came of it.
+/// Lives twice: once as it should be, then with a call that fails, or two. Says what came of it.
 pub fn lead(fault: Fault) {
     static PANICKED: AtomicBool = AtomicBool::new(false);
     std::panic::set_hook(Box::new(|what| {

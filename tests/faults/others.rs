@@ -241,7 +241,7 @@ fn plug_in(stage: &Stage) -> vmbed::Result<()> {
     end(host, vm, lived)
 }
 
-/// A network in user space: hangs up on its first guest when that has sent a frame, and has frames for the others.
+/// A network in user space: hangs up on its first guest when a frame has come from there, and has frames for the others.
 pub struct Server {
     listener: UnixListener,
     /// In how many turns it hangs up where there is no frame.
@@ -267,7 +267,7 @@ impl Server {
         aside(move || {
             let listener = UnixListener::bind(path).unwrap();
             listener.set_nonblocking(true).unwrap();
-            *lock(&SERVER) = Some(Self { listener, hangs_up: Some(1500), guests: Vec::new() });
+            *lock(&SERVER) = Some(Self { listener, hangs_up: Some(5000), guests: Vec::new() });
         });
     }
 
@@ -315,6 +315,7 @@ fn join(stage: &Stage, file: File) -> vmbed::Result<()> {
     switch.add_fd("messages", near, &PortOptions::default())?;
     switch.add_stream("stream", stage.file("stream"), &PortOptions::default())?;
     let port = switch.add_port("guest", &PortOptions::default())?;
+    strange(stage, &switch)?;
     let capture = switch.capture(&[], BufWriter::new(file))?;
     let host = Host::open()?;
     let mut config = stage.pc();
@@ -326,6 +327,17 @@ fn join(stage: &Stage, file: File) -> vmbed::Result<()> {
     is_back();
     end(host, vm, lived)?;
     capture.finish().map(drop)
+}
+
+/// What passes through a port of another switch is not told, into a file that has something to be written already.
+fn strange(stage: &Stage, switch: &Switch) -> vmbed::Result<()> {
+    let other = Switch::new(&Default::default())?;
+    let port = other.add_port("strange", &PortOptions::default())?;
+    let strange = stage.file("strange");
+    let mut output = BufWriter::new(aside(|| File::create(strange).unwrap()));
+    output.write_all(b"more").expect("there is room for that");
+    expect(switch.capture(&[port], output).is_err(), "that port is of another switch");
+    Ok(())
 }
 
 pub fn sandboxed(stage: &Stage) -> vmbed::Result<()> {

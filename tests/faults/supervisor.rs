@@ -1,4 +1,4 @@
-//! Sees every system call of the threads that are to be tested, and answers one of them itself.
+//! Sees every system call of the threads that are to be tested, and answers one or two of them itself.
 #![expect(unsafe_code, reason = "seccomp's user notifications have no safe wrapper")]
 
 use std::os::fd::RawFd;
@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use crate::callers::{self, place};
 use crate::life::Life;
 use crate::part::{self, transfer};
-use crate::sweep::error_of;
+use crate::sweep::error_after;
 use crate::{ANYWHERE, Answer, Fault, Kind, held, notices};
 
 /// Calls that are made as they are, for one of these reasons:
@@ -213,7 +213,7 @@ fn decide(fault: &Fault, notice: &libc::seccomp_notif) -> Option<i64> {
         && THEN_FROM.swap(place, Ordering::SeqCst) == 0
     {
         eprintln!("answered then: {} {:x?}", call.nr, call.args);
-        return Some(-i64::from(error_of(kind, 2)));
+        return Some(-i64::from(error_after(fault.answer)));
     }
     let hit = || {
         HIT_FROM.store(place, Ordering::SeqCst);

@@ -43,7 +43,7 @@ pub static MISSED: Mutex<Vec<String>> = Mutex::new(Vec::new());
 pub static AFTER: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
 /// The places that lives without a fault come by.
 pub static LIVED: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
-/// Of the others, those that have been to fail after another failure.
+/// Of the others, those that have failed after another failure.
 static THEN: Mutex<BTreeSet<Then>> = Mutex::new(BTreeSet::new());
 /// The kinds of calls that come from no place.
 pub static NOBODYS: Mutex<BTreeSet<Kind>> = Mutex::new(BTreeSet::new());
@@ -67,8 +67,13 @@ pub fn wants(what: &str) -> bool {
 }
 
 /// Another one for each kind, and for the next of the same.
-pub fn error_of(kind: Kind, nth: u64) -> i32 {
+fn error_of(kind: Kind, nth: u64) -> i32 {
     ERRORS[1 + (u64::from(kind.number) + nth) as usize % 4]
+}
+
+/// That of a second call, which is another one.
+pub fn error_after(answer: Answer) -> i32 {
+    if answer == Answer::Error(libc::EIO) { libc::EPERM } else { libc::EIO }
 }
 
 /// What the `nth` of a kind answers, one life each.
@@ -118,33 +123,35 @@ fn which(kind: Kind, from: &Counts) -> Vec<(u32, u64)> {
 }
 
 pub fn sweep(life: Life, kind: Kind, from: &Counts, places: &Places) {
-    let mut sweep = Sweep { places, hit: 0, wrong: Vec::new(), missed: BTreeSet::new() };
+    let mut tries = Tries { places, hit: 0, wrong: Vec::new(), missed: BTreeSet::new() };
     for (place, nth) in which(kind, from) {
         for answer in answers(life, kind, nth) {
             let fault = Fault { life, kind, place, nth, answer, then: None };
-            let made = sweep.lead(&fault);
-            for then in after(&made) {
-                sweep.lead(&Fault { then: Some(then), ..fault });
+            let mut others = after(&tries.make(&fault));
+            // What is come by only in one of these is tried in its turn.
+            while let Some(then) = others.pop() {
+                let made = tries.make(&Fault { then: Some(then), ..fault });
+                others.extend(after(&made));
             }
         }
     }
     let name = |place: &String| format!("{} {} {place}", life.name(), kind.name());
-    lock(&MISSED).extend(sweep.missed.iter().map(name));
-    assert!(sweep.wrong.is_empty(), "{} of them:\n{}", sweep.wrong.len(), sweep.wrong.join("\n"));
-    assert!(sweep.hit > 0, "none of the calls was made");
+    lock(&MISSED).extend(tries.missed.iter().map(name));
+    assert!(tries.wrong.is_empty(), "{} of them:\n{}", tries.wrong.len(), tries.wrong.join("\n"));
+    assert!(tries.hit > 0, "none of the calls was made");
 }
 
 /// What comes of one kind in one life.
-struct Sweep<'a> {
+struct Tries<'a> {
     places: &'a Places,
     hit: usize,
     wrong: Vec<String>,
     missed: BTreeSet<String>,
 }
 
-impl Sweep<'_> {
+impl Tries<'_> {
     /// One life with that fault; which calls there were.
-    fn lead(&mut self, fault: &Fault) -> BTreeMap<Kind, Counts> {
+    fn make(&mut self, fault: &Fault) -> BTreeMap<Kind, Counts> {
         let mut said = child(fault);
         // What threads do together they do in another order now and then.
         for _ in 0..4 {
@@ -155,6 +162,9 @@ impl Sweep<'_> {
         let hits = hits(&said);
         if hits.is_empty() && !fault.answer.is_quiet() {
             self.missed.insert(self.places.name(fault.place));
+        }
+        if hits.len() == 2 {
+            lock(&THEN).extend(fault.then);
         }
         // Nobody hears of an interruption, nor of what comes short: that does not count as a failure.
         lock(&HITS).extend(hits.iter().skip(fault.answer.is_quiet().into()));
@@ -177,18 +187,26 @@ fn hits(said: &str) -> Vec<u32> {
     said.lines().filter_map(|line| line.strip_prefix("hit ")?.parse().ok()).collect()
 }
 
-/// The calls from places that no life without a fault comes by, and that have not been to fail yet.
+/// The calls from places that no life without a fault comes by, and that have not failed yet: a few times, if they are not made again.
 fn after(made: &BTreeMap<Kind, Counts>) -> Vec<Then> {
-    let (lived, mut then) = (lock(&LIVED), lock(&THEN));
+    const MOST: u32 = 5;
+    static ASKED: Mutex<BTreeMap<Then, u32>> = Mutex::new(BTreeMap::new());
+    let (lived, then, mut asked) = (lock(&LIVED), lock(&THEN), lock(&ASKED));
     let kinds = made.iter().filter(|(kind, _)| ![Kind::PART, Kind::KEPT].contains(&kind.request));
     let calls = kinds.flat_map(|(kind, from)| from.keys().map(|place| (*kind, *place)));
     let is_place = |place: u32| ![0, LOST, ANYWHERE].contains(&place) && !lived.contains(&place);
-    calls.filter(|(_, place)| is_place(*place)).filter(|call| then.insert(*call)).collect()
+    let new = calls.filter(|call| is_place(call.1) && !then.contains(call));
+    new.filter(|call| {
+        let asked = asked.entry(*call).or_default();
+        *asked += 1;
+        *asked <= MOST
+    })
+    .collect()
 }
 
 /// What is wrong with what a child said.
-fn is_wrong(said: &str, fault: &Fault) -> Option<String> {
-    let Fault { kind, answer, then, .. } = *fault;
+pub fn is_wrong(said: &str, fault: &Fault) -> Option<String> {
+    let Fault { kind, answer, .. } = *fault;
     let bad = |line: &&str| ["LEAK", "PANIC", "STUCK", "LOST", "HANGS"].iter().any(|w| line.contains(w));
     let told = format!("told of {}\n", Part::ERROR);
     if let Some(line) = said.lines().find(bad) {
@@ -199,7 +217,8 @@ fn is_wrong(said: &str, fault: &Fault) -> Option<String> {
         Some(format!("it does not say what failed: {error}"))
     } else if answer == Answer::Part(Part::Broken) && !said.contains(&told) {
         Some("its embedder was not told".into())
-    } else if answer.is_routine(kind) && then.is_none() && (!went_well(said) || said.contains("MISSED")) {
+    } else if answer.is_routine(kind) && hits(said).len() < 2 && (!went_well(said) || said.contains("MISSED"))
+    {
         Some("that is none of its user's business".into())
     } else {
         None
@@ -212,10 +231,13 @@ pub fn went_well(said: &str) -> bool {
 
 /// An error that does not say what was tried and what the kernel answered: of two, of one of them.
 fn unnamed<'a>(said: &'a str, fault: &Fault) -> Option<&'a str> {
-    let Answer::Error(errno) = fault.answer else { return None };
     let error = said.lines().find_map(|line| line.strip_prefix("error: "))?;
-    let then = fault.then.is_some_and(|(kind, _)| words::say(error, kind, error_of(kind, 2)));
-    (!then && !words::say(error, fault.kind, errno)).then_some(error)
+    let then = fault.then.map(|(kind, _)| words::say(error, kind, error_after(fault.answer)));
+    let first = match fault.answer {
+        Answer::Error(errno) => words::say(error, fault.kind, errno),
+        Answer::Part(_) => then.is_none(),
+    };
+    (!first && then != Some(true)).then_some(error)
 }
 
 /// One life; what it said, on both of its streams.
