@@ -1,21 +1,35 @@
 //! A stock kernel on memory of other kinds.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use libtest_mimic::Trial;
-use vmbed::{BackingKind, BalloonConfig, Bytes, ErrorKind, Host, SandboxConfig, VmState};
+use vmbed::{
+    BackingKind, BalloonConfig, BareBoot, Bytes, CpuMode, ErrorKind, Host, Platform, SandboxConfig, VmConfig,
+    VmState,
+};
 
-use crate::assets::KERNELS;
+use crate::assets::{self, KERNELS};
 use crate::balloon::{filled, filled_by, wait_until};
 use crate::cage::Setting;
 use crate::guest::{Guest, LONG, config};
+use crate::guests::{self, Op};
 use crate::trial;
 
 pub fn add(trials: &mut Vec<Trial>) {
     trials.push(trial("backing::huge_pages_of_the_pool", pool));
     trials.push(trial("backing::a_huge_page_that_is_gone_ends_its_guest_and_nothing_else", gone));
     trials.push(trial("backing::anonymous_memory_given_back_is_free", anonymous));
+}
+
+fn scripted() -> PathBuf {
+    assets::directory().join("virtio-guest")
+}
+
+/// Compiles the guest of a script, before the lab is entered.
+pub fn prepare() {
+    fs::rename(guests::virtio(&assets::directory()), scripted()).unwrap();
 }
 
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
@@ -49,7 +63,40 @@ fn pool() {
     guest.power_off();
     drop(guest);
     assert_eq!(read("free_hugepages"), 70, "all are back");
+    by_halves(&host);
+    assert_eq!(read("free_hugepages"), 70, "all are back");
     drop(pool);
+}
+
+/// A guest that is slow, as on a machine which has other things to do, gives a page of the pool to its balloon in two halves.
+fn by_halves(host: &Host) {
+    const FIRST: u32 = 4 * 512;
+    let mut boot = BareBoot::new(CpuMode::Long, guests::ENTRY, fs::read(scripted()).unwrap());
+    boot.stack = guests::STACK;
+    let mut config = VmConfig::bare(boot);
+    (config.platform, config.memory) = (Platform::Pc, Bytes::mib(16));
+    (config.backing.kind, config.balloon) = (BackingKind::Huge2M, Some(BalloonConfig::default()));
+    let vm = host.builder(config).pio_doorbell("said", guests::SAY, 1).build().unwrap();
+    let half = |first| (Op::Inflate, first, 256, 9);
+    let steps =
+        [half(FIRST), (Op::Target, 512, 0, 0), half(FIRST + 256), (Op::Tell, 0, 0, 1), (Op::Target, 1, 0, 0)];
+    vm.write_memory(guests::SCRIPT, &guests::script(&steps)).unwrap();
+    vm.start().unwrap();
+    let inflated = |bytes: u64| {
+        let end = Instant::now() + LONG;
+        let now = || vm.balloon_statistics().unwrap().inflated;
+        while now().claimed < Bytes(bytes) {
+            assert!(Instant::now() < end, "waited {LONG:?} for a balloon of {bytes}: {:?}", now());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        now()
+    };
+    assert_eq!(inflated(1 << 20).measured, Bytes(0), "a half is none of the pool's");
+    // Far longer than what may soon have neighbours waits for them elsewhere.
+    std::thread::sleep(Duration::from_millis(300));
+    vm.set_balloon(Bytes::mib(2)).unwrap();
+    assert_eq!(inflated(2 << 20).measured, Bytes::mib(2));
+    vm.stop().unwrap();
 }
 
 /// What a guest gave back has gone from the pool when it, or the program, uses it again.

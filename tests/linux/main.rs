@@ -64,6 +64,7 @@ fn main() -> ExitCode {
     if !arguments.list && std::env::var_os(HERE).is_none() {
         assets::prepare();
         c::prepare();
+        backing::prepare();
         soak::prepare();
         switch::prepare();
         wiring::prepare();

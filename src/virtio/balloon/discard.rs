@@ -110,7 +110,8 @@ impl Discarder {
             None => {}
         }
         let len = run.end - run.start;
-        if self.may_hold && len > PAGE && len < HUGE {
+        let may_grow = len > PAGE || self.memory.is_pooled();
+        if self.may_hold && may_grow && len < HUGE {
             self.held = Some(run);
         } else {
             self.punch(run);

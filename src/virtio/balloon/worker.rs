@@ -152,7 +152,8 @@ impl Worker {
         });
         finish(queue, memory, drained)?;
         self.count_inflated();
-        if self.discarder.is_holding() {
+        // Of the pool there are whole pages only: a part waits for the rest, however slow the guest is.
+        if self.discarder.is_holding() && !self.memory.is_pooled() {
             // Without a timer, what is held would wait for the next request.
             if self.timer.reset(HOLD, None).is_err() {
                 self.flush();
