@@ -216,7 +216,10 @@ fn main() -> ExitCode {
         life::lead(Fault::parse(&fault));
         return ExitCode::SUCCESS;
     }
-    let arguments = Arguments::from_args();
+    let mut arguments = Arguments::from_args();
+    // The lab's has a processor for itself, and many others wait for most of their time.
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    arguments.test_threads.get_or_insert(processors + 1);
     let places = Places::of(&callers::parts()[0]);
     let files = Files::make(&places);
     let mut plan = Plan::new(places);
