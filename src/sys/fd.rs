@@ -194,7 +194,8 @@ pub(crate) fn sequence_pair() -> io::Result<(OwnedFd, OwnedFd)> {
 /// Waits until a read would not block, at most `timeout`.
 pub(crate) fn wait_readable(fd: BorrowedFd<'_>, timeout: std::time::Duration) -> bool {
     let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    let timeout = libc::c_int::try_from(timeout.as_millis()).unwrap_or(libc::c_int::MAX);
+    // Upwards: in the last part of a millisecond a caller in a loop would only spin.
+    let timeout = libc::c_int::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(libc::c_int::MAX);
     // SAFETY: one initialized pollfd, and the count says so.
     unsafe { libc::poll(&mut poll, 1, timeout) > 0 }
 }
