@@ -82,8 +82,18 @@ impl Memory {
         Self::on(size, &config)
     }
 
+    /// The same that passes for memory of a pool of such pages, which a machine may not have.
+    #[cfg(test)]
+    pub fn as_pooled(size: u64, page: u64) -> Result<Self> {
+        Self::made(size, &BackingConfig::default(), Some(page))
+    }
+
     /// `size` bytes of what the configuration says. With `prefault`, all of it is there on return.
     pub fn on(size: u64, config: &BackingConfig) -> Result<Self> {
+        Self::made(size, config, config.kind.pool_page())
+    }
+
+    fn made(size: u64, config: &BackingConfig, pool_page: Option<u64>) -> Result<Self> {
         let pagemap = backing::pagemap(config)?;
         let made: Vec<_> =
             layout::ram(size).iter().map(|range| backing::region(range, config)).collect::<Result<_>>()?;
@@ -92,7 +102,6 @@ impl Memory {
             Error::new(ErrorKind::InvalidArgument, format!("laying out {size} bytes of guest memory"))
                 .with_source(e)
         })?;
-        let pool_page = config.kind.pool_page();
         let leave_pages = pool_page.is_some() || config.huge == HugePages::Never;
         let watched = lost::watch(&guest, config);
         let (tell, holes) = (Mutex::default(), Mutex::default());
@@ -234,7 +243,12 @@ impl Memory {
 
     /// Whether it is of the administrator's pool of huge pages, of which another page may not be had.
     pub fn is_pooled(&self) -> bool {
-        self.0.pool_page.is_some()
+        self.pool_page().is_some()
+    }
+
+    /// The size of the pool's pages, if it is of the pool.
+    pub fn pool_page(&self) -> Option<u64> {
+        self.0.pool_page
     }
 
     /// Gives everything back to the host, of a guest that will not run any more: it reads zero from now on.

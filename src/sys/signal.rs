@@ -140,7 +140,7 @@ pub(crate) fn thread_id() -> i32 {
 
 /// Sends the kick to a thread of this process. The caller knows that the thread has not ended.
 pub(crate) fn kick(thread: i32) -> io::Result<()> {
-    /// The kernel refuses none of these, but a filter may answer for it, and whoever is not kicked stays in the guest.
+    /// The kernel has no reason to refuse one, but a filter may answer for it, and whoever is not kicked stays in the guest.
     const TRIES: usize = 3;
     let mut last = io::Error::from_raw_os_error(libc::EAGAIN);
     for _ in 0..TRIES {

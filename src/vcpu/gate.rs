@@ -155,6 +155,8 @@ impl Gate {
     pub fn set(&self, target: Target) -> bool {
         let mut state = lock(&self.state);
         if state.target == Target::End {
+            // For those whom the first kick has not reached.
+            kick(&state);
             return target == Target::End;
         }
         state.target = target;
@@ -163,10 +165,7 @@ impl Gate {
         if target != Target::Run {
             // Who waits for the end hears of it, also where no vCPU runs that could leave.
             self.settled.notify_all();
-            for seat in state.seats.iter().filter(|seat| seat.thread != 0) {
-                // ESRCH cannot be: a thread clears its id, under this lock, before it ends.
-                let _ = signal::kick(seat.thread);
-            }
+            kick(&state);
         }
         true
     }
@@ -199,6 +198,14 @@ impl Gate {
         while !over(&state) {
             state = self.settled.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
         }
+    }
+}
+
+/// Has whoever is in the guest leave it.
+fn kick(state: &State) {
+    for seat in state.seats.iter().filter(|seat| seat.thread != 0) {
+        // ESRCH cannot be: a thread clears its id, under the state's lock, before it ends.
+        let _ = signal::kick(seat.thread);
     }
 }
 

@@ -17,6 +17,8 @@ mod list;
 mod memory;
 mod races;
 mod reclaim;
+#[path = "../guests/rogue.rs"]
+mod rogue;
 mod sandbox;
 mod switch;
 mod wiring;

@@ -12,6 +12,7 @@ use vmbed::{
 };
 
 use crate::guest::{LONG, Port, TALKS, WRITES, ends, host, real, run, unread, wait_until};
+use crate::rogue::{Rogue, USE};
 
 /// xorshift64, from `VMBED_SEED` or the clock.
 struct Random {
@@ -256,14 +257,27 @@ fn in_the_child(vm: Vm) {
     assert_eq!(Arc::strong_count(&port), 1);
 }
 
+/// Sets it back, whatever happens.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+}
+
 pub fn a_fork_while_a_vm_runs() {
     let (host, port) = (host(), Arc::new(Port::default()));
     let vm = writing(&host, &port);
     vm.start().unwrap();
-    let busy = AtomicBool::new(true);
+    let other = Rogue::start(&host);
+    let (busy, before) = (AtomicBool::new(true), other.uses());
     std::thread::scope(|scope| {
+        let _ends = Ends(&busy);
         scope.spawn(|| {
+            // Another VM of this process, which uses its devices.
             while busy.load(Ordering::Relaxed) {
+                assert_eq!(other.does(USE), 0);
                 assert_eq!(vm.state(), VmState::Running);
             }
         });
@@ -278,8 +292,11 @@ pub fn a_fork_while_a_vm_runs() {
             let before = port.writes();
             wait_until("the guest writes again", || port.writes() > before);
         }
-        busy.store(false, Ordering::Relaxed);
     });
+    assert!(other.uses() > before, "it has worked meanwhile");
+    assert_eq!(other.events(), []);
+    other.disk_is_unharmed();
+    other.ends();
     vm.pause().unwrap();
     vm.resume().unwrap();
     assert_eq!(vm.stop().unwrap(), StopCause::HostStop);

@@ -3,6 +3,7 @@
  * VM, and a second VM, which works all the time, must not notice. tests/hostile/driven.rs does the same in Rust. lies.c and host.c have the other rows.
  */
 #include "rogue.h"
+#include <errno.h>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -77,10 +78,13 @@ void rogue_begin(struct rogue *rogue, vmbed_host *host, const struct attached *i
     else
         OK(vmbed_builder_disk_fd(builder, 0, rogue->disk, &error));
     CHECK(socketpair(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0, cable) == 0);
-    for (int i = 0; i < 2 && !attached->taps; i++)
-        OK(vmbed_builder_net_fd(builder, i, cable[i], &error));
-    rogue->outside = cable[0];
-    close(cable[1]);
+    for (int i = 0; i < 2 && !attached->taps; i++) {
+        if (attached->cable)
+            OK(vmbed_builder_net_backend(builder, i, attached->cable, cable[i], (void *)(intptr_t)cable[i], &error));
+        else
+            OK(vmbed_builder_net_fd(builder, i, cable[i], &error));
+    }
+    rogue->outside = cable[0], rogue->inside = cable[1];
     rogue->ask = (struct ask){.lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
     OK(vmbed_builder_add_pio(builder, "ask", 0x10, 8, &ask_ops, &rogue->ask, &error));
     OK(vmbed_builder_build(builder, &rogue->vm, &error));
@@ -101,7 +105,7 @@ void rogue_end(struct rogue *rogue)
     CHECK(cause == VMBED_CAUSE_GUEST_RESET);
     vmbed_events_free(rogue->events);
     vmbed_vm_free(rogue->vm);
-    close(rogue->disk), close(rogue->outside);
+    close(rogue->disk), close(rogue->outside), close(rogue->inside);
 }
 
 uint32_t rogue_does(struct rogue *rogue, uint32_t row, const char *name)
@@ -365,6 +369,67 @@ static void what_is_no_frame(vmbed_host *host)
     rogue_end(&rogue);
 }
 
+/* An end of a cable whose other end does, and leaves, whatever is left to do. */
+static int32_t cable_receive(void *user, const vmbed_piece *pieces, size_t count, size_t *length)
+{
+    uint8_t frame[2048];
+    ssize_t got = recv((int)(intptr_t)user, frame, sizeof frame, MSG_DONTWAIT);
+    if (got < 0)
+        return errno;
+    CHECK(count > 0);
+    for (size_t at = 0, i = 0; at < (size_t)got; i++) {
+        size_t part = (size_t)got - at < pieces[i].length ? (size_t)got - at : pieces[i].length;
+        memcpy(pieces[i].base, frame + at, part);
+        at += part;
+    }
+    *length = (size_t)got;
+    return 0;
+}
+
+static int32_t cable_send(void *user, const vmbed_piece *pieces, size_t count)
+{
+    uint8_t frame[2048];
+    size_t at = 0;
+    for (size_t i = 0; i < count; at += pieces[i++].length) {
+        CHECK(pieces[i].length <= sizeof frame - at);
+        memcpy(frame + at, pieces[i].base, pieces[i].length);
+    }
+    return send((int)(intptr_t)user, frame, at, MSG_DONTWAIT) < 0 ? errno : 0;
+}
+
+static const vmbed_net_ops cable_ops = {.size = sizeof cable_ops,
+                                        .receive = cable_receive,
+                                        .send = cable_send,
+                                        .offloads = VMBED_OFFLOAD_CSUM | VMBED_OFFLOAD_TSO4 | VMBED_OFFLOAD_TSO6};
+
+/* Row 20: headers that leave something to do where their frame is not, from a guest, and from outside for one. */
+static void offsets_behind_the_frame(vmbed_host *host)
+{
+    static const struct {
+        uint8_t header[12];
+        bool is_sound;
+    } cases[] = {{{1, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0}, false},    {{1, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0}, false},
+                 {{1, 0, 0, 0, 0, 0, 34, 0, 25, 0, 0, 0}, false},        {{1, 0, 0, 0, 0, 0, 34, 0, 24, 0, 0, 0}, true},
+                 {{1, 1, 54, 0, 0xb4, 5, 59, 0, 0, 0, 0, 0}, false},     {{1, 1, 54, 0, 0, 0, 34, 0, 16, 0, 0, 0}, false},
+                 {{1, 1, 54, 0, 0xb4, 5, 34, 0, 16, 0, 0, 0}, true}};
+    const struct attached attached = {.cable = &cable_ops};
+    static struct rogue rogue;
+    vmbed_net_statistics before = {.size = sizeof before}, after = before;
+    rogue_begin(&rogue, host, &attached);
+    CHECK(rogue_does(&rogue, LEAVE_TO_DO, "") == 0);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        uint8_t frame[72] = {0};
+        memcpy(frame, cases[i].header, 12);
+        OK(vmbed_vm_get_net_statistics(rogue.vm, 1, &before, &error));
+        CHECK(send(rogue.outside, frame, sizeof frame, 0) == sizeof frame);
+        CHECK(rogue_does(&rogue, USE_ALL, "") == 0); /* the two frames that it waits for come after it */
+        OK(vmbed_vm_get_net_statistics(rogue.vm, 1, &after, &error));
+        CHECK(after.rx_frames == before.rx_frames + 2 + cases[i].is_sound && after.rx_dropped == before.rx_dropped + !cases[i].is_sound);
+    }
+    CHECK(rogue_told(&rogue) == 0);
+    rogue_end(&rogue);
+}
+
 /* Row 22: where a guest waits until it may read its serial port, and says what it has read. */
 static struct reader {
     pthread_mutex_t lock;
@@ -453,6 +518,7 @@ static void every_guest(vmbed_host *host)
     every_row(host);
     a_disk_that_keeps_everything(host);
     what_is_no_frame(host);
+    offsets_behind_the_frame(host);
     a_serial_port_that_nobody_reads(host);
 }
 

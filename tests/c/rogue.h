@@ -16,19 +16,21 @@ struct rogue {
     vmbed_events *events;
     struct ask ask;
     int disk;
-    int outside; /* what is sent there comes out of the first card's cable */
+    int outside; /* what is sent there comes out of the second card's end of the cable */
+    int inside;  /* that end */
 };
 
-/* What there is instead of a cable from one card to the other, and of a file: two TAP interfaces, a disk of one's own. */
+/* What there is instead of a cable from one card to the other, and of a file: two TAP interfaces, a network of one's own at each end of it, a disk of one's own. */
 struct attached {
     const char *const *taps;
+    const vmbed_net_ops *cable; /* `user` is the end's descriptor */
     const vmbed_block_ops *disk;
     void *user;
 };
 
 /* No rows: every device is used as it should be; from its reset on; flushes that nobody answers, again and again; ten frames, of which all may
- * get lost. */
-enum { USE_ALL = 0, RESTART_ALL = 252, SUBMIT_WITHOUT_END = 253, SEND_TEN = 254, ROGUE_SECTORS = 1024 };
+ * get lost; frames with something left to do. */
+enum { USE_ALL = 0, LEAVE_TO_DO = 251, RESTART_ALL = 252, SUBMIT_WITHOUT_END = 253, SEND_TEN = 254, ROGUE_SECTORS = 1024 };
 
 void rogue_begin(struct rogue *rogue, vmbed_host *host, const struct attached *instead);
 /* The guest does that row. How often a device had to ask for a reset. */

@@ -244,14 +244,14 @@ fn plug_in(stage: &Stage) -> vmbed::Result<()> {
 /// A network in user space: hangs up on its first guest when a frame has come from there, and has frames for the others.
 pub struct Server {
     listener: UnixListener,
-    /// In how many turns it hangs up where there is no frame.
+    /// In how many turns (2 ms) it hangs up where there is no frame.
     hangs_up: Option<u32>,
     guests: Vec<UnixStream>,
 }
 
-/// Waits a while until it has a guest that it has not hung up on.
+/// Waits until it has a guest that it has not hung up on: longer than it waits for the first frame, which a fault may lose.
 fn is_back() {
-    for _ in 0..300 {
+    for _ in 0..1500 {
         if lock(&SERVER).as_ref().is_some_and(|server| server.hangs_up.is_none() && !server.guests.is_empty())
         {
             break;
@@ -267,7 +267,7 @@ impl Server {
         aside(move || {
             let listener = UnixListener::bind(path).unwrap();
             listener.set_nonblocking(true).unwrap();
-            *lock(&SERVER) = Some(Self { listener, hangs_up: Some(5000), guests: Vec::new() });
+            *lock(&SERVER) = Some(Self { listener, hangs_up: Some(1000), guests: Vec::new() });
         });
     }
 

@@ -1,7 +1,7 @@
 /*
  * A bare guest that breaks the rules of every device that it has, by the registers and rings that a guest reaches. It asks the test at
  * ASK which row of hostile-rows.h it is to do (0: use every device as one should; SEND: frames that may get lost; SUBMIT: flushes that nobody
- * answers; RESTART: every device anew; END: reset the machine) and says there when it has been done. The last thing of each row is that every device serves again. What it finds wrong it leaves in `report`, at RESULTS.
+ * answers; RESTART: every device anew; LEAVE: frames with something left to do, for cards whose network can; END: reset the machine) and says there when it has been done. The last thing of each row is that every device serves again. What it finds wrong it leaves in `report`, at RESULTS.
  *
  * It has a disk of 1024 sectors, two cards that are the two ends of one cable, a source of random numbers, a console port, and a balloon with
  * everything. virtio.c beside it is the guest that keeps to the rules.
@@ -20,6 +20,7 @@
 #define SECTORS 1024UL
 #define SIZE 32 /* entries of each queue */
 #define ASK 0x10
+#define LEAVE 251
 #define RESTART 252
 #define SUBMIT 253
 #define SEND 254
@@ -885,6 +886,43 @@ static void frames_of_impossible_lengths(void)
     completes(&receiver.queue[0], room, 89);
 }
 
+/* Cards whose drivers may leave checksums and segments to do, from here on. What makes no sense on its frame of 60 bytes is dropped, and what makes
+ * some comes as it was sent. */
+static void nonsense_left_to_do(void)
+{
+    enum { LEFT = 1 | 1 << 1 | 1 << 7 | 1 << 11 }; /* CSUM, GUEST_CSUM, GUEST_TSO4, HOST_TSO4 */
+    /* flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers (5.1.6) */
+    static const u8 headers[][12] = {
+        {1, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0},         /* sums from behind the end on, */
+        {1, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0},         /* to behind the end, */
+        {1, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0},   /* both, */
+        {1, 0, 0, 0, 0, 0, 34, 0, 25, 0, 0, 0},             /* by one byte, */
+        {1, 1, 54, 0, 0xb4, 5, 59, 0, 0, 0, 0, 0},          /* also of segments */
+        {1, 1, 54, 0, 0, 0, 34, 0, 16, 0, 0, 0},            /* segments of nothing, */
+        {0, 1, 54, 0, 0xb4, 5, 34, 0, 16, 0, 0, 0},         /* without a checksum, */
+        {1, 2, 54, 0, 0xb4, 5, 34, 0, 16, 0, 0, 0},         /* of a kind that there is not, */
+        {1, 4, 54, 0, 0xb4, 5, 34, 0, 16, 0, 0, 0},         /* or that was not agreed on */
+        {1, 0x80, 54, 0, 0xb4, 5, 34, 0, 16, 0, 0, 0},      /* congestion without segments */
+        {0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff},
+        {1, 1, 54, 0, 0xb4, 5, 34, 0, 16, 0, 1, 0}};        /* sound */
+    enum { COUNT = sizeof headers / sizeof *headers };
+    sender.features |= LEFT, receiver.features |= LEFT;
+    restart(&sender), restart(&receiver);
+    SAME(reg(&sender, DEVICE_FEATURE, 4) & LEFT, LEFT);
+    u16 room = send(&receiver.queue[0], ROOM, 2048, WRITE);
+    ring(&receiver, &receiver.queue[0]);
+    for (u32 i = 0; i < COUNT; i++) {
+        for (u32 b = 0; b < 12; b++)
+            set(DATA + b, 1, headers[i][b]);
+        fill(DATA + 12, 60, (u8)i);
+        tries(&sender, DATA, 72, 0, 0);
+    }
+    completes(&receiver.queue[0], room, 72);
+    for (u32 b = 0; b < 12; b++)
+        SAME(get(ROOM + b, 1), headers[COUNT - 1][b]);
+    SAME(get(ROOM + 71, 1), COUNT - 1);
+}
+
 /* The test has typed until no more of it was taken. */
 static void input_that_nobody_reads(void)
 {
@@ -974,6 +1012,8 @@ static void run(u32 row)
     }
     for (u32 i = 0; i < 6 && row == RESTART; i++)
         restart(all[i]);
+    if (row == LEAVE)
+        nonsense_left_to_do();
     if (row == SEND) {
         makes_room();
         for (u32 i = 0; i < 10; i++)

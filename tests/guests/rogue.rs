@@ -23,6 +23,8 @@ const END: u32 = 255;
 pub const USE: u32 = 0;
 /// No row: flushes that nobody answers, again and again.
 pub const SUBMIT: u32 = 253;
+/// No row: frames with something left to do, sound or nonsense, for cards whose network can; and from then on.
+pub const LEAVE: u32 = 251;
 /// No row: every device from its reset on.
 pub const RESTART: u32 = 252;
 /// No row: ten frames, of which all may get lost.

@@ -1,6 +1,7 @@
 //! The rows by a bare guest, `tests/guests/hostile.c`, on a KVM: through the registers, rings and doorbells that a guest has, with
 //! everything on threads of its own. `tests/c/hostile.c` has the same guest do the same through C.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -8,12 +9,12 @@ use std::thread::JoinHandle;
 
 use vmbed::{
     Access, BareBoot, BlockBackend, BlockOp, BlockRequest, ConsoleKind, CpuMode, Device, EventKind, Host,
-    NetConfig, Platform, StopCause, Vm, VmConfig,
+    IoList, NetBackend, NetConfig, Offloads, Platform, StopCause, Vm, VmConfig,
 };
 
 use crate::guest::{LONG, ends, wait_until};
 use crate::guests;
-use crate::rogue::{DEVICES, RESTART, Rogue, SECTORS, SUBMIT, USE, WRITES, rows, types_without_end};
+use crate::rogue::{DEVICES, LEAVE, RESTART, Rogue, SECTORS, SUBMIT, USE, WRITES, rows, types_without_end};
 
 /// Another VM of this process, with the same devices, which it uses all the time.
 pub struct Bystander {
@@ -213,6 +214,70 @@ fn row_20_frames_from_outside_of_impossible_lengths() {
             // The two frames that the guest waits for come after them.
             assert_eq!(rogue.does(USE), 0);
             assert_eq!(came(), (frames + 2, dropped + few.len() as u64), "{few:?}");
+        }
+        assert_eq!(rogue.events(), []);
+        rogue.ends();
+    });
+}
+
+/// An end of a cable whose other end does, and leaves, whatever is left to do.
+struct Cable(UnixDatagram);
+
+impl NetBackend for Cable {
+    fn receive(&mut self, room: &IoList<'_>) -> std::io::Result<usize> {
+        let mut bytes = vec![0; 1 << 16];
+        let length = self.0.recv(&mut bytes)?;
+        room.copy_from(0, &bytes[..length])
+    }
+
+    fn send(&mut self, frame: &IoList<'_>) -> std::io::Result<()> {
+        let mut bytes = vec![0; frame.len()];
+        frame.copy_to(0, &mut bytes);
+        self.0.send(&bytes).map(drop)
+    }
+
+    fn offloads(&self) -> Offloads {
+        Offloads::all()
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Headers that leave something to do where their frame is not, from a guest that may leave something, and from outside for one that takes it.
+#[test]
+fn row_20_offsets_behind_the_frame_with_offloads() {
+    beside(|host| {
+        let ends = UnixDatagram::pair().unwrap();
+        [&ends.0, &ends.1].into_iter().for_each(|end| end.set_nonblocking(true).unwrap());
+        let outside = ends.0.try_clone().unwrap();
+        let rogue = Rogue::with(host, vec![NetConfig::attached(); 2], |builder, disk| {
+            let builder = builder.net_backend(0, Cable(ends.0)).net_backend(1, Cable(ends.1));
+            builder.disk_fd(0, disk).unwrap()
+        });
+        assert_eq!(rogue.does(LEAVE), 0);
+        let came = || {
+            let statistics = rogue.vm.net_statistics(1).unwrap();
+            (statistics.rx_frames, statistics.rx_dropped)
+        };
+        for (header, is_sound) in [
+            ([1, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0], false),
+            ([1, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0], false),
+            ([1, 0, 0, 0, 0, 0, 34, 0, 25, 0, 0, 0], false),
+            ([1, 0, 0, 0, 0, 0, 34, 0, 24, 0, 0, 0], true),
+            ([1, 1, 54, 0, 0xb4, 5, 59, 0, 0, 0, 0, 0], false),
+            ([1, 1, 54, 0, 0, 0, 34, 0, 16, 0, 0, 0], false),
+            ([0, 1, 54, 0, 0xb4, 5, 34, 0, 16, 0, 0, 0], false),
+            ([1, 1, 54, 0, 0xb4, 5, 34, 0, 16, 0, 0, 0], true),
+            ([0xff; 12], false),
+        ] {
+            let (frames, dropped) = came();
+            assert_eq!(outside.send(&[&header[..], &[0x77; 60]].concat()).unwrap(), 72);
+            // The two frames that the guest waits for come after it.
+            assert_eq!(rogue.does(USE), 0);
+            let wanted = (frames + 2 + u64::from(is_sound), dropped + u64::from(!is_sound));
+            assert_eq!(came(), wanted, "{header:?}");
         }
         assert_eq!(rogue.events(), []);
         rogue.ends();

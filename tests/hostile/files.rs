@@ -449,6 +449,15 @@ fn row_27_configurations_that_cannot_be() {
             let error = builder.pio_device("second", base, length, port()).build().unwrap_err();
             assert!(error.to_string().contains("'second'"), "{base:#x}: {error}");
         }
+        // In memory, over the IOAPIC and over the first, of no bytes, past the last address.
+        for (base, length) in
+            [(0x1000, 0x1000), (0xfec0_0fff, 2), (0x7_0000_0ffc, 8), (0x7_0000_2000, 0), (u64::MAX - 3, 8)]
+        {
+            let builder = host.builder(good.clone()).mmio_device("first", 0x7_0000_1000, 0x1000, port());
+            let error = builder.mmio_device("second", base, length, port()).build().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{base:#x}");
+            assert!(error.to_string().contains("'second'"), "{base:#x}: {error}");
+        }
         let steps = [(Op::Write, 0, 2, 7), (Op::Read, 0, 2, 0)];
         let (results, _) = perform(host.builder(good.clone()), &steps, |_| {});
         assert_eq!(results, [(0, 1, 0), (0, 1025, 512 * (7 + 8))], "and what is good works");

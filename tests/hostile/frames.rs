@@ -7,6 +7,8 @@ use super::{DATA, HEADER, IOERR, KINDS, Kind, MEMORY, Rig, STATUS, attack};
 
 /// The longest that a frame may be behind its header.
 const LONGEST: u64 = 65_557;
+/// `CSUM`, `GUEST_CSUM`, `GUEST_TSO4`, `HOST_TSO4`: checksums and segments may be left to do, each way.
+const LEFT_TO_DO: u64 = 1 | 1 << 1 | 1 << 7 | 1 << 11;
 
 #[test]
 fn row_09_a_chain_of_more_than_four_gib_is_an_error() {
@@ -182,8 +184,46 @@ fn row_20_frames_of_impossible_lengths_and_headers_are_dropped() {
             rig.complete(&[(DATA, 12 + 60, 0)], 0);
         }
         assert!(sent(rig).is_empty());
+        // The same where it was agreed on: what is left to do is behind the end of its frame, or nonsense.
+        const SOUND: [u8; 12] = [1, 1, 54, 0, 0xb4, 5, 34, 0, 16, 0, 0, 0];
+        let bent = |at: usize, bytes: &[u8]| {
+            let mut header = SOUND;
+            header[at..at + bytes.len()].copy_from_slice(bytes);
+            header
+        };
+        let nonsense = [
+            bent(6, &[0xff, 0xff]),
+            bent(6, &[43]),
+            bent(8, &[0xff, 0xff]),
+            bent(8, &[25]),
+            bent(6, &[0xff; 4]),
+            bent(4, &[0, 0]),
+            bent(0, &[0]),
+            bent(1, &[2]),
+            bent(1, &[0x80]),
+        ];
+        rig.restart_with(LEFT_TO_DO);
+        rig.fill(DATA, &SOUND);
+        rig.complete(&[(DATA, 12 + 60, 0)], 0);
+        assert_eq!(sent(rig), [60]);
+        for header in nonsense {
+            rig.fill(DATA, &header);
+            rig.complete(&[(DATA, 12 + 60, 0)], 0);
+            assert!(sent(rig).is_empty(), "{header:?}");
+        }
         // And what comes in.
         let far = rig.board.network().unwrap().try_clone().unwrap();
+        let head = rig.rings[0].send(&rig.board, &[(DATA, 2048, WRITE)]);
+        rig.regs.ring(&rig.board, 0);
+        for header in nonsense {
+            far.send(&[&header[..], &[7; 60]].concat()).unwrap();
+            rig.board.process_all();
+            assert_eq!(rig.rings[0].take_used(&rig.board), None, "{header:?}");
+        }
+        far.send(&[&SOUND[..], &[7; 60]].concat()).unwrap();
+        rig.board.process_all();
+        assert_eq!(rig.rings[0].take_used(&rig.board), Some((head, 72)));
+        rig.restart();
         let head = rig.rings[0].send(&rig.board, &[(DATA, 2048, WRITE)]);
         rig.regs.ring(&rig.board, 0);
         for length in 0..26 {

@@ -93,6 +93,11 @@ impl Rig {
 
     /// A reset and the whole way to DRIVER_OK with empty rings.
     fn restart(&mut self) {
+        self.restart_with(0);
+    }
+
+    /// The same with some of the device's own features more.
+    fn restart_with(&mut self, own: u64) {
         self.regs.set_status(&self.board, 0);
         let count = self.regs.get(&self.board, 0x12, 2);
         self.rings = (0..count)
@@ -110,7 +115,7 @@ impl Rig {
             _ => features,
         };
         let rings: Vec<_> = self.rings.iter().collect();
-        assert!(self.regs.start(&self.board, features, &rings), "{:?} does not start", self.kind);
+        assert!(self.regs.start(&self.board, features | own, &rings), "{:?} does not start", self.kind);
         self.board.process();
         while self.board.raised(1, 0) + self.board.raised(1, 1) + self.board.raised(1, 2) > 0 {}
     }

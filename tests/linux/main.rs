@@ -26,6 +26,7 @@ mod devices;
 mod disks;
 mod drive;
 mod ends;
+mod failing;
 mod guest;
 #[path = "../guests/mod.rs"]
 mod guests;
@@ -80,6 +81,7 @@ fn main() -> ExitCode {
     disks::add(&mut trials);
     drive::add(&mut trials);
     ends::add(&mut trials);
+    failing::add(&mut trials);
     net::add(&mut trials);
     sandbox::add(&mut trials);
     soak::add(&mut trials);

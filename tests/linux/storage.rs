@@ -64,11 +64,26 @@ impl Storage {
 
     /// From now on nothing that is written arrives.
     pub fn cut_the_power(&self) {
+        self.behave("0 1000000 1 drop_writes");
+    }
+
+    fn behave(&self, mode: &str) {
         let name = self.mapped.as_deref().expect("a mapped one");
-        let table = self.table(&self.loops[0], "0 1000000 1 drop_writes");
+        let table = self.table(&self.loops[0], mode);
         run(&["dmsetup", "suspend", "--nolockfs", "--noflush", name]);
         run(&["dmsetup", "load", name, "--table", &table]);
         run(&["dmsetup", "resume", name]);
+    }
+
+    /// From now on whatever is read or written is an error, and a file system that meets one goes read-only.
+    pub fn fail(&self) {
+        run(&["mount", "-o", "remount,errors=remount-ro", self.directory.to_str().unwrap()]);
+        self.behave("0 1000000");
+    }
+
+    /// As it was.
+    pub fn recover(&self) {
+        self.behave("1000000 0");
     }
 
     /// As the machine finds it when it starts again.

@@ -3,11 +3,13 @@
 //!
 //! A driver names single pages, many at a time, in any order. What lies side by side is one call, up to a huge page
 //! at a time: a hole as large as the host's page frees it whole, and each call interrupts every processor that
-//! runs the guest. A piece that is not full at the end of a request may be held for the next one to fill.
+//! runs the guest. A piece that is not full at the end of a request may be held for the next one to fill. Of the
+//! administrator's pool only its own pages go, when all of one is there ([`Parts`]).
 
 use std::ops::Range;
 
 use super::PAGE;
+use super::parts::Parts;
 use crate::memory::{HUGE, Memory};
 use crate::reactor::Leaving;
 use crate::sys::log;
@@ -31,19 +33,27 @@ pub(super) struct Discarder {
     /// be held after its request was completed.
     may_hold: bool,
     held: Option<Range<u64>>,
+    /// On the pool: the size of its pages.
+    pool_page: Option<u64>,
+    parts: Parts,
     outcome: Outcome,
     /// Calls since the last [`take_calls`](Self::take_calls).
     calls: u32,
 }
 
 impl Discarder {
-    pub fn new(memory: Memory, may_hold: bool) -> Self {
-        let (leaving, held, outcome) = (Leaving::default(), None, Outcome::default());
-        Self { memory, leaving, may_hold, held, outcome, calls: 0 }
+    /// `parts` are those of a worker before it.
+    pub fn new(memory: Memory, may_hold: bool, parts: Parts) -> Self {
+        let (leaving, held, outcome, pool_page) =
+            (Leaving::default(), None, Outcome::default(), memory.pool_page());
+        Self { memory, leaving, may_hold, held, pool_page, parts, outcome, calls: 0 }
     }
 
     /// Gives pages back, which are sorted for it. Pages may be held until the next call, or until [`flush`](Self::flush).
     pub fn pages(&mut self, pfns: &mut [u32]) {
+        if let Some(size) = self.pool_page {
+            return pfns.iter().for_each(|pfn| self.part(u64::from(*pfn) * PAGE, size));
+        }
         let of = |page: u64| page / HUGE;
         // What is held comes first, and where the driver was last is held then: it goes on there, at whichever addresses.
         let held = self.held.as_ref().map(|held| of(held.start));
@@ -57,6 +67,31 @@ impl Discarder {
             };
             self.runs(pfns.iter().map(|pfn| u64::from(*pfn) * PAGE).filter(|page| turn_of(*page) == turn));
         }
+    }
+
+    /// A part of a page of the pool.
+    fn part(&mut self, page: u64, size: u64) {
+        if !self.memory.is_ram(page, PAGE) {
+            self.outcome.ignored += 1;
+            return;
+        }
+        self.outcome.claimed += PAGE;
+        if let Some(whole) = self.parts.take(page, size) {
+            self.punch(whole);
+        }
+    }
+
+    /// The guest uses these again: [`flush`](Self::flush) comes first.
+    pub fn restore(&mut self, pfns: &[u32]) {
+        if let Some(size) = self.pool_page {
+            pfns.iter().for_each(|pfn| self.parts.give(u64::from(*pfn) * PAGE, size));
+        }
+    }
+
+    /// Ends its work, with what another one is to know.
+    pub fn finish(mut self) -> Parts {
+        self.flush();
+        self.parts
     }
 
     /// Pages in the order of their addresses.
@@ -110,8 +145,7 @@ impl Discarder {
             None => {}
         }
         let len = run.end - run.start;
-        let may_grow = len > PAGE || self.memory.is_pooled();
-        if self.may_hold && may_grow && len < HUGE {
+        if self.may_hold && (PAGE + 1..HUGE).contains(&len) {
             self.held = Some(run);
         } else {
             self.punch(run);
@@ -131,7 +165,7 @@ impl Discarder {
 
     fn punch(&mut self, range: Range<u64>) {
         // Who does not say before it uses it again would find that there is none.
-        if self.memory.is_pooled() && !self.may_hold {
+        if self.pool_page.is_some() && !self.may_hold {
             return;
         }
         self.calls += 1;
@@ -173,7 +207,7 @@ mod tests {
         for page in 0..SIZE / PAGE {
             memory.write_obj(1u8, GuestAddress(page * PAGE)).unwrap();
         }
-        let discarder = Discarder::new(memory.clone(), may_hold);
+        let discarder = Discarder::new(memory.clone(), may_hold, Parts::default());
         (memory, discarder)
     }
 

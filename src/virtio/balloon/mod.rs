@@ -21,6 +21,7 @@ use worker::{Kept, Queues, Terms, Worker};
 
 mod control;
 mod discard;
+mod parts;
 mod statistics;
 #[cfg(test)]
 mod tests;

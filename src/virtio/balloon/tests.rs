@@ -28,7 +28,10 @@ struct Bench {
 
 /// A driver with those features, and the queues that they ask for, by the specification's numbers.
 fn bench(features: u64) -> Bench {
-    let memory = Memory::new(SIZE).unwrap();
+    bench_on(Memory::new(SIZE).unwrap(), features)
+}
+
+fn bench_on(memory: Memory, features: u64) -> Bench {
     for page in 1 << 9..SIZE / PAGE {
         memory.write_obj(1u8, GuestAddress(page * PAGE)).unwrap();
     }
@@ -139,6 +142,55 @@ fn what_is_held_is_given_back_before_the_driver_has_it_again_and_at_the_end() {
     assert!(queues.iter().all(Option::is_some));
     assert_eq!(bench.backing(), before - 31 * PAGE);
     assert_eq!(bench.memory.read_obj::<u8>(GuestAddress(8 << 20)).unwrap(), 9);
+}
+
+#[test]
+fn of_the_pool_a_page_goes_when_all_of_it_is_in_the_balloon_whatever_comes_between() {
+    const HALF: u32 = 256;
+    let mut bench = bench_on(Memory::as_pooled(SIZE, HUGE).unwrap(), ALL);
+    let before = bench.backing();
+    let at = |number: u64, page: u32| pfns(number * HUGE + u64::from(page) * PAGE, HALF);
+    // Its upper half comes first, and then a part of another one, a page that is taken back, and a pause.
+    bench.send_pages(0, at(4, HALF));
+    bench.send_pages(0, at(5, 0).step_by(2));
+    bench.send_pages(0, pfns(6 * HUGE, 1));
+    bench.send_pages(1, pfns(6 * HUGE, 1));
+    bench.balloon.deactivate();
+    bench.drivers = (0..5).map(|i| Driver::new(&bench.memory, 0x1_0000 + 0x4000 * i, 16)).collect();
+    bench.activate(ALL, |numbers| numbers);
+    assert_eq!(bench.backing(), before);
+    bench.send_pages(0, at(4, 0));
+    assert_eq!(bench.backing(), before - HUGE, "the two halves are a page");
+    bench.send_pages(0, at(5, 0).skip(1).step_by(2));
+    bench.send_pages(0, at(5, HALF).collect::<Vec<_>>().into_iter().rev());
+    assert_eq!(bench.backing(), before - 2 * HUGE);
+    assert_eq!(bench.control.statistics().inflated.measured, Bytes(2 * HUGE));
+    // Who takes a page of it back has all of it there, and who gives that again has it gone.
+    bench.send_pages(1, pfns(4 * HUGE + 7 * PAGE, 1));
+    assert_eq!(bench.backing(), before - HUGE);
+    bench.send_pages(0, pfns(4 * HUGE + 7 * PAGE, 1));
+    assert_eq!(bench.backing(), before - 2 * HUGE);
+}
+
+/// A kernel that another one has started (kexec) uses what that had in its balloon, and begins with a reset, when its driver comes.
+#[test]
+fn of_the_pool_what_is_used_is_not_cleared() {
+    let mut bench = bench_on(Memory::as_pooled(SIZE, HUGE).unwrap(), ALL);
+    bench.send_pages(0, pfns(4 * HUGE, 300));
+    let used = GuestAddress(4 * HUGE + 5 * PAGE);
+    bench.memory.write_obj(9u8, used).unwrap();
+    bench.send_pages(1, pfns(6 * HUGE, 1));
+    bench.balloon.deactivate();
+    bench.balloon.reset();
+    assert_eq!(bench.memory.read_obj::<u8>(used).unwrap(), 9);
+    // What the driver before had in it counts no more.
+    bench.drivers = (0..5).map(|i| Driver::new(&bench.memory, 0x1_0000 + 0x4000 * i, 16)).collect();
+    bench.activate(ALL, |numbers| numbers);
+    let before = bench.backing();
+    bench.send_pages(0, pfns(4 * HUGE + 300 * PAGE, 212));
+    assert_eq!(bench.memory.read_obj::<u8>(used).unwrap(), 9);
+    bench.send_pages(0, pfns(4 * HUGE, 300));
+    assert_eq!(bench.backing(), before - HUGE);
 }
 
 #[test]

@@ -11,6 +11,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::PAGE;
 use super::control::Control;
 use super::discard::{Discarder, Outcome};
+use super::parts::Parts;
 use super::statistics::{Given, GuestMemory};
 use crate::memory::{HUGE, Memory};
 use crate::reactor::{self, Leaving, Watch};
@@ -79,6 +80,8 @@ pub(super) struct Kept {
     pub account: Option<u16>,
     pub requested: Option<u64>,
     pub hinting: u32,
+    /// What of the pool's pages is in the balloon.
+    pub parts: Parts,
 }
 
 impl Worker {
@@ -90,7 +93,7 @@ impl Worker {
         terms: Terms,
         kept: Kept,
     ) -> std::io::Result<Self> {
-        let discarder = Discarder::new(memory.clone(), terms.tells_first);
+        let discarder = Discarder::new(memory.clone(), terms.tells_first, kept.parts);
         Ok(Self {
             chain: Chain::with_capacity(super::QUEUE_SIZE),
             queues,
@@ -112,8 +115,8 @@ impl Worker {
     pub fn finish(mut self) -> (Queues, Kept) {
         self.discarder.flush();
         self.count_inflated();
-        let Self { queues, account, requested, hinting, .. } = self;
-        (queues, Kept { account, requested, hinting })
+        let Self { queues, account, requested, hinting, discarder, .. } = self;
+        (queues, Kept { account, requested, hinting, parts: discarder.finish() })
     }
 
     /// Serves every queue.
@@ -152,8 +155,7 @@ impl Worker {
         });
         finish(queue, memory, drained)?;
         self.count_inflated();
-        // Of the pool there are whole pages only: a part waits for the rest, however slow the guest is.
-        if self.discarder.is_holding() && !self.memory.is_pooled() {
+        if self.discarder.is_holding() {
             // Without a timer, what is held would wait for the next request.
             if self.timer.reset(HOLD, None).is_err() {
                 self.flush();
@@ -175,6 +177,7 @@ impl Worker {
                 let good = pfns.iter().filter(ram).count() as u64;
                 pages += good;
                 ignored += pfns.len() as u64 - good;
+                discarder.restore(pfns);
                 fetched += restore(memory, pfns, &discarder.leaving);
             });
             if discarder.leaving.is_set() {
