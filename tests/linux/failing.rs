@@ -25,6 +25,8 @@ pub fn add(trials: &mut Vec<Trial>) {
 }
 
 const IOERR: u32 = 1;
+/// What is read of eight sectors of ones, twos and so on.
+const SUM: u64 = 512 * (1 + 2 + 3 + 4 + 5 + 6 + 7 + 8);
 
 /// Steps, each of which begins when the balloon is to be as many pages as its number.
 const STEPS: [&[(Op, u32, u32, u32)]; 4] = [
@@ -114,7 +116,7 @@ fn a_device_that_fails_and_a_file_system_that_is_read_only() {
     for guest in &guests {
         let (outcomes, errors) = guest.does(0);
         assert_eq!((statuses(&outcomes), errors), (vec![0; 3], vec![]), "{:?}", guest.image);
-        assert_eq!(outcomes[2].2, 4096, "{:?}: {outcomes:?}", guest.image);
+        assert_eq!(outcomes[2].2, SUM, "{:?}: {outcomes:?}", guest.image);
     }
     run(&["sync"]);
 
@@ -142,7 +144,7 @@ fn a_device_that_fails_and_a_file_system_that_is_read_only() {
     storage.recover();
     for guest in &guests {
         let (outcomes, _) = guest.does(3);
-        assert_eq!((outcomes[0].0, outcomes[0].2), (0, 4096), "{:?}: it can be read again", guest.image);
+        assert_eq!((outcomes[0].0, outcomes[0].2), (0, SUM), "{:?}: it can be read again", guest.image);
         guest.ends();
     }
     // A VM beside them has not noticed.
@@ -159,6 +161,7 @@ fn a_device_that_fails_and_a_file_system_that_is_read_only() {
     for image in images {
         let (file, mut bytes) = (fs::File::open(&image).unwrap(), [0; 4096]);
         file.read_exact_at(&mut bytes, 0).unwrap();
-        assert!(bytes == [1; 4096], "{image:?}: what was flushed is lost");
+        let is_there = |at: usize| usize::from(bytes[at]) == 1 + at / 512;
+        assert!((0..4096).all(is_there), "{image:?}: what was flushed is lost");
     }
 }
