@@ -130,7 +130,8 @@ fn kernel_loads_and_refuses() {
 
 #[test]
 fn net_receives_and_sends() {
-    let floors = [("received", 80), ("sent", 80)];
+    let floors =
+        [("received", 80), ("sent", 80), ("left", 5), ("nonsense", 5), ("left_to_me", 2), ("no_sense", 5)];
     reached("net", |input| net::run(input).counters().to_vec(), &floors);
 }
 

@@ -16,15 +16,20 @@ const TABLE: u64 = 0x4000;
 const BUFFERS: u64 = 0x1_0000;
 const FRAME: u64 = 0x2_0000;
 const MRG_RXBUF: u64 = 1 << 15;
+/// CSUM, GUEST_CSUM, GUEST_TSO4, HOST_TSO4.
+const LEFT_TO_DO: u64 = 1 | 1 << 1 | 1 << 7 | 1 << 11;
 const STEPS: usize = 64;
 
 /// What became of a chain that was sent, or given for frames, and of a frame that came.
-const FATES: [&str; 13] = [
+const FATES: [&str; 17] = [
     "went",
-    // Not sent: cut off within the header; the header asks for what was not negotiated; too short, and too long, for a frame;
-    // something to write; outside of memory.
+    // With something left to do.
+    "left",
+    // Not sent: cut off within the header; the header asks for what was not negotiated, or for nonsense; too short, and too long, for
+    // a frame; something to write; outside of memory.
     "no_header",
     "asks",
+    "nonsense",
     "runt",
     "giant",
     "to_write",
@@ -33,8 +38,11 @@ const FATES: [&str; 13] = [
     "to_read",
     "small",
     "nowhere",
-    // Frames that came: into a buffer, dropped for being no frame, for being longer than the buffer.
+    // Frames that came: into a buffer, the same with something left to do, dropped for leaving nonsense to do, for being no frame, for
+    // being longer than the buffer.
     "landed",
+    "left_to_me",
+    "no_sense",
     "no_frame",
     "too_long",
 ];
@@ -48,6 +56,8 @@ pub struct Depth {
     pub received: u32,
     /// Frames that it has put on the cable.
     pub sent: u32,
+    /// Of them, those that left something to do.
+    pub passed: u32,
     /// Chains of the sending queue that it has taken.
     pub taken: u32,
     /// Those of which it is known what was to become of them, as [`FATES`].
@@ -63,6 +73,7 @@ impl Depth {
         let mut all = vec![
             ("received", self.received.into()),
             ("sent", self.sent.into()),
+            ("passed", self.passed.into()),
             ("taken", self.taken.into()),
             ("resets", self.resets.into()),
         ];
@@ -86,6 +97,7 @@ struct Guest {
     coming: u64,
     /// Nothing was done to the rings that no driver does.
     sound: bool,
+    features: u64,
     depth: Depth,
 }
 
@@ -96,7 +108,8 @@ pub fn run(data: &[u8]) -> Depth {
     let regs = Registers::find(&board, 1).unwrap();
     let (rx, tx) = (Rings::new(&board, RX, 16), Rings::new(&board, TX, 16));
     let depth = Depth::default();
-    let mut guest = Guest { board, regs, rx, tx, waiting: [0; 2], coming: 0, sound: true, depth };
+    let mut guest =
+        Guest { board, regs, rx, tx, waiting: [0; 2], coming: 0, sound: true, features: 0, depth };
     let choice = u.arbitrary::<u8>().unwrap_or(0);
     guest.restart(features(choice));
     for _ in 0..STEPS {
@@ -110,34 +123,68 @@ pub fn run(data: &[u8]) -> Depth {
     guest.send(&[(FRAME, 12 + 60, 0)]);
     assert_eq!(guest.drain(), 1, "after a reset it sends");
     let head = guest.empty_cable();
-    guest.cable(&[0xab; 100]);
+    guest.cable(&[0; 12], &[0xab; 100]);
     guest.board.process_all();
     assert_eq!(guest.rx.take_used(&guest.board), Some((head, 112)), "and receives");
     guest.depth
 }
 
 fn features(choice: u8) -> u64 {
-    [(1, EVENT_IDX), (2, INDIRECT_DESC), (4, MRG_RXBUF)]
+    [(1, EVENT_IDX), (2, INDIRECT_DESC), (4, MRG_RXBUF), (8, LEFT_TO_DO)]
         .iter()
         .filter(|(bit, _)| choice & bit != 0)
         .fold(VERSION_1, |all, (_, feature)| all | feature)
+}
+
+/// What a header leaves to do on a frame of so many bytes, where checksums and segments of TCP over IPv4 may be left.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Leaves {
+    Nothing,
+    Something,
+    Nonsense,
+}
+
+fn leaves(header: &[u8], length: u64) -> Leaves {
+    let word = |at: usize| u64::from(header[at]) + (u64::from(header[at + 1]) << 8);
+    let fits = word(6) + word(8) + 2 <= length;
+    match (header[0] & 1, header[1]) {
+        (0, 0) => Leaves::Nothing,
+        (1, 0) if fits => Leaves::Something,
+        (1, 1) if fits && word(4) > 0 => Leaves::Something,
+        _ => Leaves::Nonsense,
+    }
+}
+
+/// Headers that leave something to do, near and at the ends of frames.
+fn left(u: &mut Unstructured<'_>) -> Result<[u8; 12]> {
+    let mut header = [1, u.int_in_range(0..=2)?, 54, 0, u.arbitrary()?, 0, 0, 0, 16, 0, 0, 0];
+    let start = *u.choose(&[34, 40, 60, 100, 1000, 4000, 0xffff])?;
+    header[6..8].copy_from_slice(&u16::to_le_bytes(start));
+    if u.ratio(1u8, 4u8)? {
+        header[8..10].copy_from_slice(&u.arbitrary::<[u8; 2]>()?);
+    }
+    Ok(header)
 }
 
 impl Guest {
     fn restart(&mut self, features: u64) {
         self.rx = Rings::new(&self.board, RX, 16);
         self.tx = Rings::new(&self.board, TX, 16);
-        (self.waiting, self.sound) = ([0; 2], true);
+        (self.waiting, self.sound, self.features) = ([0; 2], true, features);
         assert!(self.regs.start(&self.board, features, &[&self.rx, &self.tx]));
         self.board.process();
         // What waits on the cable was for the driver before.
         self.board.process_all();
     }
 
+    fn leaves_something(&self) -> bool {
+        self.features & LEFT_TO_DO != 0
+    }
+
     /// Something arrives.
-    fn cable(&mut self, frame: &[u8]) {
+    fn cable(&mut self, header: &[u8; 12], frame: &[u8]) {
         // A cable that is full loses it, as they do.
-        self.coming += u64::from(self.board.network().unwrap().send(&[&[0; 12], frame].concat()).is_ok());
+        self.coming += u64::from(self.board.network().unwrap().send(&[header, frame].concat()).is_ok());
     }
 
     /// Takes what the device has put on the cable; how many frames.
@@ -145,7 +192,11 @@ impl Guest {
         let (mut frame, mut count) = (vec![0; 1 << 17], 0);
         while let Ok(len) = self.board.network().unwrap().recv(&mut frame) {
             assert!(len >= 12, "each has its header");
-            assert_eq!(frame[..10], [0; 10], "no offload is negotiated");
+            match leaves(&frame, len as u64 - 12) {
+                // Of what was sent before a reset, too.
+                Leaves::Something => self.depth.passed += 1,
+                _ => assert_eq!(frame[..12], [0; 12], "nothing is left to do"),
+            }
             count += 1;
         }
         self.depth.sent += count;
@@ -184,15 +235,17 @@ impl Guest {
             bend(&mut chain, u)?;
         }
         let table = u.ratio(1u8, 4u8)?;
-        let rings = if incoming { &mut self.rx } else { &mut self.tx };
         if !incoming {
             // A header that asks for nothing, mostly.
             let mut header = [0; 12];
             if u.ratio(1u8, 6u8)? {
                 header = u.arbitrary()?;
+            } else if self.leaves_something() && u.ratio(1u8, 2u8)? {
+                header = left(u)?;
             }
             self.board.write_memory(FRAME, &header).unwrap();
         }
+        let rings = if incoming { &mut self.rx } else { &mut self.tx };
         let head = if table {
             indirect(&self.board, rings, TABLE, &chain, u)?
         } else {
@@ -212,8 +265,12 @@ impl Guest {
         self.regs.ring(&self.board, queue as u16);
         let arrives = if u.ratio(1u8, 2u8)? { Some(u.int_in_range(0..=3000)?) } else { None };
         let alone = self.is_empty();
+        let mut header = [0; 12];
         if let Some(length) = arrives {
-            self.cable(&vec![0x5a; length]);
+            if self.leaves_something() && u.ratio(1u8, 2u8)? {
+                header = left(u)?;
+            }
+            self.cable(&header, &vec![0x5a; length]);
         }
         let before = self.board.net_statistics()[0];
         if u.ratio(3u8, 4u8)? {
@@ -223,9 +280,13 @@ impl Guest {
         self.look(fate, incoming, &before);
         if let (Some(length), true, true) = (arrives, alone, self.is_empty()) {
             let landed = self.board.net_statistics()[0].rx_frames > before.rx_frames;
+            let leaves = leaves(&header, length as u64);
+            assert!(!landed || leaves != Leaves::Nonsense, "{header:?} of {length}");
             self.depth.met(match landed {
+                true if leaves == Leaves::Something => "left_to_me",
                 true => "landed",
                 false if (length as u64) < MIN_FRAME => "no_frame",
+                false if leaves == Leaves::Nonsense => "no_sense",
                 false => "too_long",
             });
         }
@@ -273,13 +334,15 @@ impl Guest {
         }
         let Some(length) = total(&readable).checked_sub(12) else { return Some("no_header") };
         let Some(header) = content(&self.board, &readable, 0, 12) else { return Some("outside") };
+        let leaves = leaves(&header, length);
         Some(match () {
-            // Of its flags, and its kind of segments.
-            () if header[0] & 1 != 0 || header[1] != 0 => "asks",
+            () if leaves != Leaves::Nothing && !self.leaves_something() => "asks",
+            () if leaves == Leaves::Nonsense => "nonsense",
             () if length < MIN_FRAME => "runt",
             () if length > MAX_FRAME => "giant",
             () if !writable.is_empty() => "to_write",
             () if !starts(&readable, u64::MAX) => "outside",
+            () if leaves == Leaves::Something => "left",
             () => "went",
         })
     }
@@ -307,7 +370,8 @@ impl Guest {
             Some(fate) if !incoming && single[1] => {
                 let (frames, dropped) =
                     (now.tx_frames - before.tx_frames, now.tx_dropped - before.tx_dropped);
-                assert_eq!((frames, dropped), if fate == "went" { (1, 0) } else { (0, 1) }, "{fate}");
+                let goes = ["went", "left"].contains(&fate);
+                assert_eq!((frames, dropped), if goes { (1, 0) } else { (0, 1) }, "{fate}");
                 self.depth.met(fate);
             }
             _ => {}
