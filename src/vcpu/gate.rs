@@ -151,7 +151,7 @@ impl Gate {
     }
 
     /// Says what the vCPUs are to do, and kicks them out of the guest if it is not `Run`. Never blocks.
-    /// `false` when the end was declared earlier: then the target stays `End`.
+    /// `false` when the end was declared earlier and this is another target: that stays `End`, and the kick comes again.
     pub fn set(&self, target: Target) -> bool {
         let mut state = lock(&self.state);
         if state.target == Target::End {
@@ -282,6 +282,22 @@ mod tests {
         assert_eq!(gate.pass(0), Pass::Leave);
         assert!(gate.leave(0));
         assert_eq!(gate.enter(0), Entered::Left);
+        gate.wait_end();
+    }
+
+    #[test]
+    fn whoever_has_missed_the_kick_is_kicked_again() {
+        let gate = Arc::new(Gate::new(1));
+        let inside = gate.clone();
+        let thread = crate::sys::thread::spawn("gate".to_owned(), move || {
+            assert_eq!(inside.enter(0), Entered::Yes);
+            for _ in 0..2 {
+                assert!(inside.set(Target::End));
+                assert!(signal::consume_kick(), "of each time");
+            }
+            inside.leave(0);
+        });
+        thread.unwrap().join().unwrap();
         gate.wait_end();
     }
 

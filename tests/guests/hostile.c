@@ -218,6 +218,8 @@ static void restart(struct device *device)
     }
     set_reg(device, DEVICE_STATUS, 1, SERVES);
     SAME(status(device), SERVES);
+    if (device->nth)
+        has_room = 0; /* the receiver's buffer has gone with its ring */
 }
 
 static void ring(struct device *device, struct queue *queue)

@@ -70,8 +70,9 @@ impl Storage {
     fn behave(&self, mode: &str) {
         let name = self.mapped.as_deref().expect("a mapped one");
         let table = self.table(&self.loops[0], mode);
-        run(&["dmsetup", "suspend", "--nolockfs", "--noflush", name]);
+        // First: what fails leaves nothing suspended.
         run(&["dmsetup", "load", name, "--table", &table]);
+        run(&["dmsetup", "suspend", "--nolockfs", "--noflush", name]);
         run(&["dmsetup", "resume", name]);
     }
 
@@ -107,6 +108,9 @@ impl Drop for Storage {
         let quietly = |words: &[&str]| {
             let _ = Command::new(words[0]).args(&words[1..]).stderr(Stdio::null()).status();
         };
+        if let Some(name) = &self.mapped {
+            quietly(&["dmsetup", "resume", name]);
+        }
         // Those on the file system before the one below it.
         self.loops.iter().skip(1).for_each(|device| quietly(&["losetup", "-d", device]));
         quietly(&["umount", self.directory.to_str().unwrap()]);

@@ -81,16 +81,15 @@ impl Discarder {
         }
     }
 
-    /// The guest uses these again: [`flush`](Self::flush) comes first.
-    pub fn restore(&mut self, pfns: &[u32]) {
+    /// These are in the balloon no more.
+    pub fn forget(&mut self, pfns: &[u32]) {
         if let Some(size) = self.pool_page {
             pfns.iter().for_each(|pfn| self.parts.give(u64::from(*pfn) * PAGE, size));
         }
     }
 
-    /// Ends its work, with what another one is to know.
-    pub fn finish(mut self) -> Parts {
-        self.flush();
+    /// What another one is to know.
+    pub fn into_parts(self) -> Parts {
         self.parts
     }
 

@@ -172,6 +172,37 @@ fn of_the_pool_a_page_goes_when_all_of_it_is_in_the_balloon_whatever_comes_betwe
     assert_eq!(bench.backing(), before - 2 * HUGE);
 }
 
+/// Who does not say before it uses pages again would miss them.
+#[test]
+fn of_the_pool_a_driver_that_does_not_tell_first_keeps_all() {
+    let mut bench = bench_on(Memory::as_pooled(SIZE, HUGE).unwrap(), ALL & !MUST_TELL_HOST);
+    let before = bench.backing();
+    bench.send_pages(0, pfns(4 * HUGE, 512));
+    bench.balloon.deactivate();
+    assert_eq!(bench.backing(), before);
+    let given = GivenBack { claimed: Bytes(HUGE), measured: Bytes(0) };
+    assert_eq!(bench.control.statistics().inflated, given);
+}
+
+#[test]
+fn of_the_pool_nonsense_is_ignored_and_counted() {
+    let mut bench = bench_on(Memory::as_pooled(SIZE, HUGE).unwrap(), ALL);
+    let before = bench.backing();
+    let outside = [u32::MAX, 0xc_0000, 0xf_ffff, (SIZE / PAGE) as u32];
+    bench.send_pages(0, outside);
+    bench.send_pages(1, outside);
+    // Taken back without having been given; the same one again and again, and with all others but one.
+    bench.send_pages(1, pfns(4 * HUGE, 2));
+    bench.send_pages(0, std::iter::repeat_n((4 * HUGE / PAGE) as u32, 512));
+    bench.send_pages(0, pfns(4 * HUGE, 511));
+    assert_eq!((bench.backing(), bench.control.statistics().ignored), (before, 8));
+    // The last page that there is.
+    bench.send_pages(0, pfns(SIZE - HUGE, 512));
+    assert_eq!(bench.backing(), before - HUGE);
+    bench.send_pages(1, pfns(SIZE - PAGE, 1));
+    assert_eq!(bench.backing(), before);
+}
+
 /// A kernel that another one has started (kexec) uses what that had in its balloon, and begins with a reset, when its driver comes.
 #[test]
 fn of_the_pool_what_is_used_is_not_cleared() {

@@ -116,7 +116,7 @@ impl Worker {
         self.discarder.flush();
         self.count_inflated();
         let Self { queues, account, requested, hinting, discarder, .. } = self;
-        (queues, Kept { account, requested, hinting, parts: discarder.finish() })
+        (queues, Kept { account, requested, hinting, parts: discarder.into_parts() })
     }
 
     /// Serves every queue.
@@ -177,7 +177,7 @@ impl Worker {
                 let good = pfns.iter().filter(ram).count() as u64;
                 pages += good;
                 ignored += pfns.len() as u64 - good;
-                discarder.restore(pfns);
+                discarder.forget(pfns);
                 fetched += restore(memory, pfns, &discarder.leaving);
             });
             if discarder.leaving.is_set() {
@@ -276,17 +276,15 @@ impl Worker {
     }
 }
 
-/// Has the pages there again that the driver is about to use; how many were fetched.
+/// Has the pages there again that the driver is about to use; how many were fetched, in 2 MiB.
 fn restore(memory: &Memory, pfns: &[u32], leaving: &Leaving) -> u32 {
-    if !memory.is_pooled() {
-        return 0;
-    }
+    let Some(size) = memory.pool_page() else { return 0 };
     let (mut last, mut fetched) = (None, 0);
     for pfn in pfns {
         let page = u64::from(*pfn) * PAGE;
         // Neighbours are in the same one.
-        if last.replace(page / HUGE) != Some(page / HUGE) {
-            fetched += memory.restore(page, PAGE, || !leaving.is_set());
+        if last.replace(page / size) != Some(page / size) {
+            fetched += memory.restore(page, PAGE, || !leaving.is_set()) * (size / HUGE) as u32;
         }
     }
     fetched
