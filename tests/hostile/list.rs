@@ -382,6 +382,7 @@ fn exists(file: &str, name: &str) -> bool {
         // The guest's rows have theirs from a macro, and trials are named where they are listed.
         text.contains(&format!("    {name} = "))
             || text.contains(&format!("trial(\"{name}\", "))
+            || text.contains(&format!("::{name}\","))
             || text
                 .split("#[test]")
                 .skip(1)
