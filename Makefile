@@ -99,7 +99,7 @@ test-all: test ## and the long forms
 	tests/lab/selftest
 	tests/placement/run
 
-soak: setup ## what takes hours if it is to mean something: eight guests for an hour beside hostile ones, 10,000 lives, 1,000 reboots, a hundred storms, ten minutes of full traffic; the whole fault sweep, all mutants, ten minutes of each fuzz target
+soak: setup ## what takes hours if it is to mean something: eight guests for an hour beside hostile ones, 10,000 lives, 1,000 reboots, a hundred storms, ten minutes of full traffic; the whole fault sweep, models with a preemption more, all mutants, ten minutes of each fuzz target
 	VMBED_CYCLES=10000 VMBED_REBOOTS=1000 cargo test --features serde,internals --test cycles -- leave_nothing
 	# In four parts: the lab's emulator stands still now and then, which costs one of them.
 	for part in 1 2 3 4; do VMBED_SOAK_SECONDS=900 VMBED_TRIAL_SECONDS=2400 cargo test --features serde,internals --test linux -- soak::guests; done
@@ -107,6 +107,7 @@ soak: setup ## what takes hours if it is to mean something: eight guests for an 
 	VMBED_STORMS=50 VMBED_TRIAL_SECONDS=3000 cargo test --features serde,internals --test linux -- storm::
 	VMBED_NET_SECONDS=600 VMBED_TRIAL_SECONDS=1500 cargo test --features serde,internals --test linux -- net::full_traffic
 	VMBED_FAULTS=all cargo test --features serde,internals --test faults
+	VMBED_PREEMPTIONS=1 $(MAKE) models
 	$(MAKE) mutants
 	$(MAKE) fuzz SECONDS=600
 
