@@ -168,6 +168,8 @@ fn left(u: &mut Unstructured<'_>) -> Result<[u8; 12]> {
 
 impl Guest {
     fn restart(&mut self, features: u64) {
+        // First: until then a device may give back what it has.
+        self.regs.set_status(&self.board, 0);
         self.rx = Rings::new(&self.board, RX, 16);
         self.tx = Rings::new(&self.board, TX, 16);
         (self.waiting, self.sound, self.features) = ([0; 2], true, features);
