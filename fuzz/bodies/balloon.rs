@@ -74,6 +74,8 @@ struct Guest {
     /// Requests that wait, and were not broken.
     waiting: u32,
     sound: bool,
+    /// Lists that were written: each where none that waits is.
+    lists: u64,
     depth: Depth,
 }
 
@@ -83,7 +85,7 @@ pub fn run(data: &[u8]) -> Depth {
     let board = Board::new(MEMORY, vec![Part::Balloon]).unwrap();
     let regs = Registers::find(&board, 1).unwrap();
     let (rings, depth) = (Vec::new(), Depth::default());
-    let mut guest = Guest { board, regs, rings, waiting: 0, sound: true, depth };
+    let mut guest = Guest { board, regs, rings, waiting: 0, sound: true, lists: 0, depth };
     guest.restart(u.arbitrary().unwrap_or(0));
     for _ in 0..STEPS {
         if u.is_empty() || guest.step(&mut u).is_err() {
@@ -129,7 +131,7 @@ impl Guest {
     }
 
     /// A good request for that queue.
-    fn request(&self, queue: usize, u: &mut Unstructured<'_>) -> Result<Vec<Buffer>> {
+    fn request(&mut self, queue: usize, u: &mut Unstructured<'_>) -> Result<Vec<Buffer>> {
         let mut list = Vec::new();
         match queue {
             0 | 1 => {
@@ -161,8 +163,10 @@ impl Guest {
                 return Ok(ranges);
             }
         }
-        self.board.write_memory(LIST, &list).unwrap();
-        Ok(vec![(LIST, list.len() as u32, 0)])
+        let at = LIST + 0x100 * (self.lists % 128);
+        self.lists += 1;
+        self.board.write_memory(at, &list).unwrap();
+        Ok(vec![(at, list.len() as u32, 0)])
     }
 
     fn step(&mut self, u: &mut Unstructured<'_>) -> Result<()> {
@@ -190,7 +194,10 @@ impl Guest {
         self.waiting += u32::from(queue != 2);
         let list = side(&chain, false);
         let named = content(&self.board, &list, 0, total(&list));
-        self.sound &= !reaches(&side(&chain, true), RINGS, 0x4000 * 5);
+        // What it gives up of its rings is gone.
+        let pages = named.iter().flat_map(|list| list.as_chunks::<4>().0).map(|pfn| u32::from_le_bytes(*pfn));
+        let rings: Vec<_> = pages.map(|pfn| (u64::from(pfn) << 12, 0x1000)).collect();
+        self.sound &= !reaches(&side(&chain, true), RINGS, 0x4000 * 5) && !reaches(&rings, RINGS, 0x4000 * 5);
         self.regs.ring(&self.board, queue as u16);
         let before = self.board.balloon().unwrap().ignored;
         if u.ratio(3u8, 4u8)? {
