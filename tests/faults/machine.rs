@@ -75,15 +75,19 @@ pub fn report() {
 }
 
 const CARD: &str = "vnet9";
-const CGROUP: &str = "/sys/fs/cgroup/vmbed-faults";
+
+/// That of this process, by [`caged`]: several live at a time, and each takes the controller away. They go with the lab.
+fn cgroup() -> String {
+    format!("/sys/fs/cgroup/vmbed-faults-{}", std::process::id())
+}
 
 /// A child in a network namespace and in a cgroup of its own, with what there is but once for a machine.
 pub fn caged(program: &Path) -> Command {
     const SCRIPT: &str = "set -e
         modprobe -a vhost_net loop
-        mkdir -p /sys/fs/cgroup/vmbed-faults
+        mkdir /sys/fs/cgroup/vmbed-faults-$$
         echo +cpu >/sys/fs/cgroup/cgroup.subtree_control
-        echo $$ >/sys/fs/cgroup/vmbed-faults/cgroup.procs
+        echo $$ >/sys/fs/cgroup/vmbed-faults-$$/cgroup.procs
         echo 16 >/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages
         exec unshare --net \"$0\"";
     assert!(is_the_lab(), "this changes its machine");
@@ -104,9 +108,9 @@ pub fn live(stage: &Stage, works: bool) -> vmbed::Result<()> {
     let (device, far) = aside(move || {
         // As if the process had this number before, and as if nobody had asked for the controller yet.
         for id in 1..4 {
-            let _ = std::fs::create_dir(format!("{CGROUP}/vmbed-{}-{id}", std::process::id()));
+            let _ = std::fs::create_dir(format!("{}/vmbed-{}-{id}", cgroup(), std::process::id()));
         }
-        let _ = std::fs::write(format!("{CGROUP}/cgroup.subtree_control"), "-cpu");
+        let _ = std::fs::write(cgroup() + "/cgroup.subtree_control", "-cpu");
         // Not there yet, or of the life before.
         let _ = Command::new("ip").args(["tuntap", "add", CARD, "mode", "tap"]).output();
         run(&["ip", "link", "set", CARD, "up"]);
@@ -115,8 +119,9 @@ pub fn live(stage: &Stage, works: bool) -> vmbed::Result<()> {
     let lived = bring(stage, &device, far, works);
     *lock(&FAR) = None;
     aside(move || {
-        (1..4)
-            .for_each(|id| drop(std::fs::remove_dir(format!("{CGROUP}/vmbed-{}-{id}", std::process::id()))));
+        (1..4).for_each(|id| {
+            drop(std::fs::remove_dir(format!("{}/vmbed-{}-{id}", cgroup(), std::process::id())))
+        });
         run(&["losetup", "--detach", device.to_str().unwrap()])
     });
     lived
